@@ -1,0 +1,227 @@
+"""What goes over the door: rules for ids, names, free text and data, and their texts on the wire.
+
+Everything is checked here, before anything is sent (promise P12): the message names the field, the value and the rule.
+Values become JSON text; ids, actors and reasons are stored as they are and so may hold no control characters.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import itertools
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from statecache.core import errors
+
+FIELD_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}")
+NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+_INTEGER_MIN, _INTEGER_MAX = -(2**63), 2**63 - 1
+_DEPTH_MAX = 32
+
+TOKEN_LENGTH = 8
+RING_LENGTH = 8
+RING_BYTES = TOKEN_LENGTH * RING_LENGTH
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Sizes above which input is refused."""
+
+    id_length_max: int = 200
+    patch_fields_max: int = 64
+    instance_fields_max: int = 256
+    patch_bytes_max: int = 64 * 1024
+    batch_items_max: int = 1000
+    text_length_max: int = 1000
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def check_text(what: str, value: object, length_max: int) -> str:
+    """Return ``value`` if it is 1 to ``length_max`` characters without control characters or lone surrogates."""
+    if not isinstance(value, str):
+        raise errors.InvalidDataError(f"{what} {_shown(value)} is refused: it must be text, not {type(value).__name__}")
+    if not 0 < len(value) <= length_max:
+        raise errors.InvalidDataError(
+            f"{what} {_shown(value)} is refused: it has {len(value)} characters, 1 to {length_max} are allowed"
+        )
+    if value.isascii() and value.isprintable():
+        return value
+    found = _CONTROL.search(value)
+    if found:
+        raise errors.InvalidDataError(
+            f"{what} {_shown(value)} is refused: it holds the control character {found.group()!r} at position {found.start()}"
+        )
+    return value
+
+
+def token_of(transition_id: str) -> str:
+    """The ring's token of a transition id: 48 bits of its BLAKE2b hash as 8 URL-safe base64 characters."""
+    digest = hashlib.blake2b(transition_id.encode(), digest_size=6).digest()
+    return base64.urlsafe_b64encode(digest).decode()
+
+
+def push_token(ring: str, token: str) -> str:
+    """Append to the ring, which keeps the last eight."""
+    return (ring + token)[-RING_BYTES:]
+
+
+class TransitionIds:
+    """Makes transition ids that no other process makes: 72 random bits for the process, then a counter.
+
+    A child process starts a prefix of its own (``os.register_at_fork``), so a fork cannot repeat its parent's ids.
+    """
+
+    def __init__(self) -> None:
+        self.restart()
+        os.register_at_fork(after_in_child=self.restart)
+
+    def restart(self) -> None:
+        self._prefix = base64.urlsafe_b64encode(os.urandom(9)).decode()
+        self._counter = itertools.count()
+
+    def next(self) -> str:
+        return f"{self._prefix}{next(self._counter):x}"
+
+
+def _check_value(field: str, value: object, depth: int) -> None:
+    kind = type(value)
+    if kind is str:
+        if not value.isascii():  # type: ignore[attr-defined]
+            _check_string(field, value)  # type: ignore[arg-type]
+        elif "\0" in value:  # type: ignore[operator]
+            raise errors.InvalidDataError(f"field {field!r}: {_shown(value)} is refused: it holds a NUL character")
+    elif kind is bool or value is None:
+        return
+    elif isinstance(value, int):
+        if not _INTEGER_MIN <= value <= _INTEGER_MAX:
+            raise errors.InvalidDataError(f"field {field!r}: {_shown(value)} is refused: integers are limited to 64 bit")
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            raise errors.InvalidDataError(f"field {field!r}: {value!r} is refused: JSON knows no NaN and no infinity")
+    elif isinstance(value, str):
+        _check_string(field, value)
+    elif depth >= _DEPTH_MAX:
+        raise errors.InvalidDataError(f"field {field!r} is refused: nested deeper than {_DEPTH_MAX} levels")
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            _check_value(field, item, depth + 1)
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            if not isinstance(name, str):
+                raise errors.InvalidDataError(
+                    f"field {field!r}: the key {_shown(name)} is refused: JSON object keys are text"
+                )
+            _check_string(field, name)
+            _check_value(field, item, depth + 1)
+    else:
+        raise errors.InvalidDataError(
+            f"field {field!r}: {_shown(value)} is refused: {type(value).__name__} is no JSON value "
+            "(text, number, true, false, null, list, object)"
+        )
+
+
+def _check_string(field: str, value: str) -> None:
+    if "\0" in value:
+        raise errors.InvalidDataError(f"field {field!r}: {_shown(value)} is refused: it holds a NUL character")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise errors.InvalidDataError(
+            f"field {field!r}: {_shown(value)} is refused: it holds half of a surrogate pair, which is no character"
+        ) from None
+
+
+_encode_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+
+
+def encode_value(field: str, value: object) -> str:
+    """Return the JSON text of a field's value, or raise ``InvalidDataError``."""
+    _check_value(field, value, 0)
+    return _encode_json(value)
+
+
+def check_field_name(name: object) -> str:
+    if not isinstance(name, str) or not FIELD_NAME.fullmatch(name):
+        raise errors.InvalidDataError(
+            f"field name {_shown(name)} is refused: a letter or '_', then at most 63 letters, digits, '_', '.' or '-'"
+        )
+    return name
+
+
+def encode_patch(data: Mapping[str, Any], limits: Limits) -> list[str]:
+    """Return ``[name, text, name, text, ...]``. Raises ``InvalidDataError`` for a name, value or size that is refused."""
+    if not isinstance(data, Mapping):
+        raise errors.InvalidDataError(f"data {_shown(data)} is refused: it must map field names to values")
+    if len(data) > limits.patch_fields_max:
+        raise errors.InvalidDataError(
+            f"data is refused: it has {len(data)} fields, at most {limits.patch_fields_max} are allowed in a patch"
+        )
+    pairs: list[str] = []
+    size = 0
+    for name, value in data.items():
+        if name not in _seen_names:
+            _remember_name(check_field_name(name))
+        text = encode_value(name, value)
+        size += len(name) + (len(text) if text.isascii() else len(text.encode()))
+        pairs += (name, text)
+    if size > limits.patch_bytes_max:
+        raise errors.InvalidDataError(
+            f"data is refused: it takes {size} bytes, at most {limits.patch_bytes_max} are allowed in a patch; "
+            "keep large documents elsewhere and store their address here"
+        )
+    return pairs
+
+
+# Field names recur in every call: those found good are not matched again. Bounded, because names are input.
+_seen_names: set[str] = set()
+
+
+def _remember_name(name: str) -> None:
+    if len(_seen_names) < 10_000:
+        _seen_names.add(name)
+
+
+def patch_text(pairs: Sequence[str]) -> str:
+    """The JSON object text of ``[name, text, ...]``: names need no escaping, texts are JSON already."""
+    if not pairs:
+        return ""
+    return "{" + ",".join([f'"{pairs[i]}":{pairs[i + 1]}' for i in range(0, len(pairs), 2)]) + "}"
+
+
+def encode_increments(increments: Mapping[str, int | float]) -> list[list[str]]:
+    """Return ``[[name, delta, kind], ...]`` with kind ``i`` for integers and ``f`` for floats."""
+    if not isinstance(increments, Mapping):
+        raise errors.InvalidDataError(f"increment {_shown(increments)} is refused: it must map field names to numbers")
+    result: list[list[str]] = []
+    for name, delta in increments.items():
+        check_field_name(name)
+        if isinstance(delta, bool) or not isinstance(delta, (int, float)):
+            raise errors.InvalidDataError(f"increment of {name!r}: {_shown(delta)} is refused: it must be a number")
+        if isinstance(delta, int):
+            if abs(delta) >= 10**15:
+                raise errors.InvalidDataError(f"increment of {name!r}: {delta} is refused: at most 15 digits are allowed")
+            result.append([name, str(delta), "i"])
+        else:
+            if not math.isfinite(delta) or abs(delta) >= 1e15:
+                raise errors.InvalidDataError(
+                    f"increment of {name!r}: {delta!r} is refused: it must be finite and below 1e15"
+                )
+            result.append([name, f"{delta:.17g}" if abs(delta) >= 1e-4 else f"{delta:.20f}", "f"])
+    return result
+
+
+def encode_unset(names: Iterable[str]) -> list[str]:
+    if isinstance(names, str):
+        raise errors.InvalidDataError(f"unset {names!r} is refused: give a list of field names")
+    return [check_field_name(name) for name in names]

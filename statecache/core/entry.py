@@ -1,0 +1,112 @@
+"""The log's records: entry ids, the packed text of an entry, and the rule by which one entry follows another.
+
+An entry is ONE stream field of parts joined by ``\\x1f``. Parts hold no control character (free text is refused at the door,
+data is JSON text, which escapes them), so the text needs no quoting, can be split without a parser, and can be COPYed into
+PostgreSQL as it is.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from statecache.core import errors
+
+SEPARATOR = "\x1f"
+FIELD = "e"
+EVENT_START = "@start"
+EVENT_EPOCH = "@epoch"
+EVENT_RECONCILED = "@reconciled"
+
+PARTS = (
+    "machine",
+    "id",
+    "version",
+    "event",
+    "from_state",
+    "to_state",
+    "at_ms",
+    "transition_id",
+    "actor",
+    "reason",
+    "occurred_ms",
+    "patch",
+    "unset",
+    "increments",
+    "machine_version",
+)
+
+
+class EntryId(NamedTuple):
+    """A log position, ordered: the epoch, then the number within it. ``0-0`` stands before everything."""
+
+    epoch: int
+    seq: int
+
+    def __str__(self) -> str:
+        return f"{self.epoch}-{self.seq}"
+
+    @classmethod
+    def parse(cls, text: str) -> EntryId:
+        epoch, _, seq = text.partition("-")
+        return cls(int(epoch), int(seq))
+
+
+ZERO = EntryId(0, 0)
+
+
+class Entry(NamedTuple):
+    """One record of the log, its parts still text where nobody has needed more.
+
+    For a mark (``event`` is ``@epoch``) ``from_state`` holds the id before it and ``transition_id`` the epoch's owner.
+    ``patch`` and ``increments`` are JSON object texts or empty, ``unset`` is field names joined by blanks.
+    """
+
+    entry_id: EntryId
+    machine: str
+    id: str
+    version: int
+    event: str
+    from_state: str
+    to_state: str
+    at_ms: int
+    transition_id: str
+    actor: str
+    reason: str
+    occurred_ms: str
+    patch: str
+    unset: str
+    increments: str
+    machine_version: int
+
+    @property
+    def is_mark(self) -> bool:
+        return self.event == EVENT_EPOCH
+
+    @property
+    def prev(self) -> EntryId:
+        """The id before a mark."""
+        return EntryId.parse(self.from_state)
+
+
+def parse(entry_id: EntryId, text: str) -> Entry:
+    """Read an entry's packed text. Raises ``IntegrityError`` for a record that this protocol did not write."""
+    parts = text.split(SEPARATOR)
+    try:
+        (machine, id, version, event, source, target, at, transition_id, actor, reason, occurred, patch, unset, increments,
+         machine_version) = parts  # fmt: skip
+        return Entry(
+            entry_id, machine, id, int(version), event, source, target, int(at), transition_id, actor, reason, occurred,
+            patch, unset, increments, int(machine_version),
+        )  # fmt: skip
+    except ValueError as error:
+        raise errors.IntegrityError(
+            f"the log entry {entry_id} is not one that statecache wrote ({len(parts)} parts): somebody else writes to this "
+            "stream; look at it with XRANGE and run 'statecache recover'"
+        ) from error
+
+
+def follows(entry_id: EntryId, cursor: EntryId, prev: EntryId | None) -> bool:
+    """Tell whether the entry stands right behind ``cursor``; ``prev`` is that of a mark, else None (protocol hole H5)."""
+    if prev is not None:
+        return prev <= cursor < entry_id
+    return entry_id.epoch == cursor.epoch and entry_id.seq == cursor.seq + 1

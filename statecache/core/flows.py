@@ -1,0 +1,458 @@
+"""What a call does between its I/O steps, written once for every driver.
+
+A flow is a generator: it yields what it wants done (an ``Item`` to apply, a ``Lookup`` in SQL, an ``Admit`` ...) and is sent
+the answer. It does no I/O, reads no clock and knows no thread; a driver of a few dozen lines (``engine/driver.py``, and one
+for asyncio) does what it asks, and may do the wishes of many flows in one exchange.
+
+What a transition can meet, and what its flow does then:
+
+- ``MISS``: the instance is not hot. SQL is looked up in ONE snapshot (watermark, checkpoint, letters); the answer counts
+  only if that watermark is at or above what Redis has dropped (``evicted_to``), else SQL is older than Redis: an instance
+  evicted after SQL's backup was taken would come back at an old version and fork (H9). Then hydrate, and begin again at apply.
+- ``EPOCH``, ``IDENTITY``, ``RECOVERING``, ``NOSCRIPT``: this Redis is not the one that was found true. Admission decides;
+  then the item begins again at apply, and nothing that was read before is used (H10).
+- ``LOST``: it may have been applied. The same item goes again, with the same transition id, marked as a repetition: the
+  ring answers ``DUP``, or ``OLD`` when it has dropped ids (H16), and then history knows.
+- ``FULL``: writers have outrun SQL: wait within the deadline, then ``BackpressureError``.
+
+Rejected: a reply that hydrates and applies in one script (it would need SQL's snapshot before knowing that it is needed);
+exceptions between the layers (a bulk call has one outcome per item).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+
+from statecache.core import entry, errors, items, model
+
+# --- what a flow may yield, beside an Item (answered by an Outcome) ----------------------------------------------------
+
+
+class Admit(NamedTuple):
+    """Make sure that Redis is true and the stamp is its epoch's. Answered by None; raises when that cannot be had."""
+
+    code: str
+
+
+class Pause(NamedTuple):
+    """Wait a little, longer with each attempt. Answered by False when the call's deadline has passed."""
+
+    attempt: int
+    why: str
+
+
+class Lookup(NamedTuple):
+    """Read an instance's checkpoint, letters and watermark from SQL in one snapshot. Answered by a ``model.Lookup``."""
+
+    partition: int
+    machine: str
+    id: str
+
+
+class Hydrate(NamedTuple):
+    """Bring a checkpoint back into Redis. Answered by a reply code of ``hydrate.lua``."""
+
+    found: model.Lookup
+
+
+class Unpark(NamedTuple):
+    """Drop a parked hash of which SQL holds no open letter. Answered by a reply code of ``evict.lua``."""
+
+    partition: int
+    machine: str
+    id: str
+    found: model.Lookup
+
+
+class Find(NamedTuple):
+    """Find a committed transition by version or by id, in the unflushed log, then in SQL. Answered by it or None."""
+
+    partition: int
+    machine: str
+    id: str
+    version: int | None
+    transition_id: str | None
+
+
+class Hot(NamedTuple):
+    """Read a hash. Answered by its fields, empty if it is not hot."""
+
+    partition: int
+    machine: str
+    id: str
+
+
+class Where(NamedTuple):
+    """Ask ``meta`` what is cold, and whether it is admitted. Answered by (admission code or ``OK``, cold, evicted_to)."""
+
+    partition: int
+
+
+class Version(NamedTuple):
+    """Ask for an instance's version in Redis. Answered by it, or None if it is not hot."""
+
+    partition: int
+    machine: str
+    id: str
+
+
+class Unflushed(NamedTuple):
+    """Read an instance's entries behind the watermark. Answered by (code, entries)."""
+
+    partition: int
+    machine: str
+    id: str
+
+
+class Recorded(NamedTuple):
+    """Read an instance's history rows from SQL. Answered by transitions in order of version."""
+
+    machine: str
+    id: str
+
+
+Wish = items.Item | Admit | Pause | Lookup | Hydrate | Unpark | Find | Hot | Where | Version | Unflushed | Recorded
+Flow = Generator[Wish, Any, Any]
+
+_CORRUPT_ROUNDS = 8
+
+
+class Request(msgspec.Struct):
+    """One transition or start as a caller wants it, checked and packed. ``own_id`` tells that the caller gave the id."""
+
+    item: items.Item
+    address: str
+    own_id: bool
+    allowed: Callable[[str], Sequence[str]]
+    expect_version: int | None = None
+    guard: Guard | None = None
+
+
+class Guard(msgspec.Struct):
+    """The predicates of an event by source state, and how to build the snapshot that they look at."""
+
+    predicates: Mapping[str, Callable[[model.Snapshot], bool]]
+    snapshot_of: SnapshotOf
+
+
+SnapshotOf = Callable[[str, Mapping[bytes, bytes], str], model.Snapshot]
+"""Builds a snapshot from an id, the fields of a hash, and where they came from (``hot`` or ``durable``)."""
+
+NEVER_MATCHES = -1
+"""An expected version that no instance has: the item can only turn out to be a duplicate."""
+
+
+# --- transitions -------------------------------------------------------------------------------------------------------
+
+
+def transition(request: Request) -> Generator[Wish, Any, model.Receipt]:
+    """Apply one start or transition; returns its receipt or raises the caller's error."""
+    item = request.item
+    item.retry = request.own_id
+    attempt = 0
+    misses = 0
+    verdict: errors.StateCacheError | None = None
+    guard_wanted = request.guard is not None
+    while True:
+        if guard_wanted:
+            verdict = yield from _consult_guard(request)
+            guard_wanted = False
+        outcome: items.Outcome = yield item
+        code = outcome.code
+        if code == "OK":
+            version, entry_id, source, target = outcome.words
+            return model.Receipt(
+                item.move.machine, item.id, item.move.event, None if source == "-" else source, target, int(version),
+                entry_id, outcome.at_ms, item.transition_id,
+            )  # fmt: skip
+        if code == "DUP":
+            return (yield from _duplicate(request, int(outcome.words[0])))
+        if code == "MISS":
+            misses += 1
+            attempt = yield from _miss(request, outcome, attempt, misses)
+        elif code in items.ADMISSION_CODES:
+            yield Admit(code)
+            item.absent = ""
+        elif code in _PAUSES:
+            item.retry = item.retry or code == "LOST"
+            attempt = yield from _pause(request, outcome, attempt)
+        elif code == "PARKED":
+            yield from _parked(request)
+        elif code == "OLD":
+            receipt = yield from _long_ago(request)
+            if receipt is not None:
+                return receipt
+            guard_wanted = _pin(request, int(outcome.words[0]), verdict)
+        elif code == "VERSION":
+            guard_wanted = _pin(request, int(outcome.words[0]), verdict)
+        else:
+            raise _refusal(request, outcome)
+
+
+def _pin(request: Request, version: int, verdict: errors.StateCacheError | None) -> bool:
+    """The instance is at another version than the item's: refuse, or ask for this version. True = consult the guard again.
+
+    An item that is a repetition is not applied up to this version (history was asked); what may happen until it is sent
+    again is refused by the script, because the item then names this version (H16).
+    """
+    if verdict is not None:
+        raise verdict
+    if request.expect_version is not None and request.expect_version != version:
+        raise errors.StaleVersionError(
+            f"{request.address} is at version {version}, not at {request.expect_version}: somebody moved it",
+            request.expect_version,
+            version,
+        )
+    request.item.expected = version
+    return request.guard is not None
+
+
+def _consult_guard(request: Request) -> Generator[Wish, Any, errors.StateCacheError | None]:
+    """Ask the guard about the instance as it is, and pin the item to the version that it saw.
+
+    A refusal is returned, not raised: the call may be the repetition of one that was applied, so the item is sent with a
+    version that cannot match, and the refusal is raised when it turns out to be no duplicate.
+    """
+    item, guard = request.item, request.guard
+    assert guard is not None
+    seen = yield from snapshot(item.partition, item.move.machine, item.id, guard.snapshot_of)
+    item.expected = seen.version
+    predicate = guard.predicates.get(seen.state)
+    if request.expect_version not in (None, seen.version):
+        item.expected = NEVER_MATCHES
+        return None
+    if predicate is None or predicate(seen):
+        return None
+    item.expected = NEVER_MATCHES
+    return errors.InvalidTransitionError(
+        f"{request.address}: the guard of {item.move.event!r} refused it in state {seen.state!r} at version {seen.version}",
+        seen.state,
+        item.move.event,
+        request.allowed(seen.state),
+    )
+
+
+_PAUSES = frozenset({"FULL", "OOM", "LOST", "UNSENT", "UNREADY"})
+
+
+def _pause(request: Request, outcome: items.Outcome, attempt: int) -> Generator[Wish, Any, int]:
+    if (yield Pause(attempt, outcome.code)):
+        return attempt + 1
+    if outcome.code == "FULL":
+        raise errors.BackpressureError(
+            f"{request.address}: not applied: its partition's backlog has reached its limit, because writers outrun the "
+            "flusher or SQL is away; slow down, see 'statecache status'"
+        )
+    assert outcome.cause is not None
+    raise outcome.cause
+
+
+def _refusal(request: Request, outcome: items.Outcome) -> errors.StateCacheError:
+    item, words, address = request.item, outcome.words, request.address
+    if outcome.code == "EXISTS":
+        return errors.AlreadyExistsError(f"{address} exists already, at version {words[0]}")
+    if outcome.code == "STATE":
+        allowed = request.allowed(words[0])
+        return errors.InvalidTransitionError(
+            f"{address} is in state {words[0]!r}, where {item.move.event!r} is no move of machine {item.move.machine!r}; "
+            f"allowed: {', '.join(allowed) or 'none, it is final'}",
+            words[0],
+            item.move.event,
+            allowed,
+        )
+    if outcome.code == "DATA":
+        rule, subject = words
+        if rule == "fields":
+            return errors.InvalidDataError(f"{address}: the data is refused: it would have {subject} fields, more than an instance may have")
+        return errors.InvalidDataError(
+            f"{address}: increment of field {subject!r} is refused: "
+            + ("it holds no number" if rule == "number" else "the result leaves the range of exact numbers")
+        )
+    if outcome.code == "ERROR" and isinstance(outcome.cause, errors.StateCacheError):
+        return outcome.cause
+    return errors.IntegrityError(f"{address}: its key in Redis holds something that statecache did not write ({outcome.code})")
+
+
+def _duplicate(request: Request, version: int) -> Generator[Wish, Any, model.Receipt]:
+    """Complete the receipt of a transition that was applied before (P4). A ring's token is 48 bits of the id's hash, so
+    the full id is compared: a collision is an error, never a swallowed transition."""
+    item = request.item
+    known = yield Find(item.partition, item.move.machine, item.id, version, None)
+    if known is None:
+        raise errors.IntegrityError(
+            f"{request.address}: version {version} was applied before, but neither the log nor SQL has it; run 'statecache verify'"
+        )
+    if known.transition_id != item.transition_id:
+        raise errors.InvalidDataError(
+            f"{request.address}: transition_id {item.transition_id!r} is refused: its hash is that of {known.transition_id!r}, "
+            "applied before; choose another one"
+        )
+    return _receipt_of(request, known)
+
+
+def _receipt_of(request: Request, known: model.Transition) -> model.Receipt:
+    if known.event != request.item.move.event:
+        raise errors.InvalidDataError(
+            f"{request.address}: transition_id {known.transition_id!r} is refused: it was used before, for the event "
+            f"{known.event!r} at version {known.version}; an id names one transition"
+        )
+    return model.Receipt(
+        known.machine, known.id, known.event, known.from_state, known.to_state, known.version, known.entry_id, known.at_ms,
+        known.transition_id, duplicate=True,
+    )  # fmt: skip
+
+
+def _long_ago(request: Request) -> Generator[Wish, Any, model.Receipt | None]:
+    """The ring has dropped ids and does not hold this one: was it applied long ago? (H16)"""
+    item = request.item
+    known = yield Find(item.partition, item.move.machine, item.id, None, item.transition_id)
+    return None if known is None else _receipt_of(request, known)
+
+
+def _miss(request: Request, outcome: items.Outcome, attempt: int, misses: int) -> Generator[Wish, Any, int]:
+    """Look a cold instance up and bring it back, or establish that it does not exist; returns the number of attempts."""
+    item = request.item
+    cold, evicted_to = outcome.words
+    starting = "" in item.move.targets
+    if cold == "0":
+        raise errors.NotFoundError(f"{request.address} does not exist")
+    found: model.Lookup = yield Lookup(item.partition, item.move.machine, item.id)
+    if found.watermark < entry.EntryId.parse(evicted_to):
+        return (yield from _sql_is_older(request.address, attempt))
+    if found.checkpoint is None:
+        if found.letters:
+            raise _parked_error(request, found)
+        if not starting:
+            raise errors.NotFoundError(f"{request.address} does not exist")
+        item.absent = str(found.watermark)
+        return attempt
+    if misses > _CORRUPT_ROUNDS:
+        raise errors.IntegrityError(f"{request.address}: its key in Redis is there, but is no instance; run 'statecache verify'")
+    code = yield Hydrate(found)
+    if code in items.ADMISSION_CODES:
+        yield Admit(code)
+    return attempt
+
+
+def _sql_is_older(address: str, attempt: int) -> Generator[Wish, Any, int]:
+    if not (yield Pause(attempt, "STALE")):
+        raise errors.IntegrityError(
+            f"{address}: SQL is older than what Redis has dropped since: was it restored from a backup? "
+            "Run 'statecache recover'"
+        )
+    return attempt + 1
+
+
+def _parked(request: Request) -> Generator[Wish, Any, None]:
+    """Refuse, unless SQL holds no open letter any more: then the parked hash is stale and is dropped."""
+    item = request.item
+    found: model.Lookup = yield Lookup(item.partition, item.move.machine, item.id)
+    if found.letters or found.checkpoint is None:
+        raise _parked_error(request, found)
+    code = yield Unpark(item.partition, item.move.machine, item.id, found)
+    if code == "KEPT":
+        raise errors.ParkedError(f"{request.address} is parked: entries of it are not in SQL yet; try again")
+
+
+def _parked_error(request: Request, found: model.Lookup) -> errors.ParkedError:
+    return errors.ParkedError(
+        f"{request.address} is parked: SQL refused an entry of it, {len(found.letters)} wait; see "
+        f"'statecache dead-letters list {request.address}'"
+    )
+
+
+# --- reads -------------------------------------------------------------------------------------------------------------
+
+
+def snapshot(partition: int, machine: str, id: str, snapshot_of: SnapshotOf) -> Generator[Wish, Any, model.Snapshot]:
+    """Read an instance: from its hash, or from its checkpoint when it is cold."""
+    attempt = 0
+    while True:
+        fields = yield Hot(partition, machine, id)
+        if fields:
+            return snapshot_of(id, fields, "hot")
+        code, cold, evicted_to = yield Where(partition)
+        if code != "OK":
+            yield Admit(code)
+            continue
+        if not cold:
+            raise errors.NotFoundError(f"{machine}:{id} does not exist")
+        found: model.Lookup = yield Lookup(partition, machine, id)
+        if found.watermark < evicted_to:
+            attempt = yield from _sql_is_older(f"{machine}:{id}", attempt)
+            continue
+        if found.checkpoint is None:
+            raise errors.NotFoundError(f"{machine}:{id} does not exist")
+        return snapshot_of(id, hash_of(found), "durable")
+
+
+def hash_of(found: model.Lookup) -> dict[bytes, bytes]:
+    """The fields of the hash that a checkpoint is hydrated to."""
+    assert found.checkpoint is not None
+    own, ring, pairs = hash_texts(found)
+    fields = {b"@": own.encode(), b"@r": ring.encode()}
+    for place in range(0, len(pairs), 2):
+        fields[pairs[place].encode()] = pairs[place + 1].encode()
+    return fields
+
+
+def hash_texts(found: model.Lookup) -> tuple[str, str, list[str]]:
+    """``@``, ``@r`` and ``[name, text, ...]`` of the hash that a checkpoint and its open letters are hydrated to.
+
+    Open letters park it (H12), and their ids count as recent: a repetition of one is answered, not applied again.
+    """
+    kept = found.checkpoint
+    assert kept is not None
+    own = f"{kept.state} {kept.version} {kept.entry_id} {kept.created_ms} {kept.machine_version} {kept.updated_ms}"
+    if found.letters:
+        own += " p"
+    pairs: list[str] = []
+    for name, text in msgspec.json.decode(kept.data or "{}", type=dict[str, msgspec.Raw]).items():
+        pairs += (name, bytes(text).decode())
+    return own, kept.recent, pairs
+
+
+def history(partition: int, machine: str, id: str) -> Generator[Wish, Any, list[model.Transition]]:
+    """All transitions of an instance, those too that are not in SQL yet.
+
+    SQL first, then the log: what was flushed in between is missing from the log, which shows as a gap, and SQL is read
+    again. No answer is given with a gap in it.
+    """
+    attempt = 0
+    while True:
+        hot_version = yield Version(partition, machine, id)
+        rows: list[model.Transition] = yield Recorded(machine, id)
+        if hot_version is not None and rows and rows[-1].version >= hot_version:
+            return rows
+        code, entries = yield Unflushed(partition, machine, id)
+        if code != "OK":
+            yield Admit(code)
+            continue
+        version = rows[-1].version if rows else 0
+        fresh = [record for record in entries if record.version > version]
+        if not fresh or fresh[0].version == version + 1:
+            break
+        if not (yield Pause(attempt, "GAP")):
+            raise errors.IntegrityError(
+                f"{machine}:{id}: versions {version + 1} to {fresh[0].version - 1} are neither in SQL nor in the log; "
+                "run 'statecache verify'"
+            )
+        attempt += 1
+    if not rows and not fresh:
+        raise errors.NotFoundError(f"{machine}:{id} does not exist")
+    return rows + [transition_of(record) for record in fresh]
+
+
+def transition_of(record: entry.Entry) -> model.Transition:
+    """An entry of the log as history tells it."""
+    decode = msgspec.json.decode
+    return model.Transition(
+        record.machine, record.id, record.version, record.event, record.from_state or None, record.to_state, record.at_ms,
+        record.transition_id, record.actor or None, record.reason or None,
+        int(record.occurred_ms) if record.occurred_ms else None,
+        decode(record.patch) if record.patch else {}, tuple(record.unset.split()),
+        decode(record.increments) if record.increments else {}, record.machine_version, str(record.entry_id), False,
+    )  # fmt: skip

@@ -1,0 +1,129 @@
+"""Folding log entries into checkpoints: pure code, shared by the flusher, ``at`` and ``verify``.
+
+A checkpoint's data stays JSON texts by field name throughout (``msgspec.Raw``): values are passed through, never decoded.
+The ring of recent transition ids is folded too, so that hydration brings it back (promise P4 after a wipe).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import msgspec
+
+from statecache.core import codec, entry, errors, model
+
+_DECODER = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_encode = msgspec.json.encode
+
+Finals = Callable[[str, int], frozenset[str]]
+"""Final states of a machine's version."""
+Instance = tuple[str, str]
+"""(machine, id)."""
+
+
+class Folded(msgspec.Struct):
+    """An instance's state after some entry. Treated as immutable: ``after`` makes a new one."""
+
+    machine: str
+    id: str
+    partition: int
+    state: str
+    version: int
+    entry_id: entry.EntryId
+    created_ms: int
+    updated_ms: int
+    machine_version: int
+    recent: str
+    data: dict[str, msgspec.Raw]
+
+    @classmethod
+    def of_checkpoint(cls, row: model.Checkpoint) -> Folded:
+        return cls(
+            row.machine, row.id, row.partition, row.state, row.version, row.entry_id, row.created_ms, row.updated_ms,
+            row.machine_version, row.recent, _DECODER.decode(row.data or "{}"),
+        )  # fmt: skip
+
+    def row(self, finals: Finals) -> tuple[object, ...]:
+        """The checkpoint's columns, in the order of the table."""
+        return (
+            self.machine, self.id, self.partition, self.state, self.version, self.entry_id.epoch, self.entry_id.seq,
+            self.created_ms, self.updated_ms, self.machine_version,
+            self.state in finals(self.machine, self.machine_version), self.recent, data_text(self.data),
+        )  # fmt: skip
+
+
+def data_text(data: Mapping[str, msgspec.Raw]) -> str:
+    return _encode(data).decode()
+
+
+def after(before: Folded | None, records: Sequence[entry.Entry], partition: int) -> Folded:
+    """Fold an instance's entries, oldest first, onto what is before them (None: the first entry is a start).
+
+    Raises ``IntegrityError`` unless the versions go on one by one.
+    """
+    first, last = records[0], records[-1]
+    version = before.version if before else 0
+    data = dict(before.data) if before else {}
+    recent = before.recent if before else ""
+    for record in records:
+        version += 1
+        if record.version != version:
+            raise errors.IntegrityError(
+                f"{record.machine}:{record.id}: the log goes on with version {record.version} where {version} is due "
+                f"(entry {record.entry_id}): versions were lost or written twice; run 'statecache recover'"
+            )
+        apply_patch(data, record)
+    for record in records[-codec.RING_LENGTH :]:
+        recent = codec.push_token(recent, codec.token_of(record.transition_id))
+    return Folded(
+        first.machine, first.id, partition, last.to_state, version, last.entry_id,
+        before.created_ms if before else first.at_ms, last.at_ms, last.machine_version, recent, data,
+    )  # fmt: skip
+
+
+def apply_patch(data: dict[str, msgspec.Raw], record: entry.Entry) -> None:
+    """Apply one entry's patch, increments and unset names to data."""
+    if record.patch:
+        data.update(_DECODER.decode(record.patch))
+    if record.increments:
+        data.update(_DECODER.decode(record.increments))
+    if record.unset:
+        for name in record.unset.split():
+            data.pop(name, None)
+
+
+def by_instance(records: Iterable[entry.Entry]) -> dict[Instance, list[entry.Entry]]:
+    """Group entries by instance, each group in log order."""
+    groups: dict[Instance, list[entry.Entry]] = {}
+    for record in records:
+        groups.setdefault((record.machine, record.id), []).append(record)
+    return groups
+
+
+def history_row(partition: int, record: entry.Entry) -> tuple[object, ...]:
+    """The history columns of an entry, in the order of the table (that of the entry's parts behind its id)."""
+    return (
+        partition, record.entry_id.epoch, record.entry_id.seq, record.machine, record.id, record.version, record.event,
+        record.from_state or None, record.to_state, record.at_ms, record.transition_id, record.actor or None,
+        record.reason or None, int(record.occurred_ms) if record.occurred_ms else None, record.patch or None,
+        record.unset or None, record.increments or None, record.machine_version,
+    )  # fmt: skip
+
+
+def count_deltas(moved: Iterable[tuple[Folded | None, Folded]]) -> dict[tuple[int, str, str], int]:
+    """How the counts by (partition, machine, state) change when instances go from one fold to the next."""
+    deltas: dict[tuple[int, str, str], int] = {}
+    for before, now in moved:
+        if before is not None:
+            if before.state == now.state:
+                continue
+            key = (now.partition, now.machine, before.state)
+            deltas[key] = deltas.get(key, 0) - 1
+        key = (now.partition, now.machine, now.state)
+        deltas[key] = deltas.get(key, 0) + 1
+    return {key: delta for key, delta in deltas.items() if delta}
+
+
+def texts(data: Mapping[str, object]) -> dict[str, str]:
+    """Data as JSON texts by field name, as hashes hold it."""
+    return {name: _encode(value).decode() for name, value in data.items()}

@@ -1,0 +1,68 @@
+"""What travels between the flows and the hot store: the items of a script call, and what the script said of each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import msgspec
+
+
+class MoveSpec:
+    """One event of a machine as the script wants it; made once per machine and event, known by identity."""
+
+    __slots__ = ("event", "machine", "machine_version", "row", "targets")
+
+    def __init__(self, machine: str, event: str, targets: Mapping[str, str], machine_version: int) -> None:
+        self.machine = machine
+        self.event = event
+        self.targets = targets
+        self.machine_version = machine_version
+        self.row = [machine, event, targets, machine_version]
+
+
+class Item(msgspec.Struct):
+    """One transition to be applied.
+
+    ``tail`` is the entry's text from the transition id to the unset names, ``pairs`` the patch as ``[name, text, ...]``.
+    Mutable on purpose: a flow sends the same item again with ``retry``, ``expected`` or ``absent`` changed.
+    """
+
+    partition: int
+    id: str
+    move: MoveSpec
+    expected: int
+    token: str
+    tail: str
+    pairs: list[str]
+    transition_id: str
+    retry: bool = False
+    absent: str = ""
+    unset: list[str] = []
+    increments: list[list[str]] = []
+
+    def row(self, partition_index: int, move_index: int) -> list[object]:
+        """The positional array that ``apply.lua`` reads."""
+        row: list[object] = [partition_index, self.id, move_index, self.expected, self.token, self.tail, self.pairs]
+        if self.retry or self.absent or self.unset or self.increments:
+            row.append([1 if self.retry else 0, self.absent, self.unset, self.increments])
+        return row
+
+
+class Outcome(NamedTuple):
+    """The script's answer to an item: a reply code of ``apply.lua`` with its words, and the server's time.
+
+    Six codes are made by the client: ``NOSCRIPT`` (the server does not know the script), ``UNSENT`` (it could not be
+    reached), ``LOST`` (sent, but the reply is unknown: it may have been applied), ``UNREADY`` (the server answered that it
+    cannot serve now), ``OOM`` (its memory is full) and
+    ``ERROR`` (no retry mends it). ``cause`` is the error for the caller.
+    """
+
+    code: str
+    words: list[str]
+    at_ms: int = 0
+    cause: Exception | None = None
+
+
+ADMISSION_CODES = frozenset({"EPOCH", "RECOVERING", "IDENTITY", "NOSCRIPT"})
+"""Answers that ask for admission: nothing was written."""

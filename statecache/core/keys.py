@@ -1,0 +1,57 @@
+"""The only place that spells a Redis key.
+
+``{<namespace>:<pp>}`` is the hash tag: a partition lies in one Redis Cluster slot, and as ours is the first brace pair of
+the key, ids may hold braces of their own.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from dataclasses import dataclass
+from typing import NewType
+
+from statecache.core import errors
+
+Partition = NewType("Partition", int)
+
+_NAMESPACE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+PARTITION_COUNT_MAX = 1024
+
+
+def partition_of(machine: str, id: str, partition_count: int) -> Partition:
+    """Return the partition of an instance: CRC32 of ``machine:id`` modulo the store's fixed partition count."""
+    return Partition(zlib.crc32(f"{machine}:{id}".encode()) % partition_count)
+
+
+@dataclass(frozen=True, slots=True)
+class Keyspace:
+    """The keys of one namespace."""
+
+    namespace: str
+    partition_count: int
+
+    def __post_init__(self) -> None:
+        if not _NAMESPACE.fullmatch(self.namespace):
+            raise errors.ConfigurationError(
+                f"namespace {self.namespace!r} is refused: 1 to 64 letters, digits, '_', '.' or '-' are allowed"
+            )
+        if not 1 <= self.partition_count <= PARTITION_COUNT_MAX:
+            raise errors.ConfigurationError(
+                f"partition count {self.partition_count} is refused: 1 to {PARTITION_COUNT_MAX} are allowed"
+            )
+
+    def tag(self, partition: int) -> str:
+        return f"{{{self.namespace}:{partition:02d}}}"
+
+    def meta(self, partition: int) -> str:
+        return f"{self.tag(partition)}:meta"
+
+    def log(self, partition: int) -> str:
+        return f"{self.tag(partition)}:log"
+
+    def instance(self, partition: int, machine: str, id: str) -> str:
+        return f"{self.tag(partition)}:i:{machine}:{id}"
+
+    def partition_of(self, machine: str, id: str) -> Partition:
+        return partition_of(machine, id, self.partition_count)

@@ -1,0 +1,224 @@
+"""The values that callers meet: what they send (``Move``) and what they get back (``Receipt``, ``Snapshot``, ``Transition``).
+
+``Receipt`` and ``Transition`` are ``msgspec`` structs rather than dataclasses: one is made per transition, and a frozen
+dataclass costs ten times as much to build.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+
+from statecache.core import entry
+
+
+class Durability(enum.StrEnum):
+    """What must be true before a transition is acknowledged."""
+
+    HOT = "hot"
+    """Redis has it. Survives the death of clients and flushers and an outage of SQL, not the loss of Redis."""
+    FSYNC = "fsync"
+    """The server's append-only file has it on disk. Survives kill -9 and power loss of that node, not the loss of its disk."""
+    REPLICA = "replica"
+    """A replica has received it. Survives the loss of the primary if that replica is promoted."""
+    DURABLE = "durable"
+    """SQL has committed it. Survives the loss of Redis, disk and all."""
+
+
+def datetime_of(ms: int) -> datetime:
+    """The aware UTC datetime of a count of milliseconds since 1970."""
+    return datetime.fromtimestamp(ms / 1000, UTC)
+
+
+def ms_of(when: datetime) -> int:
+    """Milliseconds since 1970; a naive datetime is taken as UTC."""
+    return round((when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp() * 1000)
+
+
+class Receipt(msgspec.Struct, frozen=True, kw_only=False):
+    """What a committed transition returns. It can be waited on until durable (``StateCache.wait_durable``).
+
+    ``duplicate`` tells that the call was a repetition: the transition had been applied before, by this very
+    ``transition_id``, and this is its receipt. ``from_state`` is None for a start.
+    """
+
+    machine: str
+    id: str
+    event: str
+    from_state: str | None
+    state: str
+    version: int
+    entry_id: str
+    at_ms: int
+    transition_id: str
+    duplicate: bool = False
+
+    @property
+    def at(self) -> datetime:
+        """When Redis applied it (the server's clock, UTC)."""
+        return datetime_of(self.at_ms)
+
+
+class Transition(msgspec.Struct, frozen=True):
+    """One committed move as history tells it. ``to_state`` is also called ``state``.
+
+    ``patch`` are the fields it set, ``unset`` the names it removed, ``increments`` the results (not the deltas) of its
+    increments. ``occurred_at`` is the caller's time, ``at`` the server's. A transition with event ``@reconciled`` stands
+    for the versions ``covers_from`` to ``version``, which an SQL restore lost; ``complete`` is False when its data is
+    not known.
+    """
+
+    machine: str
+    id: str
+    version: int
+    event: str
+    from_state: str | None
+    to_state: str
+    at_ms: int
+    transition_id: str
+    actor: str | None
+    reason: str | None
+    occurred_ms: int | None
+    patch: dict[str, Any]
+    unset: tuple[str, ...]
+    increments: dict[str, Any]
+    machine_version: int
+    entry_id: str
+    durable: bool
+    covers_from: int | None = None
+    complete: bool = True
+
+    @property
+    def state(self) -> str:
+        return self.to_state
+
+    @property
+    def at(self) -> datetime:
+        return datetime_of(self.at_ms)
+
+    @property
+    def occurred_at(self) -> datetime | None:
+        return None if self.occurred_ms is None else datetime_of(self.occurred_ms)
+
+
+class Snapshot:
+    """One instance as it is, or was. ``data`` is decoded when it is first asked for.
+
+    ``source`` tells where it was read: ``"hot"`` (Redis) or ``"durable"`` (SQL). A snapshot of the past
+    (``MachineHandle.at``) is always ``"durable"`` or ``"hot"`` by where its newest transition stood.
+    """
+
+    __slots__ = (
+        "_data", "_raw", "available_events", "created_ms", "entry_id", "final", "id", "machine", "machine_version",
+        "parked", "source", "state", "updated_ms", "version",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        machine: str,
+        id: str,
+        state: str,
+        version: int,
+        raw: Mapping[str, str | bytes],
+        *,
+        entry_id: str,
+        created_ms: int,
+        updated_ms: int,
+        machine_version: int,
+        final: bool,
+        available_events: Sequence[str],
+        source: str,
+        parked: bool = False,
+    ) -> None:
+        self.machine = machine
+        self.id = id
+        self.state = state
+        self.version = version
+        self._raw = raw
+        self._data: dict[str, Any] | None = None
+        self.entry_id = entry_id
+        self.created_ms = created_ms
+        self.updated_ms = updated_ms
+        self.machine_version = machine_version
+        self.final = final
+        self.available_events = tuple(available_events)
+        self.source = source
+        self.parked = parked
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """The fields collected so far."""
+        if self._data is None:
+            decode = msgspec.json.decode
+            self._data = {name: decode(text) for name, text in self._raw.items()}
+        return self._data
+
+    @property
+    def created_at(self) -> datetime:
+        return datetime_of(self.created_ms)
+
+    @property
+    def updated_at(self) -> datetime:
+        return datetime_of(self.updated_ms)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Snapshot):
+            return NotImplemented
+        same = ("machine", "id", "state", "version", "data", "created_ms", "updated_ms")
+        return all(getattr(self, name) == getattr(other, name) for name in same)
+
+    __hash__ = None  # type: ignore[assignment] # it holds a dictionary
+
+    def __repr__(self) -> str:
+        return (
+            f"Snapshot({self.machine}:{self.id} state={self.state!r} version={self.version} source={self.source!r} "
+            f"data={self.data!r})"
+        )
+
+
+class Move(msgspec.Struct, frozen=True):
+    """One transition of a bulk call; the fields are those of ``MachineHandle.transition``."""
+
+    id: str
+    event: str
+    data: Mapping[str, Any] | None = None
+    unset: Sequence[str] = ()
+    increment: Mapping[str, int | float] | None = None
+    actor: str | None = None
+    reason: str | None = None
+    expect_version: int | None = None
+    transition_id: str | None = None
+    occurred_at: datetime | None = None
+
+
+class Checkpoint(msgspec.Struct, frozen=True):
+    """The SQL row with an instance's latest state as of the watermark. ``data`` is one JSON object text; ``recent`` is
+    the ring of transition id tokens that hydration restores."""
+
+    machine: str
+    id: str
+    partition: int
+    state: str
+    version: int
+    entry_id: entry.EntryId
+    created_ms: int
+    updated_ms: int
+    machine_version: int
+    final: bool
+    recent: str
+    data: str
+
+
+class Lookup(msgspec.Struct, frozen=True):
+    """What SQL knows of an instance, read in one snapshot: the partition's watermark, the checkpoint if there is one,
+    and the open dead letters' transition id tokens (oldest first; not empty means parked)."""
+
+    watermark: entry.EntryId
+    checkpoint: Checkpoint | None
+    letters: tuple[str, ...] = ()
+
+

@@ -1,0 +1,158 @@
+"""From a caller's arguments to a checked, packed request: the door of promise P12. Nothing is sent before all is checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from statecache.core import codec, entry, errors, flows, items, keys, model
+from statecache.core.definition import Definition, Guard
+
+_SEPARATOR = entry.SEPARATOR
+
+
+class Door:
+    """Builds the requests of one machine. Thread-safe."""
+
+    def __init__(
+        self,
+        definition: Definition,
+        guards: Mapping[str, Guard],
+        partition_count: int,
+        limits: codec.Limits,
+        ids: codec.TransitionIds,
+        snapshot_of: flows.SnapshotOf,
+    ) -> None:
+        self.definition = definition
+        self._partition_count = partition_count
+        self._limits = limits
+        self._ids = ids
+        version = definition.version
+        self._start = items.MoveSpec(definition.name, entry.EVENT_START, {"": definition.initial}, version)
+        self._moves = {
+            event: items.MoveSpec(definition.name, event, targets, version) for event, targets in definition.targets.items()
+        }
+        self._guards = _guards_by_event(definition, guards, snapshot_of)
+
+    def partition_of(self, id: str) -> keys.Partition:
+        return keys.partition_of(self.definition.name, id, self._partition_count)
+
+    def check_id(self, id: object) -> str:
+        return codec.check_text("id", id, self._limits.id_length_max)
+
+    def start(
+        self,
+        id: str,
+        data: Mapping[str, Any] | None = None,
+        *,
+        actor: str | None = None,
+        reason: str | None = None,
+        transition_id: str | None = None,
+        occurred_at: datetime | None = None,
+    ) -> flows.Request:
+        """A start as a request."""
+        return self._request(self._start, id, data, (), None, actor, reason, None, transition_id, occurred_at, None)
+
+    def transition(self, move: model.Move) -> flows.Request:
+        """A transition as a request. Raises ``InvalidTransitionError`` for an event that the machine does not have."""
+        spec = self._moves.get(move.event)
+        if spec is None:
+            name = self.definition.name
+            raise errors.InvalidTransitionError(
+                f"{name}:{move.id}: machine {name!r} has no event {move.event!r}; it has {', '.join(self._moves)}",
+                "",
+                str(move.event),
+                tuple(self._moves),
+            )
+        guard = self._guards.get(move.event) if self._guards else None
+        if callable(guard):
+            guard()  # raises: nothing is bound to its name
+        assert not callable(guard)
+        return self._request(
+            spec, move.id, move.data, move.unset, move.increment, move.actor, move.reason, move.expect_version,
+            move.transition_id, move.occurred_at, guard,
+        )  # fmt: skip
+
+    def _request(
+        self,
+        spec: items.MoveSpec,
+        id: str,
+        data: Mapping[str, Any] | None,
+        unset: Sequence[str],
+        increment: Mapping[str, int | float] | None,
+        actor: str | None,
+        reason: str | None,
+        expect_version: int | None,
+        transition_id: str | None,
+        occurred_at: datetime | None,
+        guard: flows.Guard | None,
+    ) -> flows.Request:
+        limits = self._limits
+        self.check_id(id)
+        pairs = codec.encode_patch(self.definition.validate_patch(data), limits) if data else []
+        dropped = codec.encode_unset(unset) if unset else []
+        increments = codec.encode_increments(increment) if increment else []
+        if dropped or increments:
+            _check_disjoint(pairs[::2], dropped, [name for name, *_ in increments], limits)
+        own_id = transition_id is not None
+        made_id = codec.check_text("transition_id", transition_id, limits.id_length_max) if own_id else self._ids.next()
+        if expect_version is not None:
+            _check_version(expect_version)
+        tail = _SEPARATOR.join(
+            [
+                made_id,
+                "" if actor is None else codec.check_text("actor", actor, limits.text_length_max),
+                "" if reason is None else codec.check_text("reason", reason, limits.text_length_max),
+                "" if occurred_at is None else str(_ms_of(occurred_at)),
+                codec.patch_text(pairs),
+                " ".join(dropped),
+            ]
+        )
+        item = items.Item(
+            self.partition_of(id), id, spec, expect_version or 0, codec.token_of(made_id), tail, pairs, made_id,
+            unset=dropped, increments=increments,
+        )  # fmt: skip
+        address = f"{spec.machine}:{id}"
+        return flows.Request(item, address, own_id, self.definition.available_events, expect_version, guard)
+
+
+def _guards_by_event(
+    definition: Definition, guards: Mapping[str, Guard], snapshot_of: flows.SnapshotOf
+) -> dict[str, flows.Guard | Callable[[], object]]:
+    """The guards of each guarded event; for one with an unbound guard, a function that raises ``DefinitionError``."""
+    found: dict[str, flows.Guard | Callable[[], object]] = {}
+    for event, source in definition.guards:
+        try:
+            predicate = definition.guard_for(event, source, guards)
+        except errors.DefinitionError:
+            found[event] = lambda event=event, source=source: definition.guard_for(event, source, guards)  # type: ignore[misc]
+            continue
+        guard = found.setdefault(event, flows.Guard({}, snapshot_of))
+        if isinstance(guard, flows.Guard) and predicate is not None:
+            guard.predicates = {**guard.predicates, source: predicate}
+    return found
+
+
+def _check_disjoint(patched: Sequence[str], dropped: Sequence[str], increased: Sequence[str], limits: codec.Limits) -> None:
+    names = [*patched, *dropped, *increased]
+    if len(names) > limits.patch_fields_max:
+        raise errors.InvalidDataError(
+            f"the transition is refused: it touches {len(names)} fields, at most {limits.patch_fields_max} are allowed"
+        )
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise errors.InvalidDataError(
+            f"field {twice[0]!r} is refused: it stands in more than one of data, unset and increment (or twice in one)"
+        )
+
+
+def _check_version(value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**53:
+        raise errors.InvalidDataError(f"expect_version {value!r} is refused: versions are whole numbers from 1 on")
+
+
+def _ms_of(value: object) -> int:
+    if not isinstance(value, datetime):
+        raise errors.InvalidDataError(f"occurred_at {value!r} is refused: it must be a datetime")
+    return model.ms_of(value)

@@ -1,0 +1,129 @@
+"""JSON Schemas of data fields (Draft 2020-12): which are accepted, what they mean, what of them applies to a patch."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import jsonschema
+
+from statecache.core.wording import shortened, shown
+
+FIELD_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}")
+_LOCAL_REF = re.compile(r"#/\$defs/([^/~%]+)")
+
+# Where schemas stand inside a schema. All other keywords hold plain values, which may look like schemas and are none.
+_NAMED = frozenset({"properties", "patternProperties", "$defs", "dependentSchemas"})
+_LISTED = frozenset({"allOf", "anyOf", "oneOf", "prefixItems"})
+_SINGLE = frozenset({
+    "items", "additionalProperties", "not", "if", "then", "else", "contains", "propertyNames", "unevaluatedItems",
+    "unevaluatedProperties", "contentSchema",
+})  # fmt: skip
+_ANNOTATIONS = frozenset({
+    "title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "$comment", "$schema",
+})  # fmt: skip
+# These give a name or a base address to a subschema. A machine's schema has one file and '$defs'; with that, every
+# reference can be followed here and none is fetched from the network.
+_ADDRESSES = frozenset({"$id", "$anchor", "$dynamicRef", "$dynamicAnchor"})
+_DRAFT = "https://json-schema.org/draft/2020-12/schema"
+
+# Rules for fields by themselves. Those for the whole (required, minProperties, anyOf ...) cannot be asked of a patch.
+_PATCH_KEYWORDS = ("$defs", "properties", "patternProperties", "additionalProperties", "propertyNames")
+
+Path = tuple[str | int, ...]
+
+
+def problems(schema: dict[str, Any]) -> list[tuple[Path, str]]:
+    """Return the path and the rule for everything that makes ``schema`` unfit to describe data fields."""
+    try:
+        return list(_problems(schema))
+    except RecursionError:
+        return [((), "it is nested too deep")]
+
+
+def _problems(schema: dict[str, Any]) -> Iterator[tuple[Path, str]]:
+    try:
+        json.dumps(schema, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        yield (), f"it is no JSON ({error})"
+        return
+    draft = schema.get("$schema", _DRAFT)
+    if str(draft).rstrip("#") != _DRAFT:
+        yield ("$schema",), f"it is written for {draft!r}, only {_DRAFT} is understood"
+        return
+    try:
+        jsonschema.Draft202012Validator.check_schema(schema)
+    except jsonschema.SchemaError as error:
+        yield tuple(error.absolute_path), shortened(error.message, 200)
+        return
+    yield from _wrong_references(schema)
+    fields = _object(schema)
+    if fields.get("type", "object") != "object":
+        yield ("type",), f"its type is {fields['type']!r}, data fields are an 'object'"
+    for name in fields.get("properties", {}):
+        if not FIELD_NAME.fullmatch(name):
+            yield ("properties", name), f"the field name {shown(name)} is refused: names match {FIELD_NAME.pattern}"
+
+
+def _wrong_references(schema: dict[str, Any]) -> Iterator[tuple[Path, str]]:
+    known = schema.get("$defs", {})
+    for path, part in _walk(schema, ()):
+        for keyword in sorted(_ADDRESSES & part.keys()):
+            yield (*path, keyword), f"{keyword} is not supported: put shared parts in '$defs'"
+        if "$ref" in part:
+            target = _LOCAL_REF.fullmatch(part["$ref"])
+            if target is None or target.group(1) not in known:
+                yield (*path, "$ref"), f"the reference {shown(part['$ref'])} leads to no entry of '$defs'"
+
+
+def _walk(schema: Any, path: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    if not isinstance(schema, dict):  # true and false are schemas too
+        return
+    yield path, schema
+    for keyword, value in schema.items():
+        for key, part in _parts(keyword, value):
+            yield from _walk(part, (*path, keyword, *key))
+
+
+def _parts(keyword: str, value: Any) -> Iterator[tuple[Path, Any]]:
+    if keyword in _NAMED:
+        yield from (((name,), part) for name, part in value.items())
+    elif keyword in _LISTED:
+        yield from (((index,), part) for index, part in enumerate(value))
+    elif keyword in _SINGLE:
+        yield (), value
+
+
+def meaning(schema: Any) -> Any:
+    """Return ``schema`` without annotations (titles, descriptions, defaults ...), which decide nothing."""
+    if not isinstance(schema, dict):
+        return schema
+    result: dict[str, Any] = {}
+    for keyword, value in schema.items():
+        if keyword in _NAMED:
+            result[keyword] = {name: meaning(part) for name, part in value.items()}
+        elif keyword in _LISTED:
+            result[keyword] = [meaning(part) for part in value]
+        elif keyword in _SINGLE:
+            result[keyword] = meaning(value)
+        elif keyword not in _ANNOTATIONS:
+            result[keyword] = value
+    return result
+
+
+def for_patch(schema: dict[str, Any]) -> dict[str, Any]:
+    """Return the rules that apply to each field by itself."""
+    fields = _object(schema)
+    return {keyword: fields[keyword] for keyword in _PATCH_KEYWORDS if keyword in fields}
+
+
+def _object(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema of the object itself: pydantic puts that of a recursive model into ``$defs`` and refers to it."""
+    target = _LOCAL_REF.fullmatch(schema.get("$ref", ""))
+    if target is None:
+        return schema
+    shared = schema.get("$defs", {})
+    found = shared.get(target.group(1))
+    return {"$defs": shared, **(found if isinstance(found, dict) else {})}

@@ -1,0 +1,56 @@
+"""What each database does in a form of its own. ``postgresql``, ``sqlite`` and ``generic`` hold the three sets of forms.
+
+They give the same result; only the speed differs (SPEED.md 2.2, 2.3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import sqlalchemy as sa
+
+from statecache.durable.rows import Row
+
+Key = tuple[str, str, int, int]
+"""``(machine, id, version, partition)``; the numbers are 0 where a statement does not ask for them."""
+
+
+class Forms(Protocol):
+    """The statements of one database."""
+
+    @property
+    def keys_max(self) -> int:
+        """How many keys one statement may carry."""
+        ...
+
+    def keys(self) -> sa.FromClause:
+        """A relation ``n, machine, id, version, partition`` of the keys that ``bind_keys`` binds, ``n`` rising."""
+        ...
+
+    def bind_keys(self, keys: Sequence[Key]) -> dict[str, object]: ...
+
+    def insert_history(
+        self, connection: sa.Connection, lines: Sequence[str], rows: Callable[[], Sequence[Row]]
+    ) -> None: ...
+
+    def insert_checkpoints(self, connection: sa.Connection, rows: Sequence[Row]) -> None: ...
+
+    def upsert_checkpoints(self, connection: sa.Connection, rows: Sequence[Row]) -> int: ...
+
+    def adjust_counts(self, connection: sa.Connection, deltas: Mapping[tuple[int, str, str], int]) -> None: ...
+
+    def index_tail(self, connection: sa.Connection) -> None:
+        """Bring the entry index of history up to date, where that is not done by the insert."""
+        ...
+
+
+def execute_counted(
+    connection: sa.Connection, statement: sa.Executable, values: Sequence[Mapping[str, object]]
+) -> int:
+    """Run ``statement`` for each of ``values``, in their order, and return how many rows changed in all."""
+    if not values:
+        return 0
+    if connection.dialect.supports_sane_multi_rowcount:
+        return connection.execute(statement, values).rowcount
+    return sum(connection.execute(statement, one).rowcount for one in values)

@@ -1,0 +1,231 @@
+"""Connections: how each database must be spoken to so that a commit is durable and nothing waits for ever.
+
+One ``Database`` has three faces of one pool. ``reader`` runs single statements outside a transaction: each is its own
+snapshot and costs one round trip. ``writer`` opens a transaction that takes its locks at once. ``engine`` is the plain
+one, for migrations and streams.
+
+- SQLite: pysqlite's own transaction control is off (it would leave a SELECT outside the transaction); a write transaction
+  begins with BEGIN IMMEDIATE, because a deferred one that turns into a writer fails without waiting. WAL with
+  ``synchronous=FULL``: a commit survives power loss, and costs the bulk flush nothing that could be measured.
+- PostgreSQL: READ COMMITTED; the compare-and-set on the partition's row is what keeps writers apart. Limits on locks,
+  idling and the whole transaction are set inside each write transaction (``SET LOCAL``), so that they hold behind a
+  transaction pooler too and a stopped process cannot hold a partition for ever.
+
+There is no ping before use (it would double the cost of a look-up). A pooled connection that died meanwhile is found by
+its first statement, which is run once more on a fresh one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import sqlalchemy as sa
+from sqlalchemy.engine import URL, make_url
+
+from statecache.core import errors
+from statecache.durable import faults
+
+T = TypeVar("T")
+
+CONNECT_TIMEOUT_SECONDS = 10
+POOL_TIMEOUT_SECONDS = 10.0
+BUSY_TIMEOUT_SECONDS = 15.0
+_SQLITE_BEGIN = "statecache_sqlite_begin"
+_POSTGRESQL_LIMITS = "SET LOCAL lock_timeout = '30s'; SET LOCAL idle_in_transaction_session_timeout = '15s'"
+_POSTGRESQL_17_LIMITS = "; SET LOCAL transaction_timeout = '120s'"
+
+# Pools of the parent process, kept alive in a child: closing a SQLite or TLS connection here would disturb the parent's.
+_abandoned: list[sa.Pool] = []
+
+
+class Database:
+    """The connections to one database. Thread-safe; a child process after a fork gets connections of its own."""
+
+    def __init__(self, engine: sa.Engine) -> None:
+        self.engine = engine
+        self.dialect = engine.dialect
+        if engine.dialect.name == "sqlite":
+            self.reader = engine
+            self.writer = engine.execution_options(**{_SQLITE_BEGIN: "BEGIN IMMEDIATE"})
+        else:
+            self.reader = engine.execution_options(isolation_level="AUTOCOMMIT")
+            self.writer = engine
+        _forget_after_fork(engine)
+
+    @property
+    def name(self) -> str:
+        """Where it is, without the password."""
+        return self.engine.url.render_as_string(hide_password=True)
+
+    def translated(self) -> contextlib.AbstractContextManager[None]:
+        return faults.translated(self.dialect)
+
+    def read(self, work: Callable[[sa.Connection], T]) -> T:
+        """Run ``work``, which reads only, on a connection where each statement is a snapshot of its own."""
+        with self.translated():
+            try:
+                with self.reader.connect() as connection:
+                    return work(connection)
+            except sa.exc.DBAPIError as error:
+                if not error.connection_invalidated:
+                    raise
+            with self.reader.connect() as connection:
+                return work(connection)
+
+    @contextlib.contextmanager
+    def transaction(self, *, limited: bool = True) -> Iterator[sa.Connection]:
+        """A write transaction that commits at the end. A commit that may or may not have happened: ``CommitUnknown``.
+
+        ``limited=False`` lets it take any time (a migration may have to rewrite a large table).
+        """
+        connection = self._begin(limited)
+        try:
+            with self.translated():
+                yield connection
+            self._commit(connection)
+        finally:
+            self._give_back(connection)
+
+    def _begin(self, limited: bool) -> sa.Connection:
+        with self.translated():
+            try:
+                return self._begin_once(limited)
+            except sa.exc.DBAPIError as error:
+                if not error.connection_invalidated:
+                    raise
+            return self._begin_once(limited)
+
+    def _begin_once(self, limited: bool) -> sa.Connection:
+        connection = self.writer.connect()
+        try:
+            connection.begin()
+            if self.dialect.name == "postgresql" and limited:
+                recent = (self.dialect.server_version_info or (0,)) >= (17,)  # type: ignore[attr-defined]
+                connection.exec_driver_sql(_POSTGRESQL_LIMITS + (_POSTGRESQL_17_LIMITS if recent else ""))
+        except BaseException:
+            self._give_back(connection)
+            raise
+        return connection
+
+    def _commit(self, connection: sa.Connection) -> None:
+        try:
+            with self.translated():
+                connection.commit()
+        except faults.Transient:
+            raise
+        except errors.UnavailableError as error:
+            raise faults.CommitUnknown(f"whether SQL committed is unknown: {error}") from error.__cause__
+
+    def _give_back(self, connection: sa.Connection) -> None:
+        """Roll back what was not committed. A connection that cannot even do that is thrown away."""
+        try:
+            connection.close()
+        except (sa.exc.SQLAlchemyError, self.dialect.loaded_dbapi.Error):
+            connection.invalidate()
+            connection.close()
+
+    def close(self) -> None:
+        self.engine.dispose()
+
+
+def open_database(url: str) -> Database:
+    """Make the connections' pool; nothing is connected yet. Raises ``ConfigurationError`` for a URL that cannot work."""
+    parsed = _parse(url)
+    options: dict[str, Any] = {"hide_parameters": True, "pool_timeout": POOL_TIMEOUT_SECONDS}
+    backend = parsed.get_backend_name()
+    if backend == "sqlite":
+        if not parsed.database or parsed.database == ":memory:" or "mode=memory" in parsed.database:
+            raise errors.ConfigurationError("an in-memory SQLite database is refused: it is not durable; name a file")
+        options["connect_args"] = {"timeout": BUSY_TIMEOUT_SECONDS, "isolation_level": None}
+    else:
+        options.update(isolation_level="READ COMMITTED", skip_autocommit_rollback=True)
+        if parsed.get_driver_name() == "psycopg":
+            options["connect_args"] = {"connect_timeout": CONNECT_TIMEOUT_SECONDS}
+    try:
+        engine = sa.create_engine(parsed, **options)
+    except sa.exc.NoSuchModuleError as error:
+        raise errors.ConfigurationError(f"SQLAlchemy knows no database {parsed.drivername!r}: {error}") from error
+    except ModuleNotFoundError as error:
+        raise errors.ConfigurationError(
+            f"the driver for {parsed.drivername!r} is not installed ({error}); for PostgreSQL: pip install 'psycopg[binary]'"
+        ) from error
+    if engine.dialect.is_async:
+        raise errors.ConfigurationError(f"{parsed.drivername!r} is an asyncio driver: name a synchronous one")
+    if backend == "sqlite":
+        sa.event.listen(engine, "connect", _prepare_sqlite)
+        sa.event.listen(engine, "begin", _begin_sqlite)
+    return Database(engine)
+
+
+def _parse(url: str) -> URL:
+    try:
+        parsed = make_url(url)
+        if parsed.drivername == "postgres":  # libpq's and many hosts' spelling
+            parsed = parsed.set(drivername="postgresql")
+        parsed.get_backend_name()
+    except (sa.exc.ArgumentError, ValueError, AttributeError):
+        # The text may hold a password, and the parser's message a piece of it: neither is repeated.
+        raise errors.ConfigurationError(
+            "the database URL cannot be read: it should look like 'sqlite:////var/lib/statecache/store.db' or "
+            "'postgresql://user:password@host:5432/database' (special characters in the password %-encoded)"
+        ) from None
+    return parsed
+
+
+def _prepare_sqlite(connection: sqlite3.Connection, record: object) -> None:
+    _switch_to_wal(connection)
+    for pragma in ("synchronous=FULL", "cache_size=-16384", "temp_store=MEMORY", "wal_autocheckpoint=4000"):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def _switch_to_wal(connection: sqlite3.Connection) -> None:
+    """The first connection to a file turns it to WAL. SQLite does not wait for others while it does, so we do."""
+    deadline = time.monotonic() + BUSY_TIMEOUT_SECONDS
+    while True:
+        try:
+            if connection.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
+                connection.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorname != "SQLITE_BUSY" or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
+
+
+def _begin_sqlite(connection: sa.Connection) -> None:
+    begin = connection.get_execution_options().get(_SQLITE_BEGIN)
+    if begin:
+        connection.exec_driver_sql(begin)
+
+
+def _forget_after_fork(engine: sa.Engine) -> None:
+    """In a child process, leave the parent's connections alone and start with an empty pool."""
+    reference = weakref.ref(engine)
+
+    def forget() -> None:
+        inherited = reference()
+        if inherited is not None:
+            _abandoned.append(inherited.pool)
+            inherited.dispose(close=False)
+
+    os.register_at_fork(after_in_child=forget)
+
+
+def durability_settings(database: Database) -> dict[str, str]:
+    """Return the settings that decide whether a commit survives power loss, as the server tells them (for ``doctor``)."""
+    if database.dialect.name == "sqlite":
+        names = ("journal_mode", "synchronous")
+        return database.read(lambda c: {name: str(c.exec_driver_sql(f"PRAGMA {name}").scalar()) for name in names})
+    if database.dialect.name != "postgresql":
+        return {}
+    wanted = sa.text(
+        "SELECT name, setting FROM pg_settings WHERE name IN "
+        "('fsync', 'synchronous_commit', 'full_page_writes', 'server_version', 'data_sync_retry')"
+    )
+    return database.read(lambda c: {str(name): str(setting) for name, setting in c.execute(wanted)})

@@ -1,0 +1,145 @@
+"""The errors of this package, and the one place where drivers' errors become ours.
+
+The flusher tells four answers of SQL apart: try the same again (``Transient``), come back when it is there
+(``UnavailableError``), this data will never go in (``Refused``), and somebody else has been here (``Overtaken``,
+``Superseded``, ``KeyHit``). A driver's message may hold values, so only constraint names and codes go into ours; the
+driver's error stays as ``__cause__``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import sqlalchemy as sa
+
+from statecache.core import errors
+
+
+class Transient(errors.UnavailableError):
+    """A deadlock, a lock or statement timeout, a busy file: the transaction was rolled back; run the same one again."""
+
+
+class CommitUnknown(errors.UnavailableError):
+    """The connection was lost while COMMIT was under way: read the watermark (or the owner) back, never just repeat."""
+
+
+class Overtaken(errors.StateCacheError):
+    """The partition's row is not what the caller read: another flusher or a recovery went ahead. Drop everything read."""
+
+
+class Superseded(errors.StateCacheError):
+    """The store belongs to a newer recovery: this one has ended."""
+
+
+class Refused(errors.StateCacheError):
+    """SQL refuses the transaction for its data: repeating it cannot help. Bisect to the entry."""
+
+
+class KeyHit(errors.IntegrityError):
+    """A key that must be new is there already: an entry flushed before (a replay) or another one in its place (a fork)."""
+
+
+# PostgreSQL: the first match of the whole code, then of its class. Codes as in its manual, appendix A.
+_SQLSTATES: dict[str, type[errors.StateCacheError]] = {
+    "40001": Transient,  # serialization failure
+    "40P01": Transient,  # deadlock
+    "55P03": Transient,  # lock timeout
+    "57014": Transient,  # statement timeout or cancelled
+    "23505": KeyHit,
+    "54000": Refused,  # a limit of the server, such as the size of an index entry
+    "22": Refused,
+    "23": Refused,
+    "28": errors.ConfigurationError,  # role or password
+    "3D": errors.ConfigurationError,  # no such database
+    "3F": errors.ConfigurationError,  # no such schema
+    "42": errors.ConfigurationError,  # no such table or column, no privilege
+    "54": Refused,
+}
+_SQLITE_NAMES: dict[str, type[errors.StateCacheError]] = {
+    "SQLITE_BUSY": Transient,
+    "SQLITE_LOCKED": Transient,
+    "SQLITE_CONSTRAINT_PRIMARYKEY": KeyHit,
+    "SQLITE_CONSTRAINT_UNIQUE": KeyHit,
+    "SQLITE_CONSTRAINT": Refused,
+    "SQLITE_MISMATCH": Refused,
+    "SQLITE_TOOBIG": Refused,
+    "SQLITE_CANTOPEN": errors.ConfigurationError,
+    "SQLITE_READONLY": errors.ConfigurationError,
+    "SQLITE_NOTADB": errors.ConfigurationError,
+    "SQLITE_PERM": errors.ConfigurationError,
+    "SQLITE_ERROR": errors.ConfigurationError,  # no such table or column: statements are fixed
+}
+_REFUSED_LOGINS = (
+    "authentication failed",
+    "no password supplied",
+    "no pg_hba.conf entry",
+    "does not exist",
+    "is not permitted to log in",
+    "permission denied for database",
+    "invalid connection option",
+    "invalid integer value",
+    "invalid sslmode value",
+    "invalid port number",
+)
+_MESSAGES: dict[type[errors.StateCacheError], str] = {
+    Transient: "SQL gave way to another transaction; run it again",
+    KeyHit: "SQL already holds a row with this key",
+    Refused: "SQL refuses this data",
+    errors.ConfigurationError: (
+        "SQL refuses to work with this configuration (if tables or columns are missing, run 'statecache db upgrade')"
+    ),
+    errors.UnavailableError: "SQL could not be reached or gave up",
+}
+
+
+def kind_of(error: BaseException) -> type[errors.StateCacheError] | None:
+    """Return the class of ours that a driver's error means, or None for a mistake of the program."""
+    original = getattr(error, "orig", None) or error
+    if isinstance(original, (UnicodeEncodeError, OverflowError)):
+        return Refused
+    sqlstate = getattr(original, "sqlstate", None)
+    if sqlstate:
+        known = _SQLSTATES.get(sqlstate) or _SQLSTATES.get(sqlstate[:2])
+        return known or errors.UnavailableError
+    name = getattr(original, "sqlite_errorname", None)
+    if name:
+        return _SQLITE_NAMES.get(name) or _SQLITE_NAMES.get(name.rsplit("_", 1)[0]) or errors.UnavailableError
+    if isinstance(error, sa.exc.TimeoutError):
+        return errors.UnavailableError
+    return _kind_by_class(original)
+
+
+def _kind_by_class(original: BaseException) -> type[errors.StateCacheError] | None:
+    """By the class names of PEP 249, for errors that carry no code and for other drivers."""
+    names = {ancestor.__name__ for ancestor in type(original).__mro__}
+    if names & {"OperationalError", "InterfaceError"}:
+        refused = any(text in str(original) for text in _REFUSED_LOGINS)
+        return errors.ConfigurationError if refused else errors.UnavailableError
+    if "IntegrityError" in names:
+        return KeyHit
+    return Refused if "DataError" in names else None
+
+
+def _detail(kind: type[errors.StateCacheError], error: BaseException) -> str:
+    """Driver's class and code, and its message unless that may quote the data."""
+    original = getattr(error, "orig", None) or error
+    code = getattr(original, "sqlstate", None) or getattr(original, "sqlite_errorname", None)
+    constraint = getattr(getattr(original, "diag", None), "constraint_name", None)
+    parts = [type(original).__name__, code, constraint]
+    if kind not in (Refused, KeyHit):
+        parts.append(": " + (str(original).splitlines() or [""])[0])
+    return " ".join(part for part in parts if part).replace(" : ", ": ")
+
+
+@contextlib.contextmanager
+def translated(dialect: sa.Dialect) -> Iterator[None]:
+    """Raise ours instead of the driver's errors; ``__cause__`` is the driver's."""
+    try:
+        yield
+    except (sa.exc.SQLAlchemyError, dialect.loaded_dbapi.Error, UnicodeEncodeError, OverflowError) as error:
+        kind = kind_of(error)
+        if kind is None:
+            raise
+        message = _MESSAGES.get(kind, _MESSAGES[errors.UnavailableError])
+        raise kind(f"{message} ({_detail(kind, error)})") from (getattr(error, "orig", None) or error)

@@ -1,0 +1,96 @@
+"""The forms for any other database: SQLAlchemy Core alone, one key or row at a time where nothing better is portable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import sqlalchemy as sa
+
+from statecache.durable import bulk, schema
+from statecache.durable.rows import Row
+
+_checkpoints = schema.checkpoints.c
+_counts = schema.state_counts.c
+
+_UPDATE_CHECKPOINT = (
+    sa.update(schema.checkpoints)
+    .where(
+        _checkpoints.machine == sa.bindparam("k_machine"),
+        _checkpoints.id == sa.bindparam("k_id"),
+        _checkpoints.version < sa.bindparam("k_version"),
+    )
+    .values({name: sa.bindparam(name) for name in schema.CHECKPOINT_CHANGES})
+)
+_CHECKPOINT_EXISTS = sa.select(sa.literal(1)).where(
+    _checkpoints.machine == sa.bindparam("k_machine"), _checkpoints.id == sa.bindparam("k_id")
+)
+_UPDATE_COUNT = (
+    sa.update(schema.state_counts)
+    .where(
+        _counts.partition == sa.bindparam("k_partition"),
+        _counts.machine == sa.bindparam("k_machine"),
+        _counts.state == sa.bindparam("k_state"),
+    )
+    .values(count=_counts.count + sa.bindparam("change"))
+)
+
+
+class Generic:
+    """See ``bulk.Forms``."""
+
+    keys_max = 1
+
+    def keys(self) -> sa.FromClause:
+        return sa.select(
+            sa.literal(0).label("n"),
+            sa.bindparam("k_machine", type_=sa.Text).label("machine"),
+            sa.bindparam("k_id", type_=sa.Text).label("id"),
+            sa.bindparam("k_version", type_=sa.BigInteger).label("version"),
+            sa.bindparam("k_partition", type_=sa.Integer).label("partition"),
+        ).subquery("k")
+
+    def bind_keys(self, keys: Sequence[bulk.Key]) -> dict[str, object]:
+        [(machine, id, version, partition)] = keys
+        return {"k_machine": machine, "k_id": id, "k_version": version, "k_partition": partition}
+
+    def insert_history(
+        self, connection: sa.Connection, lines: Sequence[str], rows: Callable[[], Sequence[Row]]
+    ) -> None:
+        names = schema.ENTRY_COLUMNS
+        numbers = [names.index(name) for name in names if isinstance(schema.transitions.c[name].type, sa.Integer)]
+        values = []
+        for row in rows():
+            parts = list(row)
+            for index in numbers:
+                parts[index] = None if parts[index] is None else int(parts[index])  # type: ignore[call-overload]
+            values.append(dict(zip(names, parts, strict=True)))
+        connection.execute(sa.insert(schema.transitions), values)
+
+    def insert_checkpoints(self, connection: sa.Connection, rows: Sequence[Row]) -> None:
+        names = schema.CHECKPOINT_COLUMNS
+        connection.execute(sa.insert(schema.checkpoints), [dict(zip(names, row, strict=True)) for row in rows])
+
+    def upsert_checkpoints(self, connection: sa.Connection, rows: Sequence[Row]) -> int:
+        written = 0
+        missing: list[Row] = []
+        for row in rows:
+            values = dict(zip(schema.CHECKPOINT_COLUMNS, row, strict=True))
+            key = {"k_machine": values["machine"], "k_id": values["id"]}
+            changes = {name: values[name] for name in schema.CHECKPOINT_CHANGES}
+            changed = connection.execute(_UPDATE_CHECKPOINT, {**changes, **key, "k_version": values["version"]}).rowcount
+            written += changed
+            if not changed and connection.execute(_CHECKPOINT_EXISTS, key).first() is None:
+                missing.append(row)
+        if missing:
+            self.insert_checkpoints(connection, missing)
+        return written + len(missing)
+
+    def adjust_counts(self, connection: sa.Connection, deltas: Mapping[tuple[int, str, str], int]) -> None:
+        for (partition, machine, state), change in deltas.items():
+            key = {"k_partition": partition, "k_machine": machine, "k_state": state}
+            if not connection.execute(_UPDATE_COUNT, {**key, "change": change}).rowcount:
+                row = {"partition": partition, "machine": machine, "state": state, "count": change}
+                connection.execute(sa.insert(schema.state_counts), row)
+
+    def index_tail(self, connection: sa.Connection) -> None:
+        """A B-tree is always up to date."""

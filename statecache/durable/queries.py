@@ -1,0 +1,322 @@
+"""The questions. Statements that take many keys are built once per store, on the relation of keys that its database has.
+
+Which index serves which question is said beside each; ``tests/integration/test_durable_plans.py`` holds them to it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import msgspec
+import sqlalchemy as sa
+
+from statecache.core import codec, entry, model
+from statecache.durable import bulk, engine, letters, schema
+from statecache.durable.rows import Above, Instance, PartitionRow, Standing
+
+_PARKED_FEW = 1000
+
+_checkpoints = schema.checkpoints.c
+_transitions = schema.transitions.c
+_letters = schema.dead_letters.c
+_partitions = schema.partitions.c
+_counts = schema.state_counts.c
+
+_CHECKPOINT = (
+    _checkpoints.machine, _checkpoints.id, _checkpoints.partition, _checkpoints.state, _checkpoints.version,
+    _checkpoints.epoch, _checkpoints.seq, _checkpoints.created_ms, _checkpoints.updated_ms, _checkpoints.machine_version,
+    _checkpoints.final, _checkpoints.recent, _checkpoints.data,
+)  # fmt: skip
+_TRANSITION = (
+    _transitions.machine, _transitions.id, _transitions.version, _transitions.event, _transitions.from_state,
+    _transitions.to_state, _transitions.at_ms, _transitions.transition_id, _transitions.actor, _transitions.reason,
+    _transitions.occurred_ms, _transitions.patch, _transitions.unset, _transitions.increments,
+    _transitions.machine_version, _transitions.epoch, _transitions.seq, _transitions.covers_from, _transitions.complete,
+)  # fmt: skip
+
+_decode_json = msgspec.json.Decoder(dict[str, Any]).decode
+
+
+def checkpoint_of(row: Sequence[Any]) -> model.Checkpoint:
+    """A checkpoint from a row in ``schema.CHECKPOINT_COLUMNS`` order."""
+    machine, id, partition, state, version, epoch, seq, created, updated, machine_version, final, recent, data = row
+    return model.Checkpoint(
+        machine, id, partition, state, version, entry.EntryId(epoch, seq), created, updated, machine_version, bool(final),
+        recent, data,
+    )  # fmt: skip
+
+
+def _transition_of(row: Sequence[Any]) -> model.Transition:
+    (machine, id, version, event, source, target, at, transition_id, actor, reason, occurred, patch, unset, increments,
+     machine_version, epoch, seq, covers_from, complete) = row  # fmt: skip
+    return model.Transition(
+        machine, id, version, event, source, target, at, transition_id, actor, reason, occurred,
+        _decode_json(patch) if patch else {},
+        tuple(unset.split(" ")) if unset else (),
+        _decode_json(increments) if increments else {},
+        machine_version, f"{epoch}-{seq}", True, covers_from, bool(complete),
+    )  # fmt: skip
+
+
+class Queries:
+    """The statements that take many keys, for one database."""
+
+    def __init__(self, forms: bulk.Forms) -> None:
+        self._forms = forms
+        keys = forms.keys()
+        of_key = (_checkpoints.machine == keys.c.machine) & (_checkpoints.id == keys.c.id)
+        letter_of_key = (_letters.machine == keys.c.machine) & (_letters.id == keys.c.id)
+        located = keys.outerjoin(schema.partitions, _partitions.partition == keys.c.partition)
+        # Left joins keep the order: keys first, then one step into each primary key.
+        self._lookup = sa.select(
+            keys.c.n, _partitions.watermark_epoch, _partitions.watermark_seq, _letters.transition_id, *_CHECKPOINT
+        ).select_from(
+            located.outerjoin(schema.checkpoints, of_key).outerjoin(schema.dead_letters, letter_of_key)
+        ).order_by(keys.c.n, _letters.version)  # fmt: skip
+        self._standing = sa.select(
+            _partitions.watermark_epoch, _partitions.watermark_seq, _transitions.transition_id, _transitions.epoch,
+            _transitions.seq, _letters.transition_id.label("letter"),
+        ).select_from(
+            located.outerjoin(
+                schema.transitions,
+                (_transitions.machine == keys.c.machine)
+                & (_transitions.id == keys.c.id)
+                & (_transitions.version == keys.c.version),
+            ).outerjoin(schema.dead_letters, letter_of_key & (_letters.version == keys.c.version))
+        ).order_by(keys.c.n)  # fmt: skip
+        self._checkpoints = sa.select(*_CHECKPOINT).select_from(keys.outerjoin(schema.checkpoints, of_key))
+        self._parked = sa.select(_letters.machine, _letters.id).select_from(
+            keys.outerjoin(schema.dead_letters, letter_of_key)
+        )
+
+    def _pages(self, connection: sa.Connection, statement: sa.Select[Any], keys: Sequence[bulk.Key]) -> Iterator[Any]:
+        size = self._forms.keys_max
+        for start in range(0, len(keys), size):
+            bound = self._forms.bind_keys(keys[start : start + size])
+            yield connection.execute(statement, bound).fetchall()
+
+    def lookup(self, connection: sa.Connection, addresses: Sequence[tuple[str, str, int]]) -> list[model.Lookup]:
+        """Served by the primary keys of partitions, checkpoints and letters."""
+        keys = [(machine, id, 0, partition) for machine, id, partition in addresses]
+        found: list[model.Lookup] = []
+        for rows in self._pages(connection, self._lookup, keys):
+            for _, mine in itertools.groupby(rows, key=_first):
+                found.append(_lookup_of(list(mine)))
+        return found
+
+    def standing(self, connection: sa.Connection, receipts: Sequence[tuple[str, str, int, int]]) -> list[Standing]:
+        """Served by the primary keys of partitions, transitions and letters."""
+        found: list[Standing] = []
+        for rows in self._pages(connection, self._standing, receipts):
+            for watermark_epoch, watermark_seq, transition_id, epoch, seq, letter in rows:
+                watermark = entry.EntryId(watermark_epoch or 0, watermark_seq or 0)
+                entry_id = None if epoch is None else entry.EntryId(epoch, seq)
+                found.append(Standing(watermark, transition_id, entry_id, letter))
+        return found
+
+    def checkpoints(
+        self, connection: sa.Connection, instances: Sequence[Instance]
+    ) -> dict[Instance, model.Checkpoint]:
+        """Served by the primary key of checkpoints."""
+        keys = [(machine, id, 0, 0) for machine, id in instances]
+        return {
+            (row[0], row[1]): checkpoint_of(row)
+            for rows in self._pages(connection, self._checkpoints, keys)
+            for row in rows
+            if row[0] is not None
+        }
+
+    def parked(self, connection: sa.Connection, instances: Sequence[Instance]) -> set[Instance]:
+        """While few instances are parked, read them all (mostly none); else ask for these by the letters' primary key."""
+        few = letters.parked(connection, _PARKED_FEW + 1)
+        if len(few) <= _PARKED_FEW:
+            return set(few).intersection(instances)
+        keys = [(machine, id, 0, 0) for machine, id in instances]
+        pages = self._pages(connection, self._parked, keys)
+        return {(row[0], row[1]) for rows in pages for row in rows if row[0] is not None}
+
+
+def _first(row: Sequence[Any]) -> Any:
+    return row[0]
+
+
+def _lookup_of(rows: Sequence[Sequence[Any]]) -> model.Lookup:
+    """One address' rows: as many as it has letters, at least one."""
+    _, watermark_epoch, watermark_seq, letter, *checkpoint = rows[0]
+    return model.Lookup(
+        entry.EntryId(watermark_epoch or 0, watermark_seq or 0),
+        checkpoint_of(checkpoint) if checkpoint[0] is not None else None,
+        () if letter is None else tuple([codec.token_of(row[3]) for row in rows]),
+    )
+
+
+def partitions(connection: sa.Connection, numbers: Sequence[int] | None) -> list[PartitionRow]:
+    asked = sa.select(schema.partitions).order_by(_partitions.partition)
+    if numbers is not None:
+        asked = asked.where(_partitions.partition.in_(numbers))
+    return [
+        PartitionRow(
+            row.partition, row.epoch, row.owner, entry.EntryId(row.watermark_epoch, row.watermark_seq),
+            entry.EntryId(row.tail_epoch, row.tail_seq), row.tail_seen_ms,
+        )
+        for row in connection.execute(asked)
+    ]  # fmt: skip
+
+
+def counts(connection: sa.Connection, machine: str) -> dict[str, int]:
+    """Served by the primary key of state_counts (machine, state, partition)."""
+    asked = (
+        sa.select(_counts.state, sa.func.sum(_counts.count))
+        .where(_counts.machine == machine)
+        .group_by(_counts.state)
+        .order_by(_counts.state)
+    )
+    return {state: int(count) for state, count in connection.execute(asked) if count}
+
+
+def _found(
+    machine: str, state: str, after: tuple[int, str] | None, until_ms: int | None, limit: int
+) -> sa.Select[Any]:
+    """One range of the find index (machine, state, updated_ms)."""
+    asked = sa.select(*_CHECKPOINT).where(_checkpoints.machine == machine, _checkpoints.state == state)
+    if until_ms is not None:
+        asked = asked.where(_checkpoints.updated_ms <= until_ms)
+    if after is not None:
+        updated_ms, id = after
+        asked = asked.where(_checkpoints.updated_ms >= updated_ms)
+        asked = asked.where((_checkpoints.updated_ms > updated_ms) | (_checkpoints.id > id))
+    return asked.order_by(_checkpoints.updated_ms, _checkpoints.id).limit(limit)
+
+
+def find(
+    connection: sa.Connection,
+    machine: str,
+    state: str | None,
+    after: tuple[int, str] | None,
+    until_ms: int | None,
+    limit: int,
+) -> list[model.Checkpoint]:
+    """The oldest checkpoints of a state; of any state: the oldest of each one that the counts know, merged."""
+    states = [state] if state is not None else list(counts(connection, machine))
+    found = [
+        checkpoint_of(row)
+        for each in states
+        for row in connection.execute(_found(machine, each, after, until_ms, limit))
+    ]
+    return sorted(found, key=lambda checkpoint: (checkpoint.updated_ms, checkpoint.id))[:limit]
+
+
+def history(
+    connection: sa.Connection,
+    machine: str,
+    id: str,
+    after_version: int,
+    up_to_version: int | None,
+    up_to_ms: int | None,
+) -> list[model.Transition]:
+    """Served by the primary key of transitions."""
+    asked = sa.select(*_TRANSITION).where(_transitions.machine == machine, _transitions.id == id)
+    if after_version:
+        asked = asked.where(_transitions.version > after_version)
+    if up_to_version is not None:
+        asked = asked.where(_transitions.version <= up_to_version)
+    if up_to_ms is not None:
+        asked = asked.where(_transitions.at_ms <= up_to_ms)
+    return [_transition_of(row) for row in connection.execute(asked.order_by(_transitions.version)).fetchall()]
+
+
+def transition_by_id(
+    connection: sa.Connection, machine: str, id: str, transition_id: str
+) -> model.Transition | None:
+    """Served by the primary key of transitions: one instance's rows are read. An index of its own would cost each flush."""
+    asked = sa.select(*_TRANSITION).where(
+        _transitions.machine == machine, _transitions.id == id, _transitions.transition_id == transition_id
+    )
+    row = connection.execute(asked.limit(1)).first()
+    return None if row is None else _transition_of(row)
+
+
+def transition_id_at(connection: sa.Connection, partition: int, entry_id: entry.EntryId) -> str | None:
+    """Served by the entry index of transitions; letters are few."""
+    for columns in (_transitions, _letters):
+        asked = sa.select(columns.transition_id).where(
+            columns.partition == partition, columns.epoch == entry_id.epoch, columns.seq == entry_id.seq
+        )
+        found: str | None = connection.execute(asked).scalar()
+        if found is not None:
+            return found
+    return None
+
+
+def above_statement(partition: int, entry_id: entry.EntryId) -> sa.CompoundSelect[Any]:
+    """Every instance with history or letters above an entry id.
+
+    By way of history, which is written in the log's order: a BRIN index finds its tail on PostgreSQL and costs the flush
+    nothing. Checkpoints are rewritten in place all over their table, so a BRIN index there would exclude nothing, and a
+    B-tree would have to move an entry with every transition. A checkpoint's entry id is always that of the newest row of
+    its history, as both are written in one transaction.
+    """
+
+    def behind(columns: Any) -> tuple[Any, Any]:
+        return (
+            (columns.partition == partition) & (columns.epoch > entry_id.epoch),
+            (columns.partition == partition) & (columns.epoch == entry_id.epoch) & (columns.seq > entry_id.seq),
+        )
+
+    touched = sa.union(
+        *(sa.select(_transitions.machine, _transitions.id).where(condition) for condition in behind(_transitions))
+    ).subquery("touched")
+    of_touched = (_checkpoints.machine == touched.c.machine) & (_checkpoints.id == touched.c.id)
+    saved = sa.select(
+        touched.c.machine, touched.c.id, _checkpoints.version, _checkpoints.epoch, _checkpoints.seq
+    ).select_from(touched.join(schema.checkpoints, of_touched))
+    aside = [
+        sa.select(_letters.machine, _letters.id, _letters.version, _letters.epoch, _letters.seq).where(condition)
+        for condition in behind(_letters)
+    ]
+    return sa.union_all(saved, *aside)
+
+
+def above(database: engine.Database, partition: int, entry_id: entry.EntryId, page: int) -> Iterator[list[Above]]:
+    """Stream ``above_statement``."""
+    statement = above_statement(partition, entry_id)
+    with database.translated(), database.engine.connect() as connection:
+        streaming = connection.execution_options(stream_results=True)
+        for rows in streaming.execute(statement).partitions(page):
+            yield [Above(row[0], row[1], row[2], entry.EntryId(row[3], row[4])) for row in rows]
+
+
+def iterate_checkpoints(
+    database: engine.Database, partition: int | None, machine: str | None, batch: int
+) -> Iterator[model.Checkpoint]:
+    """Pages by the primary key of checkpoints; ``partition`` filters them."""
+    key = sa.tuple_(_checkpoints.machine, _checkpoints.id)
+    asked = sa.select(*_CHECKPOINT).order_by(_checkpoints.machine, _checkpoints.id).limit(batch)
+    if machine is not None:
+        asked = asked.where(_checkpoints.machine == machine)
+    if partition is not None:
+        asked = asked.where(_checkpoints.partition == partition)
+    page = asked
+    while rows := _fetch(database, page):
+        yield from map(checkpoint_of, rows)
+        page = asked.where(key > sa.tuple_(*rows[-1][:2]))
+
+
+def iterate_transitions(database: engine.Database, machine: str | None, batch: int) -> Iterator[model.Transition]:
+    """Pages by the primary key of transitions."""
+    key = sa.tuple_(_transitions.machine, _transitions.id, _transitions.version)
+    asked = (
+        sa.select(*_TRANSITION).order_by(_transitions.machine, _transitions.id, _transitions.version).limit(batch)
+    )
+    if machine is not None:
+        asked = asked.where(_transitions.machine == machine)
+    page = asked
+    while rows := _fetch(database, page):
+        yield from map(_transition_of, rows)
+        page = asked.where(key > sa.tuple_(*rows[-1][:3]))
+
+
+def _fetch(database: engine.Database, statement: sa.Select[Any]) -> Sequence[Any]:
+    return database.read(lambda connection: connection.execute(statement).fetchall())

@@ -1,0 +1,103 @@
+"""The rows that this package takes and hands out; instances and transitions are those of ``core.model``."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import msgspec
+
+from statecache.core import entry
+
+Instance = tuple[str, str]
+"""``(machine, id)``."""
+
+Row = tuple[object, ...]
+"""A row in the column order that the function taking it names."""
+
+
+class StoreRow(msgspec.Struct, frozen=True):
+    """What kind of store this is, and whose incarnation of the hot data set is the current one."""
+
+    deployment: str
+    protocol: int
+    schema_version: int
+    partition_count: int
+    epoch: int
+    owner: str
+
+
+class PartitionRow(msgspec.Struct, frozen=True):
+    """How far one partition is in SQL, and the log tail that a flusher last saw."""
+
+    partition: int
+    epoch: int
+    owner: str
+    watermark: entry.EntryId
+    tail: entry.EntryId
+    tail_seen_ms: int
+
+
+class MachineRow(msgspec.Struct, frozen=True):
+    """One registered version of a machine."""
+
+    name: str
+    version: int
+    fingerprint: str
+    spec: str
+    registered_ms: int
+
+
+class RecoveryRow(msgspec.Struct, frozen=True):
+    """One recovery: alive while ``heartbeat_ms`` moves, done when ``finished_ms`` is set. ``report`` is JSON text."""
+
+    epoch: int
+    owner: str
+    started_ms: int
+    heartbeat_ms: int
+    finished_ms: int | None
+    classes: str
+    report: str
+
+
+class Advance(msgspec.Struct, frozen=True):
+    """Move one partition's watermark from ``old`` to ``new``, and note the log tail seen at ``seen_ms``."""
+
+    partition: int
+    epoch: int
+    owner: str
+    old: entry.EntryId
+    new: entry.EntryId
+    tail: entry.EntryId
+    seen_ms: int
+
+
+class Standing(msgspec.Struct, frozen=True):
+    """Where one version of an instance stands in SQL, read in one snapshot (protocol hole H11).
+
+    It is durable if ``transition_id`` is the receipt's. If it is not and the watermark is at or above the receipt's entry,
+    ``letter_id`` being the receipt's means parked, anything else means lost.
+    """
+
+    watermark: entry.EntryId
+    transition_id: str | None
+    entry_id: entry.EntryId | None
+    letter_id: str | None
+
+
+class Letter(msgspec.Struct, frozen=True):
+    """An open dead letter: an entry that SQL refused, or one that waits behind such an entry."""
+
+    entry: entry.Entry
+    partition: int
+    error: str
+    waiting: bool
+    noted_ms: int
+
+
+class Above(NamedTuple):
+    """An instance that SQL knows beyond some entry id."""
+
+    machine: str
+    id: str
+    version: int
+    entry_id: entry.EntryId

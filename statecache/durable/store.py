@@ -1,0 +1,207 @@
+"""``DurableStore``: what SQL knows, as plain questions and answers.
+
+Reads are single statements, each a snapshot of its own, and are repeated once if the pooled connection had died. Every
+method may raise ``UnavailableError`` (SQL is away; ``__cause__`` is the driver's error) and ``ConfigurationError``
+(SQL refuses to work with us). No method reads a clock: callers pass ``now_ms``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import sqlalchemy as sa
+
+from statecache.core import errors, model
+from statecache.durable import bulk, connecting, engine, faults, flush, forms, letters, queries, schema
+from statecache.durable.rows import Instance, Letter, MachineRow, PartitionRow, Standing, StoreRow
+
+
+class DurableStore:
+    """The SQL side of one deployment. Thread-safe, and safe in a child process after a fork."""
+
+    def __init__(self, database: engine.Database, bulk_forms: bulk.Forms | None = None) -> None:
+        self.database = database
+        self.forms = bulk_forms or forms.of(database.dialect)
+        self.queries = queries.Queries(self.forms)
+
+    @classmethod
+    def connect(
+        cls, url: str, *, partition_count: int | None = 16, create: bool = True, now_ms: int = 0
+    ) -> DurableStore:
+        """Connect and check that this is a store that this version of the package can work with.
+
+        With ``create``, a database without our tables gets them, and a store of ``partition_count`` partitions (16 for
+        None) is made, noted as created at ``now_ms``; two processes doing so at once end with the same store.
+        ``partition_count=None`` takes the store as it is. Raises ``ConfigurationError`` (URL, driver, login, schema
+        version, partition count) or ``UnavailableError``.
+        """
+        database = engine.open_database(url)
+        try:
+            connecting.check(database, partition_count, create, now_ms)
+        except BaseException:
+            database.close()
+            raise
+        return cls(database)
+
+    def close(self) -> None:
+        """Close the connections. The store may be used again: it would open new ones."""
+        self.database.close()
+
+    # What the store is
+
+    def identity(self) -> StoreRow:
+        """Return the store's row: deployment, versions, and the epoch and owner that count."""
+        return self.database.read(connecting.identity)
+
+    def partitions(self, numbers: Sequence[int] | None = None) -> list[PartitionRow]:
+        """Return the partitions' rows (all of them for None), by number, in one snapshot."""
+        return self.database.read(lambda connection: queries.partitions(connection, numbers))
+
+    def durability_settings(self) -> dict[str, str]:
+        """Return the database's settings that decide whether a commit survives power loss."""
+        return engine.durability_settings(self.database)
+
+    # Machines
+
+    def register_machine(self, name: str, version: int, fingerprint: str, spec_json: str, now_ms: int) -> None:
+        """Store a machine's definition. Repeating it changes nothing.
+
+        Raises ``DefinitionError`` if this version is registered with another fingerprint.
+        """
+        found = self._fingerprint(name, version)
+        if found is None:
+            row = {"name": name, "version": version, "fingerprint": fingerprint, "spec": spec_json}
+            try:
+                with self.database.transaction() as connection:
+                    connection.execute(sa.insert(schema.machines), {**row, "registered_ms": now_ms})
+            except faults.KeyHit:
+                found = self._fingerprint(name, version)
+            else:
+                return
+        if found != fingerprint:
+            raise errors.DefinitionError(
+                f"machine {name!r} version {version} is registered with another definition (fingerprint {found}, this one "
+                f"is {fingerprint}): raise the machine's version when its definition changes"
+            )
+
+    def _fingerprint(self, name: str, version: int) -> str | None:
+        column = schema.machines.c
+        asked = sa.select(column.fingerprint).where(column.name == name, column.version == version)
+        return self.database.read(lambda connection: connection.execute(asked).scalar())
+
+    def machine(self, name: str, version: int | None = None) -> tuple[int, str, str] | None:
+        """Return ``(version, fingerprint, spec)`` of that version, or of the latest one, or None."""
+        column = schema.machines.c
+        asked = sa.select(column.version, column.fingerprint, column.spec).where(column.name == name)
+        asked = asked.where(column.version == version) if version is not None else asked
+        asked = asked.order_by(column.version.desc()).limit(1)
+        row = self.database.read(lambda connection: connection.execute(asked).first())
+        return None if row is None else (row.version, row.fingerprint, row.spec)
+
+    def machines(self) -> list[MachineRow]:
+        """Return every version of every machine, by name and version."""
+        asked = sa.select(schema.machines).order_by(schema.machines.c.name, schema.machines.c.version)
+        return [MachineRow(*row) for row in self.database.read(lambda connection: connection.execute(asked).fetchall())]
+
+    # Instances
+
+    def lookup(self, addresses: Sequence[tuple[str, str, int]]) -> list[model.Lookup]:
+        """Return what SQL knows of each ``(machine, id, partition)``, in their order.
+
+        Watermark, checkpoint and letters of an instance come from ONE statement, hence one snapshot: read one after the
+        other they let a cold instance come back in an older version (protocol hole H9). Thousands may be asked at once.
+        """
+        return self.database.read(lambda connection: self.queries.lookup(connection, addresses))
+
+    def standing(self, receipts: Sequence[tuple[str, str, int, int]]) -> list[Standing]:
+        """Return where each ``(machine, id, version, partition)`` stands, in their order; one snapshot each."""
+        return self.database.read(lambda connection: self.queries.standing(connection, receipts))
+
+    def checkpoint(self, machine: str, id: str) -> model.Checkpoint | None:
+        """Return an instance's checkpoint."""
+        found = self.database.read(lambda connection: self.queries.checkpoints(connection, [(machine, id)]))
+        return found.get((machine, id))
+
+    def checkpoints(self, instances: Sequence[Instance]) -> dict[Instance, model.Checkpoint]:
+        """Return the checkpoints of those instances that have one."""
+        return self.database.read(lambda connection: self.queries.checkpoints(connection, instances))
+
+    def find(
+        self, machine: str, state: str | None = None, older_than_ms: int | None = None, limit: int = 100
+    ) -> list[model.Checkpoint]:
+        """Return up to ``limit`` instances in ``state`` (in any for None) last changed at or before ``older_than_ms``.
+
+        The oldest first. As of the watermark.
+        """
+        return self.database.read(
+            lambda connection: queries.find(connection, machine, state, None, older_than_ms, limit)
+        )
+
+    def idle(
+        self, machine: str, state: str, after: tuple[int, str], until_ms: int, limit: int = 1000
+    ) -> list[model.Checkpoint]:
+        """Return the next instances in ``state`` last changed up to ``until_ms``, oldest first, for eviction.
+
+        ``after`` is the ``(updated_ms, id)`` of the last one of the page before, ``(0, "")`` at first.
+        """
+        return self.database.read(
+            lambda connection: queries.find(connection, machine, state, after, until_ms, limit)
+        )
+
+    def counts(self, machine: str) -> dict[str, int]:
+        """Return how many instances are in each state that has any. As of the watermark."""
+        return self.database.read(lambda connection: queries.counts(connection, machine))
+
+    # History
+
+    def history(
+        self,
+        machine: str,
+        id: str,
+        after_version: int = 0,
+        up_to_version: int | None = None,
+        up_to_ms: int | None = None,
+    ) -> list[model.Transition]:
+        """Return an instance's transitions above ``after_version``, in order."""
+        return self.database.read(
+            lambda connection: queries.history(connection, machine, id, after_version, up_to_version, up_to_ms)
+        )
+
+    def transition(self, machine: str, id: str, version: int) -> model.Transition | None:
+        """Return one transition of an instance."""
+        found = self.history(machine, id, version - 1, version)
+        return found[0] if found else None
+
+    def transition_by_id(self, machine: str, id: str, transition_id: str) -> model.Transition | None:
+        """Return an instance's transition with this id. Costs one pass over the instance's history."""
+        return self.database.read(
+            lambda connection: queries.transition_by_id(connection, machine, id, transition_id)
+        )
+
+    def letters(self, machine: str, id: str) -> list[Letter]:
+        """Return an instance's open letters, oldest first. Any means that it is parked."""
+        return self.database.read(lambda connection: letters.of_instance(connection, machine, id))
+
+    # Everything, in pages, for verify
+
+    def iterate_checkpoints(
+        self, partition: int | None = None, machine: str | None = None, batch: int = 1000
+    ) -> Iterator[model.Checkpoint]:
+        """Yield checkpoints by machine and id. Each page is a snapshot of its own."""
+        return queries.iterate_checkpoints(self.database, partition, machine, batch)
+
+    def iterate_transitions(self, machine: str | None = None, batch: int = 5000) -> Iterator[model.Transition]:
+        """Yield history by machine, id and version. Each page is a snapshot of its own."""
+        return queries.iterate_transitions(self.database, machine, batch)
+
+    # Writing
+
+    @contextlib.contextmanager
+    def flush_transaction(self) -> Iterator[flush.FlushTransaction]:
+        """Open a flush transaction (see ``flush``); it commits at the end of the block.
+
+        Besides what its methods raise: ``Transient`` (run the same again), ``CommitUnknown`` (read the watermarks back).
+        """
+        with flush.transaction(self.database, self.forms, self.queries) as tx:
+            yield tx

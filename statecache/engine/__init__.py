@@ -1,0 +1,1 @@
+"""What knows both stores: the cache that callers use, the flusher, recovery, verify, and the embedded server."""

@@ -1,0 +1,114 @@
+"""Admission: is this Redis true, and if not, who makes it so?
+
+Asked whenever a script was refused or is unknown. SQL holds the epoch and owner that count; Redis must have the same in every
+partition, be ready, and be served by the server that the last recovery found true. If all match, the scripts are loaded on the
+connection that compared them, and the call goes on. Otherwise a recovery is under way (its heartbeat is fresh: wait), or is
+needed: whoever meets the untrue Redis first runs it, unless ``auto_recover`` is off.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable
+
+from statecache.core import errors
+from statecache.durable.store import DurableStore
+from statecache.durable import recoveries
+from statecache.durable.rows import StoreRow
+from statecache.hot import scripts
+from statecache.hot import store as hot_store
+
+_log = logging.getLogger(__name__)
+HEARTBEAT_STALE_MS = 10_000
+"""A recovery that has not given a sign of life for this long is taken for dead, and superseded."""
+
+
+class Admission:
+    """Admits one client to its Redis. Thread-safe: one thread asks, the others wait for its answer."""
+
+    def __init__(
+        self,
+        hot: hot_store.HotStore,
+        durable: DurableStore,
+        recover: Callable[[], object],
+        *,
+        auto_recover: bool,
+        revive: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._hot = hot
+        self._durable = durable
+        self._recover = recover
+        self._auto_recover = auto_recover
+        self._revive = revive
+        self._lock = threading.Lock()
+
+    def ensure(self, code: str, deadline: float) -> None:
+        """Return when Redis is admitted. Raises ``RecoveringError`` or ``UnavailableError`` at the deadline, and
+        ``ConfigurationError`` for a Redis that belongs to another deployment."""
+        stamp = self._hot.stamp
+        with self._lock:
+            if code in ("EPOCH", "NOSCRIPT") and self._hot.stamp != stamp:
+                return  # another thread has just been admitted
+            self._ensure_alone(deadline)
+
+    def _ensure_alone(self, deadline: float) -> None:
+        attempt = 0
+        while True:
+            try:
+                row = self._durable.identity()
+                codes = self._codes(row)
+                if codes == {"OK"}:
+                    self._hot.adopt(row.epoch, row.owner)
+                    return
+                reason: errors.StateCacheError = self._recover_or_wait(row, codes)
+            except errors.RecoveringError as error:  # another recoverer was faster
+                reason = error
+            except errors.UnavailableError as error:
+                reason = error
+                self._revive()
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise reason
+            time.sleep(min(left, 0.25, 0.002 * 2**attempt * random.uniform(0.5, 1.0)))
+            attempt = min(attempt + 1, 10)
+
+    def _codes(self, row: StoreRow) -> set[str]:
+        """What the partitions say to SQL's epoch and owner; the scripts are loaded if all say ``OK``."""
+        answer = self._hot.admit(scripts.Stamp(row.epoch, row.owner), load=row.epoch > 0)
+        check_belongs(row, answer, self._hot.keyspace.namespace)
+        return set(answer.codes) if row.epoch else {"EPOCH"}
+
+    def _recover_or_wait(self, row: StoreRow, codes: set[str]) -> errors.StateCacheError:
+        """Run a recovery, or find a reason to wait; returns what to tell the caller if time runs out."""
+        recovery = recoveries.recovery(self._durable, row.epoch, row.owner) if row.epoch else None
+        if recovery is not None:
+            # Between its report and its last "ready" a recovery is finished in SQL, and Redis still says recovering.
+            under_way = recovery.finished_ms is None or "RECOVERING" in codes
+            sign_ms = max(recovery.heartbeat_ms, recovery.finished_ms or 0)
+            if under_way and time.time() * 1000 - sign_ms < HEARTBEAT_STALE_MS:
+                return errors.RecoveringError(f"a recovery is under way (epoch {row.epoch}); try again when it has ended")
+        if not self._auto_recover and row.epoch:
+            return errors.RecoveringError(
+                "Redis is not what it was (it restarted, failed over or lost data) and auto_recover is off: "
+                "run 'statecache recover'"
+            )
+        _log.warning("Redis is not what SQL knows: recovering", extra={"epoch": row.epoch})
+        self._recover()
+        return errors.RecoveringError("Redis has just been recovered; try again")
+
+
+def check_belongs(row: StoreRow, answer: hot_store.Admission, namespace: str) -> None:
+    """Raise ``ConfigurationError`` for a Redis and a database that do not belong together."""
+    for what, ours, theirs in (
+        ("deployment", row.deployment, answer.deployment),
+        ("protocol version", str(row.protocol), answer.protocol),
+        ("partition count", str(row.partition_count), answer.partitions),
+    ):
+        if theirs not in ("-", ours):
+            raise errors.ConfigurationError(
+                f"the Redis namespace {namespace!r} has the {what} {theirs}, the database has {ours}: they do not belong "
+                "together; check redis_url, database_url and namespace"
+            )

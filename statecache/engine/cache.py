@@ -1,0 +1,381 @@
+"""The facade: one store, its two servers, and what can be asked of them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from statecache.core import codec, definition, entry, errors, keys, model
+from statecache.core.machine import StateMachine
+from statecache.core.spec import MachineSpec
+from statecache.durable.store import DurableStore
+from statecache.engine import durability as durability_wait
+from statecache.engine import recovery, servers
+from statecache.engine.admission import Admission
+from statecache.engine.driver import Driver
+from statecache.engine.embedded import EmbeddedServer
+from statecache.engine.flusher import Flusher
+from statecache.engine.handle import MachineHandle
+from statecache.hot.store import HotStore
+from statecache.settings import Settings, redact
+
+_log = logging.getLogger(__name__)
+_CLOSE_SECONDS = 10.0
+
+
+class StateCache:
+    """A store of state machines: hot in Redis, durable in SQL.
+
+    Make one per process with ``connect`` or ``embedded``, share it between threads, close it at the end (it is a context
+    manager). A process may fork after connecting: the child opens connections of its own; it does not inherit the
+    flusher's thread.
+    """
+
+    def __init__(
+        self, settings: Settings, hot: HotStore, durable: DurableStore, *, server: EmbeddedServer | None = None
+    ) -> None:
+        self.settings = settings
+        self.hot = hot
+        self.durable = durable
+        self.ids = codec.TransitionIds()
+        self._server = server
+        self._finals: dict[tuple[str, int], frozenset[str]] = {}
+        self._partitions = list(range(settings.partition_count))
+        self._thread: threading.Thread | None = None
+        self._make_parts()
+        _open_caches.add(self)
+
+    def _make_parts(self) -> None:
+        """What holds locks or threads; made anew in a forked child, where the parent's locks may be held by nobody."""
+        settings = self.settings
+        self._stop = threading.Event()
+        self.admission = Admission(
+            self.hot, self.durable, self.recover, auto_recover=settings.auto_recover, revive=self._revive
+        )
+        self.driver = Driver(self.hot, self.durable, self.admission, self._revive)
+        self.flusher = self.make_flusher(self._partitions)
+        self._moved_by_others_at = 0.0
+
+    # --- opening and closing -----------------------------------------------------------------------------------------
+
+    @classmethod
+    def connect(
+        cls,
+        redis_url: str | None = None,
+        database_url: str | None = None,
+        namespace: str | None = None,
+        *,
+        flusher: bool = False,
+        **settings: Any,
+    ) -> Self:
+        """Connect to a Redis or Valkey server and a database; ``settings`` are those of ``statecache.settings``.
+
+        An empty database gets its tables; an empty Redis is made ready. What is not given comes from the environment
+        (``STATECACHE_REDIS_URL`` ...) or the config file; without any URL the embedded server of ``data_dir`` is used.
+        With ``flusher`` a thread of this process flushes; otherwise flusher processes do (``statecache flusher``).
+
+        Raises ``ConfigurationError`` when the servers are too old, do not belong together, or refuse the user, and
+        ``UnavailableError`` when they cannot be reached.
+        """
+        wanted = Settings(redis_url=redis_url, database_url=database_url, namespace=namespace, **settings)
+        return cls.open(wanted, flusher=flusher)
+
+    @classmethod
+    def embedded(cls, folder: str | os.PathLike[str], *, flusher: bool = True, **settings: Any) -> Self:
+        """Start the server of a data folder, or join it, and flush from a thread of this process into its SQLite file.
+
+        The last process to close stops the server. For one machine: development, tests, small deployments.
+        """
+        given = {"redis_url": None, "database_url": None, **settings}
+        wanted = Settings(data_dir=Path(folder), **given)
+        return cls.open(wanted.model_copy(update=given), flusher=flusher)
+
+    @classmethod
+    def open(cls, settings: Settings, *, flusher: bool = False) -> Self:
+        """Open what the settings name: see ``connect``."""
+        server = None
+        if settings.redis_url is None or settings.database_url is None:
+            server = EmbeddedServer(settings.data_dir)
+        durable = None
+        try:
+            if server is not None and settings.redis_url is None:
+                server.start()
+            redis_url = settings.redis_url or (server.redis_url if server else "")
+            database_url = settings.database_url or (server.database_url if server else "")
+            explicit = "partition_count" in settings.model_fields_set
+            durable = DurableStore.connect(
+                database_url,
+                partition_count=settings.partition_count if explicit else None,
+                now_ms=int(time.time() * 1000),
+            )
+            row = durable.identity()
+            settings = settings.model_copy(
+                update={"redis_url": redis_url, "database_url": database_url, "partition_count": row.partition_count}
+            )
+            always = settings.identity_check == "always"
+            hot = HotStore(
+                keys.Keyspace(settings.namespace, row.partition_count),
+                url=redis_url,
+                socket_timeout_seconds=settings.socket_timeout_seconds,
+                identity_interval_seconds=-1.0 if always else settings.identity_check_interval_ms / 1000,
+                instance_fields_max=settings.instance_fields_max,
+            )
+            servers.check(hot.server_facts())
+            cache = cls(settings, hot, durable, server=server)
+            cache._admit_at_connect()
+        except BaseException:
+            if durable is not None:
+                durable.close()
+            if server is not None:
+                server.close()
+            raise
+        if flusher:
+            cache.start_flusher()
+        return cache
+
+    def _admit_at_connect(self) -> None:
+        try:
+            self.admission.ensure("EPOCH", self.deadline(None))
+        except errors.RecoveringError as error:
+            _log.warning("connected, but not admitted: %s", error)
+
+    def start_flusher(self) -> None:
+        """Flush from a thread of this process until ``close``."""
+        if self._thread is not None:
+            return
+        self._thread = threading.Thread(target=self.flusher.run, args=(self._stop,), name="statecache-flusher", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Flush what is pending (if this process flushes), then close every connection. Safe to call twice."""
+        thread, self._thread = self._thread, None
+        self._stop.set()
+        self.flusher.wake.set()
+        if thread is not None:
+            thread.join(_CLOSE_SECONDS)
+            self._drain()
+        self.driver.closing.set()
+        self.hot.close()
+        self.durable.close()
+        if self._server is not None:
+            self._server.close()
+        _open_caches.discard(self)
+
+    def _drain(self) -> None:
+        try:
+            self.flush(timeout=_CLOSE_SECONDS)
+        except errors.StateCacheError as error:
+            _log.warning("closed before everything was flushed: %s", error)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    @property
+    def redis_url(self) -> str:
+        """Where the hot store works."""
+        return self.settings.redis_url or ""
+
+    @property
+    def database_url(self) -> str:
+        """Where the durable store works."""
+        return self.settings.database_url or ""
+
+    @property
+    def server(self) -> EmbeddedServer | None:
+        """The embedded server, if this store has one."""
+        return self._server
+
+    def __repr__(self) -> str:
+        return f"<StateCache {self.settings.namespace} at {redact(self.redis_url)} and {redact(self.database_url)}>"
+
+    # --- machines ----------------------------------------------------------------------------------------------------
+
+    def machine(self, machine: type[StateMachine] | str) -> MachineHandle:
+        """The handle of a machine: of a class (or ``StateMachine.load(path)``), which is registered in SQL, or of a
+        registered name, in its latest version.
+
+        Raises ``DefinitionError`` if another definition is registered under the same name and version, and
+        ``NotFoundError`` for a name that nobody registered.
+        """
+        if isinstance(machine, str):
+            found = self.durable.machine(machine)
+            if found is None:
+                known = sorted({row.name for row in self.durable.machines()})
+                raise errors.NotFoundError(
+                    f"no machine {machine!r} is registered here; known: {', '.join(known) or 'none'}; register it with "
+                    "cache.machine(ItsClass) or 'statecache machine register'"
+                )
+            machine = StateMachine.from_spec(MachineSpec.model_validate_json(found[2]))
+        else:
+            self.durable.register_machine(
+                machine.definition.name,
+                machine.definition.version,
+                machine.fingerprint,
+                machine.spec.model_dump_json(),
+                int(time.time() * 1000),
+            )
+        self._finals[machine.definition.name, machine.definition.version] = machine.definition.finals
+        return MachineHandle(self, machine)
+
+    def finals(self, machine: str, version: int) -> frozenset[str]:
+        """The final states of a registered machine's version (none if it is not registered)."""
+        known = self._finals.get((machine, version))
+        if known is None:
+            found = self.durable.machine(machine, version)
+            known = definition.of(MachineSpec.model_validate_json(found[2])).finals if found else frozenset()
+            self._finals[machine, version] = known
+        return known
+
+    # --- durability --------------------------------------------------------------------------------------------------
+
+    def deadline(self, timeout: float | None) -> float:
+        """When a call that begins now must end (``time.monotonic``)."""
+        return time.monotonic() + (self.settings.call_timeout_seconds if timeout is None else timeout)
+
+    def level(self, wanted: str | None) -> model.Durability:
+        """The durability of a call. Raises ``InvalidDataError`` for a word that is none."""
+        if wanted is None:
+            return self.settings.durability
+        try:
+            level = model.Durability(wanted)
+        except ValueError:
+            raise errors.InvalidDataError(
+                f"durability {wanted!r} is refused: it is one of {', '.join(model.Durability)}"
+            ) from None
+        return level
+
+    def confirm(self, receipts: Sequence[model.Receipt], level: model.Durability, deadline: float) -> None:
+        """Wait until the receipts have the level. Raises the first one's error."""
+        for error in self._wait(receipts, deadline):
+            if error is not None:
+                raise error
+
+    def confirm_many(self, results: list[Any], level: model.Durability, deadline: float) -> None:
+        """Wait until the receipts among the results have the level; an error takes the place of its receipt."""
+        places = [index for index, result in enumerate(results) if isinstance(result, model.Receipt)]
+        for index, error in zip(places, self._wait([results[index] for index in places], deadline), strict=True):
+            if error is not None:
+                results[index] = error
+
+    def _wait(self, receipts: Sequence[model.Receipt], deadline: float) -> list[errors.StateCacheError | None]:
+        if not receipts:
+            return []
+        self.flusher.wake.set()
+        count = self.settings.partition_count
+        return durability_wait.wait(self.durable, count, receipts, self._push, self._flusher_about, deadline)
+
+    def wait_durable(
+        self, receipt: model.Receipt | Sequence[model.Receipt], timeout: float | None = None
+    ) -> None:
+        """Return when the transition is in SQL: from then on it survives the loss of Redis, disk and all.
+
+        Raises ``DurabilityTimeout`` (it stands, its durability is unknown: wait again), ``ParkedError`` (SQL refused it,
+        or an entry before it) or ``IntegrityError`` (it was lost with Redis; a recovery has reported it).
+        """
+        receipts = [receipt] if isinstance(receipt, model.Receipt) else list(receipt)
+        self.confirm(receipts, model.Durability.DURABLE, self.deadline(timeout))
+
+    def flush(self, timeout: float = 10.0) -> None:
+        """Return when everything acknowledged before the call is in SQL. Does the work itself when no flusher does.
+
+        Raises ``DurabilityTimeout``, ``RecoveringError`` (Redis was recovered meanwhile: what was acknowledged may be
+        lost, the report tells), ``IntegrityError`` (a hole in a log: recover) or ``UnavailableError``.
+        """
+        deadline = time.monotonic() + timeout
+        owner, tails = self._tails(deadline)
+        while True:
+            rows = self.durable.partitions()
+            if any((row.epoch, row.owner) != (owner.epoch, owner.owner) for row in rows):
+                raise errors.RecoveringError(
+                    "Redis was recovered while this call waited: what was acknowledged before may be lost; see 'statecache status'"
+                )
+            if all(row.watermark >= tails[row.partition] for row in rows):
+                return
+            if time.monotonic() >= deadline:
+                behind = sum(row.watermark < tails[row.partition] for row in rows)
+                raise errors.DurabilityTimeout(f"{behind} partitions were not flushed in time; is SQL slow or away?")
+            if self._thread is not None and self._thread.is_alive():
+                self.flusher.wake.set()
+                time.sleep(0.002)
+            elif not self._push(deadline):
+                time.sleep(0.002)
+
+    def _tails(self, deadline: float) -> tuple[Any, dict[int, entry.EntryId]]:
+        """The last entry of every log, from a checked read, and under which epoch."""
+        while True:
+            stamp = self.hot.stamp
+            replies = self.hot.read([(partition, entry.ZERO) for partition in self._partitions], entries=0, bytes_max=1)
+            refused = next((reply.code for reply in replies if reply.code != "OK"), None)
+            if refused is None:
+                return stamp, {partition: reply.last for partition, reply in enumerate(replies)}
+            self.admission.ensure(refused, deadline)
+
+    def _push(self, deadline: float) -> bool:
+        """Run a step of the flusher; raises ``IntegrityError`` if a hole stops it."""
+        step = self.flusher.step(deadline)
+        if step.stopped and not step.entries:
+            raise errors.IntegrityError(f"{next(iter(step.stopped.values()))}; run 'statecache recover'")
+        return step.entries > 0
+
+    def _flusher_about(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def make_flusher(self, partitions: Sequence[int]) -> Flusher:
+        """A flusher for some partitions, by this store's settings."""
+        settings = self.settings
+        return Flusher(
+            self.hot,
+            self.durable,
+            self.finals,
+            lambda code, deadline: self.admission.ensure(code, deadline),
+            partitions=partitions,
+            batch_entries=settings.flush_batch_entries,
+            batch_bytes=settings.flush_batch_bytes,
+            interval_seconds=settings.flush_interval_ms / 1000,
+            lag_target_seconds=settings.lag_target_seconds,
+            backlog_limit=settings.backlog_limit_entries,
+            log_keep_seconds=settings.log_keep_seconds,
+            revive=self._revive,
+        )
+
+    # --- recovery ----------------------------------------------------------------------------------------------------
+
+    def recover(self, *, dry_run: bool = False, progress: Any = lambda text: None) -> recovery.Report:
+        """Reconcile Redis with SQL: see ``engine/recovery.py``."""
+        return recovery.recover(
+            self.hot,
+            self.durable,
+            backlog_limit=self.settings.backlog_limit_entries,
+            dry_run=dry_run,
+            progress=progress,
+        )
+
+    def _revive(self) -> None:
+        """Start the embedded server again if it died; any other server is its operator's."""
+        if self._server is not None and not self._stop.is_set():
+            self._server.ensure_running()
+
+    def _after_fork(self) -> None:
+        self._thread = None
+        self.hot.after_fork()
+        self._make_parts()
+
+
+_open_caches: weakref.WeakSet[StateCache] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for cache in list(_open_caches):
+        cache._after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

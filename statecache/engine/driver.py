@@ -1,0 +1,266 @@
+"""The sync driver: does what flows ask for, one flow or hundreds side by side.
+
+Side by side means that one exchange serves the wishes of all: items leave in shared script calls, look-ups in shared
+queries. Two moves of one instance keep their order: they form a *lane*, stand in one script call, and no item of a lane is
+sent while another flow of that lane wants something else (else the second could overtake the first, which has met a MISS).
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from statecache.core import entry, errors, flows, items, model
+from statecache.durable.store import DurableStore
+from statecache.engine.admission import Admission
+from statecache.hot.store import HotStore
+
+CHUNK_ITEMS = 125
+_UNREACHABLE = ("LOST", "UNSENT")
+_PAUSE_SECONDS_MIN, _PAUSE_SECONDS_MAX = 0.001, 0.1
+
+
+class Running:
+    """One flow under way in a bulk call, with its place in the caller's list."""
+
+    __slots__ = ("flow", "index", "wish")
+
+    def __init__(self, index: int, flow: flows.Flow) -> None:
+        self.index = index
+        self.flow = flow
+        self.wish: Any = None
+
+
+class Driver:
+    """Runs flows against the two stores. Thread-safe: it holds no state of a call."""
+
+    def __init__(
+        self, hot: HotStore, durable: DurableStore, admission: Admission, revive: Callable[[], None] = lambda: None
+    ) -> None:
+        self.hot = hot
+        self.durable = durable
+        self.admission = admission
+        self._revive = revive
+        self.closing = threading.Event()
+
+    # --- one flow ----------------------------------------------------------------------------------------------------
+
+    def run(self, flow: flows.Flow, deadline: float) -> Any:
+        """Run a flow to its end and return its result. ``deadline`` is a ``time.monotonic`` time."""
+        try:
+            wish = next(flow)
+            while True:
+                try:
+                    answer = self._answer(wish, deadline)
+                except errors.StateCacheError as error:
+                    wish = flow.throw(error)
+                else:
+                    wish = flow.send(answer)
+        except StopIteration as end:
+            return end.value
+
+    def _answer(self, wish: Any, deadline: float) -> Any:
+        if type(wish) is items.Item:
+            return self.hot.apply((wish,))[0]
+        return self._patiently([wish], deadline)[0]
+
+    def _patiently(self, wishes: Sequence[Any], deadline: float) -> Sequence[Any]:
+        """Answer, and while a server cannot be reached ask again until the deadline: nothing but an item does harm twice."""
+        attempt = 0
+        while True:
+            try:
+                return self._answers(wishes, deadline)
+            except errors.UnavailableError:
+                self._revive()
+                if not self._pause(attempt, deadline):
+                    raise
+                attempt += 1
+
+    # --- many flows --------------------------------------------------------------------------------------------------
+
+    def run_many(
+        self, lanes: Iterable[Sequence[int]], begin: Callable[[int], flows.Flow], results: list[Any], deadline: float
+    ) -> None:
+        """Run a flow for every index of every lane; results (or their errors) are put into ``results`` by index.
+
+        Flows begin chunk by chunk, so that checking the next chunk's input overlaps the server's work on the last.
+        """
+        unfinished: list[list[Running]] = []
+
+        def started() -> Iterator[list[list[Running]]]:
+            for chunk in _chunks(lanes):
+                yield [self._begin(lane, begin, results) for lane in chunk]
+
+        for lanes_answered in self._apply_chunks(started(), results):
+            unfinished += [lane for lane in lanes_answered if lane]
+        while unfinished:
+            self._answer_others(unfinished, results, deadline)
+            unfinished = [lane for lane in unfinished if lane]
+            willing = [lane for lane in unfinished if all(type(one.wish) is items.Item for one in lane)]
+            for _ in self._apply_chunks(_chunks(willing), results):
+                pass
+            unfinished = [lane for lane in unfinished if lane]
+
+    def _begin(self, lane: Sequence[int], begin: Callable[[int], flows.Flow], results: list[Any]) -> list[Running]:
+        running = []
+        for index in lane:
+            try:
+                one = Running(index, begin(index))
+                one.wish = next(one.flow)
+            except errors.StateCacheError as error:
+                results[index] = error
+            else:
+                running.append(one)
+        return running
+
+    def _apply_chunks(self, chunks: Iterable[list[list[Running]]], results: list[Any]) -> Iterator[list[list[Running]]]:
+        """Send the items of each chunk's willing lanes; yields the chunk's lanes, finished flows taken out."""
+        sent: list[tuple[list[list[Running]], list[Running]]] = []
+
+        def packed() -> Iterator[list[items.Item]]:
+            for lanes in chunks:
+                ones = [one for lane in lanes if all(type(one.wish) is items.Item for one in lane) for one in lane]
+                sent.append((lanes, ones))
+                if ones:
+                    yield [one.wish for one in ones]
+
+        def receive(outcomes: Sequence[items.Outcome]) -> list[list[Running]]:
+            while not sent[0][1]:
+                held.append(sent.pop(0)[0])
+            lanes, ones = sent.pop(0)
+            for one, outcome in zip(ones, outcomes, strict=True):
+                self._resume(one, outcome, results)
+            return lanes
+
+        held: list[list[list[Running]]] = []
+        for _, outcomes in self.hot.apply_stream(packed()):
+            yield _cleared(receive(outcomes))
+        for lanes in [*held, *(lanes for lanes, _ in sent)]:
+            yield _cleared(lanes)
+
+    def _resume(self, one: Running, answer: Any, results: list[Any]) -> None:
+        try:
+            one.wish = one.flow.throw(answer) if isinstance(answer, errors.StateCacheError) else one.flow.send(answer)
+        except StopIteration as end:
+            one.wish = None
+            results[one.index] = end.value
+        except errors.StateCacheError as error:
+            one.wish = None
+            results[one.index] = error
+
+    def _answer_others(self, lanes: list[list[Running]], results: list[Any], deadline: float) -> None:
+        """Answer everything that is no item, wishes of one kind together."""
+        kinds: dict[type, list[Running]] = {}
+        for lane in lanes:
+            for one in lane:
+                if type(one.wish) is not items.Item:
+                    kinds.setdefault(type(one.wish), []).append(one)
+        for ones in kinds.values():
+            try:
+                answers = self._patiently([one.wish for one in ones], deadline)
+            except errors.StateCacheError as error:
+                answers = [error] * len(ones)
+            for one, answer in zip(ones, answers, strict=True):
+                self._resume(one, answer, results)
+        for lane in lanes:
+            lane[:] = [one for one in lane if one.wish is not None]
+
+    # --- what is asked for -------------------------------------------------------------------------------------------
+
+    def _answers(self, wishes: Sequence[Any], deadline: float) -> Sequence[Any]:
+        """Answer wishes of one kind, in as few exchanges as it takes."""
+        kind = type(wishes[0])
+        if kind is flows.Hot:
+            return self.hot.hashes([(wish.partition, wish.machine, wish.id) for wish in wishes])
+        if kind is flows.Lookup:
+            return self.durable.lookup([(wish.machine, wish.id, wish.partition) for wish in wishes])
+        if kind is flows.Hydrate:
+            return self._hydrate([wish.found for wish in wishes])
+        if kind is flows.Admit:
+            self.admission.ensure(wishes[0].code, deadline)
+            return [None] * len(wishes)
+        if kind is flows.Pause:
+            if any(wish.why in _UNREACHABLE for wish in wishes):
+                self._revive()
+            return [self._pause(max(wish.attempt for wish in wishes), deadline)] * len(wishes)
+        return [self._alone(wish) for wish in wishes]
+
+    def _alone(self, wish: Any) -> Any:
+        match wish:
+            case flows.Where(partition):
+                return self._where(partition)
+            case flows.Version(partition, machine, id):
+                own = self.hot.own_field(partition, machine, id)
+                return None if own is None else int(own.split(b" ")[1])
+            case flows.Unflushed(partition, machine, id):
+                return self.hot.find(partition, machine, id)
+            case flows.Recorded(machine, id):
+                return self.durable.history(machine, id)
+            case flows.Find():
+                return self._find(wish)
+            case flows.Unpark(partition, machine, id, found):
+                version = found.checkpoint.version if found.checkpoint else 0
+                return self.hot.evict([(partition, f"{machine}:{id}", version, str(found.watermark), 1)])[0]
+        raise AssertionError(wish)
+
+    def _where(self, partition: int) -> tuple[str, bool, entry.EntryId]:
+        position = self.hot.position(partition)
+        stamp = self.hot.stamp
+        if position is None or (position.epoch, position.owner) != (stamp.epoch, stamp.owner):
+            return "EPOCH", True, entry.ZERO
+        if position.status != "ready":
+            return "RECOVERING", True, entry.ZERO
+        return "OK", position.cold, position.evicted_to
+
+    def _find(self, wish: flows.Find) -> model.Transition | None:
+        """The log first, then SQL: what leaves the log between the two reads is in SQL by then."""
+        code, entries = self.hot.find(wish.partition, wish.machine, wish.id)
+        if code == "OK":
+            for record in entries:
+                if wish.transition_id in (None, record.transition_id) and wish.version in (None, record.version):
+                    return flows.transition_of(record)
+        if wish.version is not None:
+            return self.durable.transition(wish.machine, wish.id, wish.version)
+        assert wish.transition_id is not None
+        return self.durable.transition_by_id(wish.machine, wish.id, wish.transition_id)
+
+    def _hydrate(self, found: Sequence[model.Lookup]) -> list[str]:
+        rows = []
+        for one in found:
+            kept = one.checkpoint
+            assert kept is not None
+            own, ring, pairs = flows.hash_texts(one)
+            rows.append((kept.partition, f"{kept.machine}:{kept.id}", own, ring, str(one.watermark), pairs))
+        return self.hot.hydrate(rows)
+
+    def _pause(self, attempt: int, deadline: float) -> bool:
+        """Sleep, twice as long at each attempt, with jitter; False when the deadline has passed."""
+        left = deadline - time.monotonic()
+        if left <= 0 or self.closing.is_set():
+            return False
+        wanted = min(_PAUSE_SECONDS_MAX, _PAUSE_SECONDS_MIN * 2 ** min(attempt, 10))
+        self.closing.wait(min(left, wanted * random.uniform(0.5, 1.0)))
+        return True
+
+
+def _chunks(lanes: Iterable[Any]) -> Iterator[list[Any]]:
+    """Groups of lanes of about ``CHUNK_ITEMS`` items."""
+    chunk: list[Any] = []
+    size = 0
+    for lane in lanes:
+        chunk.append(lane)
+        size += len(lane)
+        if size >= CHUNK_ITEMS:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def _cleared(lanes: list[list[Running]]) -> list[list[Running]]:
+    for lane in lanes:
+        lane[:] = [one for one in lane if one.wish is not None]
+    return lanes

@@ -1,0 +1,287 @@
+"""The flusher: moves the log into SQL, each entry exactly once (P5).
+
+One step: read epoch, owner and watermark of the partitions from SQL; read the entries behind the watermarks through a script
+that answers only under that epoch and owner, ready, on the true server (H2); check that each entry follows the one before it;
+fold; ONE SQL transaction: first the compare-and-set on every partition's own row (H1), then history, checkpoints, counts;
+after the commit one stamped script raises ``meta.watermark`` and trims (H7).
+
+The cursor lives in SQL with the data, so there is no moment at which one is ahead of the other. Deaths:
+
+- before COMMIT: nothing happened; the next step reads the same entries again;
+- during COMMIT: unknown; the watermark is read back by the next step, which simply begins with SQL (fact 9 of the fault list);
+- after COMMIT, before the trim: the next step's trim does both.
+
+Two flushers of one partition: one compare-and-set wins, the other's changes no row; it drops everything and starts from SQL.
+A hole in the log stops its partition: it is never skipped; a recovery is asked for.
+
+Rejected: consumer groups (their cursor rolls back with Redis, and every read is a write); ``DO NOTHING`` in history (it hides
+forks); parallel transactions per partition (one fsync for all is faster on the two cores that this was measured on).
+"""
+
+from __future__ import annotations
+
+import collections
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import msgspec
+
+from statecache.core import entry, errors, fold
+from statecache.durable.faults import CommitUnknown, Overtaken
+from statecache.durable.flush import FlushTransaction
+from statecache.durable.rows import Advance, PartitionRow
+from statecache.durable.store import DurableStore
+from statecache.hot import scripts
+from statecache.hot.store import HotStore, parse_line
+
+_log = logging.getLogger(__name__)
+CACHE_INSTANCES_MAX = 200_000
+
+
+class Step(msgspec.Struct, frozen=True):
+    """What one step did: entries moved, whether more wait, and the partitions that need a recovery."""
+
+    entries: int
+    more: bool
+    stopped: dict[int, str]
+
+
+class _Batch(msgspec.Struct):
+    """The entries of one partition in a step."""
+
+    row: PartitionRow
+    last: entry.EntryId
+    tail: entry.EntryId
+    lines: list[str]
+    records: list[entry.Entry]
+
+
+class Flusher:
+    """Moves the logs of some partitions into SQL. One thread at a time; any number of processes."""
+
+    def __init__(
+        self,
+        hot: HotStore,
+        durable: DurableStore,
+        finals: fold.Finals,
+        admit: Callable[[str, float], None],
+        *,
+        partitions: Sequence[int],
+        batch_entries: int = 5000,
+        batch_bytes: int = 8 * 2**20,
+        interval_seconds: float = 0.05,
+        lag_target_seconds: float = 1.0,
+        backlog_limit: int = 1_000_000,
+        log_keep_seconds: float = 0.0,
+        revive: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.hot = hot
+        self.durable = durable
+        self.finals = finals
+        self._admit = admit
+        self._revive = revive
+        self.partitions = list(partitions)
+        self.batch_entries = batch_entries
+        self.batch_bytes = batch_bytes
+        self.interval_seconds = interval_seconds
+        self.lag_target_seconds = lag_target_seconds
+        self.backlog_limit = backlog_limit
+        self.log_keep_seconds = log_keep_seconds
+        self.wake = threading.Event()
+        self._lock = threading.Lock()
+        self._cache: dict[fold.Instance, fold.Folded] = {}
+        self._stamp = scripts.NEVER
+        self._kept: dict[int, collections.deque[tuple[float, entry.EntryId]]] = {}
+        self._told: dict[int, tuple[entry.EntryId, entry.EntryId]] = {}
+        self._first = 0
+        self._rate = 0.0
+
+    # --- one step ----------------------------------------------------------------------------------------------------
+
+    def step(self, deadline: float | None = None) -> Step:
+        """Move one batch; one thread at a time. Raises ``UnavailableError`` when a server cannot be reached (nothing is lost: step again),
+        ``IntegrityError`` when what is in the log contradicts SQL."""
+        with self._lock:
+            return self._step(time.monotonic() + 5.0 if deadline is None else deadline)
+
+    def _step(self, deadline: float) -> Step:
+        rows = self._in_turn(self.durable.partitions(self.partitions))
+        pair = scripts.Stamp(rows[0].epoch, rows[0].owner)
+        if any((row.epoch, row.owner) != (pair.epoch, pair.owner) for row in rows):
+            return Step(0, True, {})  # a recovery is writing them at this very moment
+        if pair != self.hot.stamp or not pair.epoch:
+            self._admit("EPOCH", deadline)
+            if self.hot.stamp != pair:
+                return Step(0, True, {})
+        if pair != self._stamp:
+            self._forget(pair)
+        replies = self.hot.read(
+            [(row.partition, row.watermark) for row in rows], entries=self.batch_entries, bytes_max=self.batch_bytes
+        )
+        refused = next((reply.code for reply in replies if reply.code != "OK"), None)
+        if refused:
+            self._admit(refused, deadline)
+            return Step(0, True, {})
+        batches, stopped = [], {}
+        for row, reply in zip(rows, replies, strict=True):
+            batch, hole = _checked(row, reply.lines, reply.last)
+            if hole:
+                stopped[row.partition] = hole
+            if batch.last != row.watermark:
+                batches.append(batch)
+        count = sum(len(batch.lines) for batch in batches)
+        if batches:
+            started = time.monotonic()
+            try:
+                self._commit(batches)
+            except Overtaken:
+                self._forget(pair)
+                return Step(0, True, stopped)
+            except CommitUnknown:
+                self._forget(pair)
+                raise
+            self._measure(count, time.monotonic() - started)
+        self._after(rows, batches)
+        more = any(batch.last < batch.tail for batch in batches) or count >= self.batch_entries
+        return Step(count, more, stopped)
+
+    def _in_turn(self, rows: Sequence[PartitionRow]) -> list[PartitionRow]:
+        """Begin with another partition each time: the batch's size is shared, and the first ones take what they need."""
+        self._first = (self._first + 1) % len(rows)
+        return [*rows[self._first :], *rows[: self._first]]
+
+    def _forget(self, pair: scripts.Stamp) -> None:
+        self._cache.clear()
+        self._kept.clear()
+        self._told.clear()
+        self._stamp = pair
+
+    # --- the SQL transaction -----------------------------------------------------------------------------------------
+
+    def _commit(self, batches: Sequence[_Batch]) -> None:
+        batches = sorted(batches, key=lambda batch: batch.row.partition)
+        seen_ms = int(time.time() * 1000)
+        advances = [
+            Advance(batch.row.partition, batch.row.epoch, batch.row.owner, batch.row.watermark, batch.last, batch.tail, seen_ms)
+            for batch in batches
+        ]
+        with self.durable.flush_transaction() as transaction:
+            transaction.advance(advances)
+            groups = {batch.row.partition: fold.by_instance(batch.records) for batch in batches}
+            before = self._before(transaction, groups)
+            moved = [
+                (before.get(instance), fold.after(before.get(instance), entries, partition))
+                for partition, instances in groups.items()
+                for instance, entries in instances.items()
+            ]
+            transaction.insert_history([line for batch in batches for line in batch.lines])
+            transaction.upsert_checkpoints(
+                [now.row(self.finals) for old, now in moved if old is not None],
+                new=[now.row(self.finals) for old, now in moved if old is None],
+            )
+            transaction.adjust_counts(fold.count_deltas(moved))
+        if len(self._cache) + len(moved) > CACHE_INSTANCES_MAX:
+            self._cache.clear()
+        self._cache.update({(now.machine, now.id): now for _, now in moved})
+
+    def _before(
+        self, transaction: FlushTransaction, groups: Mapping[int, Mapping[fold.Instance, list[entry.Entry]]]
+    ) -> dict[fold.Instance, fold.Folded]:
+        """What each instance was before the batch: from the last folds, or from SQL where those do not lead up to it."""
+        known: dict[fold.Instance, fold.Folded] = {}
+        wanted: list[fold.Instance] = []
+        for instances in groups.values():
+            for instance, entries in instances.items():
+                cached = self._cache.get(instance)
+                if cached is not None and cached.version == entries[0].version - 1:
+                    known[instance] = cached
+                elif entries[0].version != 1:
+                    wanted.append(instance)
+        for instance, row in transaction.checkpoints(wanted).items() if wanted else ():
+            known[instance] = fold.Folded.of_checkpoint(row)
+        return known
+
+    # --- after the commit --------------------------------------------------------------------------------------------
+
+    def _after(self, rows: Sequence[PartitionRow], batches: Sequence[_Batch]) -> None:
+        """Tell Redis the new watermarks and the brake, and trim; also what an earlier step did not get to tell."""
+        committed = {batch.row.partition: batch.last for batch in batches}
+        told = []
+        for row in rows:
+            watermark = committed.get(row.partition, row.watermark)
+            trim_to = self._trim_to(row.partition, watermark)
+            if self._told.get(row.partition) != (watermark, trim_to):
+                told.append((row.partition, watermark, trim_to, self.limit()))
+        if not told:
+            return
+        codes = self.hot.flushed(told)
+        for (partition, watermark, trim_to, _), code in zip(told, codes, strict=True):
+            if code == "OK":
+                self._told[partition] = (watermark, trim_to)
+
+    def _trim_to(self, partition: int, watermark: entry.EntryId) -> entry.EntryId:
+        """The newest watermark that is older than the tail to be kept; everything below it may go."""
+        if self.log_keep_seconds <= 0:
+            return watermark
+        now = time.monotonic()
+        marks = self._kept.setdefault(partition, collections.deque([(now, entry.ZERO)]))
+        if marks[-1][1] < watermark:
+            marks.append((now, watermark))
+        while len(marks) > 1 and marks[1][0] <= now - self.log_keep_seconds:
+            marks.popleft()
+        return marks[0][1]
+
+    def _measure(self, count: int, seconds: float) -> None:
+        """Follow the rate at which SQL takes entries: what the brake is set from."""
+        rate = count / max(seconds, 1e-6)
+        self._rate = rate if not self._rate else 0.8 * self._rate + 0.2 * rate
+
+    def limit(self) -> int:
+        """The backlog a partition may have: what SQL takes within the wanted lag, never less than a batch's share."""
+        if not self._rate:
+            return self.backlog_limit
+        share = self._rate * self.lag_target_seconds / len(self.partitions)
+        return min(self.backlog_limit, max(int(share), self.batch_entries // len(self.partitions), 100))
+
+    # --- the loop ----------------------------------------------------------------------------------------------------
+
+    def run(self, stop: threading.Event, on_step: Callable[[Step], None] = lambda step: None) -> None:
+        """Step until told to stop, then once more. Errors of the servers are logged and waited out, never fatal."""
+        failures = 0
+        while not stop.is_set():
+            try:
+                step = self.step()
+                failures = 0
+            except errors.StateCacheError as error:
+                failures += 1
+                if isinstance(error, errors.UnavailableError):
+                    self._revive()
+                _log.warning("flush failed, trying again: %s", error, extra={"failures": failures})
+                stop.wait(min(2.0, 0.05 * 2 ** min(failures, 6)) * random.uniform(0.5, 1.0))
+                continue
+            on_step(step)
+            if not step.more:
+                self.wake.wait(self.interval_seconds)
+                self.wake.clear()
+
+
+def _checked(row: PartitionRow, lines: Sequence[str], tail: entry.EntryId) -> tuple[_Batch, str]:
+    """Parse a partition's entries up to the first that does not follow; returns them and what is wrong with that one."""
+    cursor = row.watermark
+    kept: list[str] = []
+    records: list[entry.Entry] = []
+    prefix = f"{row.partition}{entry.SEPARATOR}"
+    hole = ""
+    for line in lines:
+        record = parse_line(line)
+        if not entry.follows(record.entry_id, cursor, record.prev if record.is_mark else None):
+            hole = f"partition {row.partition}: {record.entry_id} does not follow {cursor}: entries are missing"
+            break
+        cursor = record.entry_id
+        if not record.is_mark:
+            kept.append(prefix + line.replace("-", entry.SEPARATOR, 1))
+            records.append(record)
+    return _Batch(row, cursor, tail, kept, records), hole

@@ -1,0 +1,305 @@
+"""Recovery: make Redis tell the truth again after any crash.
+
+Five steps (DESIGN section 4), and what a death between any two of them leaves:
+
+1. *Take it in SQL.* One transaction raises the epoch, with this recovery's owner token, in the store row and in EVERY
+   partition row. It waits there for open flush transactions, and none begun before can commit after it: their
+   compare-and-set names the old pair (H1). Dead here: SQL is an epoch ahead of Redis; whoever meets that next recovers again.
+2. *Fence each partition.* From here on no script of an older epoch writes (P6). The fence leaves identity, watermark and
+   ``evicted_to`` as they are (H15) and returns the identity of this moment: every later step runs only on that server, under
+   this epoch and owner, and ``recovering`` (H4). Dead here: ``recovering``; the next recovery takes a higher epoch.
+3. *Classify*, with SQL's watermark W read after step 1, and mend. Nothing in Redis changes but drops of hashes that SQL knows
+   better; they come back by hydration. Dead here: some are dropped already, and marked cold; the next one drops the rest.
+4. *Report*, in one transaction with the reset of the tails last seen (H18): a loss is counted once.
+5. *Ready.* One script appends the epoch's mark, stores the fence's identity and opens the partition.
+
+Two recoverers: the later one has the higher epoch; the earlier one's next step, on either side, is refused, and it gives up.
+Whatever is refused ends this attempt with ``Superseded``; the caller looks again.
+
+Rejected: replaying SQL into a shadow data set and renaming it (doubles memory, and a rename is not fenced); repairing the log
+through the log (the flusher would stop at the hole before it reached the repair, H6).
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable
+
+import msgspec
+
+from statecache.core import entry, errors
+from statecache.durable import recoveries
+from statecache.durable.faults import CommitUnknown, Superseded
+from statecache.durable.rows import PartitionRow
+from statecache.durable.store import DurableStore
+from statecache.engine import admission
+from statecache.hot import scripts
+from statecache.hot.store import Fenced, HotStore, Probed
+
+NEW, INTACT, WIPED, TAIL_LOST, SQL_BEHIND, DIVERGED = "new", "intact", "wiped", "tail lost", "SQL behind", "diverged"
+
+
+class PartitionReport(msgspec.Struct, frozen=True):
+    """What a recovery found in a partition, and what it did.
+
+    ``lost_at_least`` counts acknowledged transitions that are nowhere any more, from the log's tail that the flusher last saw
+    (``tail_seen_ms``); what was acknowledged after that moment may be lost too when ``loss_possible``.
+    """
+
+    partition: int
+    kind: str
+    watermark: str
+    last: str
+    unflushed: int
+    dropped: int
+    lost_at_least: int
+    loss_possible: bool
+    tail_seen_ms: int | None
+    findings: tuple[str, ...] = ()
+
+
+class Report(msgspec.Struct, frozen=True):
+    """What a recovery found and did; the same for ``dry_run``, which changes nothing."""
+
+    epoch: int
+    owner: str
+    dry_run: bool
+    started_ms: int
+    seconds: float
+    partitions: tuple[PartitionReport, ...]
+
+    @property
+    def kinds(self) -> dict[str, int]:
+        """Partitions by class."""
+        kinds: dict[str, int] = {}
+        for part in self.partitions:
+            kinds[part.kind] = kinds.get(part.kind, 0) + 1
+        return kinds
+
+    @property
+    def lost_at_least(self) -> int:
+        return sum(part.lost_at_least for part in self.partitions)
+
+    @property
+    def loss_possible(self) -> bool:
+        return any(part.loss_possible for part in self.partitions)
+
+    @property
+    def dropped(self) -> int:
+        return sum(part.dropped for part in self.partitions)
+
+
+def recover(
+    hot: HotStore,
+    durable: DurableStore,
+    *,
+    backlog_limit: int,
+    dry_run: bool = False,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Report:
+    """Reconcile Redis with SQL and open it for a new epoch.
+
+    When it returns, every partition serves; cold instances come back by themselves when they are asked for. With
+    ``dry_run`` nothing is changed, and the report tells what the real run would find and do at this moment.
+
+    Raises ``ConfigurationError`` when the two stores do not belong together, ``UnavailableError`` when one cannot be
+    reached, ``RecoveringError`` when another recovery took over. Cost: O(partitions + instances dropped).
+    """
+    superseded: Superseded | None = None
+    for _ in range(_ATTEMPTS):
+        attempt = _Attempt(hot, durable, backlog_limit, dry_run, progress)
+        try:
+            return attempt.run()
+        except Superseded as error:
+            superseded = error
+            row = durable.identity()
+            if (row.epoch, row.owner) != (attempt.stamp.epoch, attempt.stamp.owner) and not dry_run:
+                raise errors.RecoveringError(
+                    f"another recovery took over (epoch {row.epoch}); wait for it, then look at 'statecache status'"
+                ) from error
+            progress(f"starting over: {error}")
+    raise errors.UnavailableError("Redis keeps changing under the recovery: see that it stays up, then recover again") from (
+        superseded
+    )
+
+
+_ATTEMPTS = 5
+
+
+class _Attempt:
+    """One run through the five steps."""
+
+    def __init__(
+        self, hot: HotStore, durable: DurableStore, backlog_limit: int, dry_run: bool, progress: Callable[[str], None]
+    ) -> None:
+        self.hot = hot
+        self.durable = durable
+        self.backlog_limit = backlog_limit
+        self.dry_run = dry_run
+        self.progress = progress
+        self.started = time.monotonic()
+        self.started_ms = _now_ms()
+        self.beat_at = self.started
+        self.stamp = scripts.NEVER
+
+    def run(self) -> Report:
+        self.row = self.durable.identity()
+        admission.check_belongs(self.row, self.hot.admit(self.stamp, load=False), self.hot.keyspace.namespace)
+        new = self._take()
+        rows = self.durable.partitions()
+        fences = [self._fence(row.partition) for row in rows]
+        parts = []
+        for row, fenced in zip(rows, fences, strict=True):
+            parts.append(self._mend(row, fenced, new))
+            self._beat()
+        report = Report(
+            self.stamp.epoch, self.stamp.owner, self.dry_run, self.started_ms,
+            round(time.monotonic() - self.started, 4), tuple(parts),
+        )  # fmt: skip
+        if self.dry_run:
+            return report
+        text = msgspec.json.encode(report).decode()
+        tails = {part.partition: entry.EntryId.parse(part.last) for part in parts}
+        recoveries.finish(self.durable, self.stamp.epoch, self.stamp.owner, text, ",".join(report.kinds), tails, _now_ms())
+        for part, fenced in zip(parts, fences, strict=True):
+            self._ready(part, fenced, new)
+        return report
+
+    # --- step 1 ------------------------------------------------------------------------------------------------------
+
+    def _take(self) -> bool:
+        """Take the epoch in SQL; returns True for a store that has never had one."""
+        row = self.row
+        positions = [self.hot.position(partition) for partition in range(row.partition_count)]
+        epoch = 1 + max(row.epoch, *(position.epoch if position else 0 for position in positions))
+        self.stamp = scripts.Stamp(epoch, secrets.token_urlsafe(9))
+        if self.dry_run:
+            return row.epoch == 0
+        self.progress(f"epoch {row.epoch} -> {epoch}: taking it in SQL")
+        try:
+            recoveries.take(self.durable, (row.epoch, row.owner), epoch, self.stamp.owner, _now_ms())
+        except CommitUnknown:
+            taken = self.durable.identity()
+            if (taken.epoch, taken.owner) != (epoch, self.stamp.owner):
+                raise
+        return row.epoch == 0
+
+    def _beat(self) -> None:
+        """A sign of life; it also finds out early that a newer recovery has taken over."""
+        if not self.dry_run and time.monotonic() - self.beat_at > 1.0:
+            recoveries.heartbeat(self.durable, self.stamp.epoch, self.stamp.owner, _now_ms())
+            self.beat_at = time.monotonic()
+
+    # --- step 2 ------------------------------------------------------------------------------------------------------
+
+    def _fence(self, partition: int) -> Fenced:
+        reply, fenced = self.hot.fence(
+            partition, self.stamp, self.row.deployment, self.row.protocol, dry_run=self.dry_run
+        )
+        if fenced is None:
+            if reply.startswith("FOREIGN"):
+                raise errors.ConfigurationError(f"partition {partition} belongs to another {reply[8:]}: nothing was changed in it")
+            raise Superseded(f"partition {partition} was fenced by another recovery ({reply})")
+        return fenced
+
+    # --- step 3 ------------------------------------------------------------------------------------------------------
+
+    def _mend(self, row: PartitionRow, fenced: Fenced, new: bool) -> PartitionReport:
+        identity = "" if self.dry_run else fenced.identity
+        code, probed = self.hot.probe(row.partition, self.stamp, identity, row.watermark)
+        if probed is None:
+            raise Superseded(f"partition {row.partition}: {code} while it was looked at")
+        kind, last = self._classify(row, fenced, probed, new)
+        self.progress(f"partition {row.partition}: {kind}")
+        dropped = 0
+        if kind in (WIPED, TAIL_LOST):
+            dropped = self._drop_above(row, fenced, last)
+        elif kind in (SQL_BEHIND, DIVERGED):
+            raise errors.IntegrityError(
+                f"partition {row.partition} is {kind}: SQL's watermark is {row.watermark}, the log holds "
+                f"{probed.first} to {probed.last}; this version cannot mend it"
+            )
+        lost = _entries_between(max(last, row.watermark), row.tail)
+        untrue = not fenced.existed or fenced.recorded_identity != fenced.identity or self._strange(fenced)
+        return PartitionReport(
+            row.partition, kind, str(row.watermark), str(probed.last), _entries_between(row.watermark, probed.last),
+            dropped, lost,
+            untrue and kind != NEW, row.tail_seen_ms,
+        )  # fmt: skip
+
+    def _classify(self, row: PartitionRow, fenced: Fenced, probed: Probed, new: bool) -> tuple[str, entry.EntryId]:
+        """The class of a partition, and the log's last entry that belongs to SQL's line of history."""
+        watermark, behind = row.watermark, probed.behind
+        if new and not fenced.existed and probed.last == entry.ZERO and watermark == entry.ZERO:
+            return NEW, entry.ZERO
+        if probed.at_watermark is not None:
+            return (INTACT if self._same(probed.at_watermark) else DIVERGED), probed.last
+        if probed.last == entry.ZERO:
+            return WIPED, entry.ZERO
+        if behind is None:
+            return (TAIL_LOST if probed.last < watermark else INTACT), probed.last
+        if behind.is_mark and behind.prev < watermark:
+            return (WIPED if behind.prev == entry.ZERO else TAIL_LOST), behind.prev
+        if entry.follows(behind.entry_id, watermark, behind.prev if behind.is_mark else None):
+            return INTACT, probed.last
+        return SQL_BEHIND, probed.last
+
+    def _same(self, record: entry.Entry) -> bool:
+        """Does SQL hold this very entry? Ids alone are no proof: a lost tail's ids are given again (H13)."""
+        if record.is_mark:
+            made = recoveries.recovery(self.durable, record.entry_id.epoch, record.transition_id)
+            return made is not None
+        known = self.durable.transition(record.machine, record.id, record.version)
+        if known is not None:
+            return known.transition_id == record.transition_id
+        letters = self.durable.letters(record.machine, record.id)
+        return any(letter.transition_id == record.transition_id for letter in letters)
+
+    def _strange(self, fenced: Fenced) -> bool:
+        """Was the epoch found in Redis made by a recovery that SQL knows?"""
+        return fenced.existed and recoveries.recovery(self.durable, fenced.epoch, fenced.owner) is None
+
+    def _drop_above(self, row: PartitionRow, fenced: Fenced, last: entry.EntryId) -> int:
+        """Drop every hash that SQL knows better, and mark the partition cold even when there is none (H3)."""
+        dropped = 0
+        if not self.dry_run:
+            self._drop(row, fenced, [])
+        for page in recoveries.instances_above(self.durable, row.partition, last):
+            if not self.dry_run:
+                self._drop(row, fenced, [f"{one.machine}:{one.id}" for one in page])
+            dropped += len(page)
+            self._beat()
+        return dropped
+
+    def _drop(self, row: PartitionRow, fenced: Fenced, names: list[str]) -> None:
+        code = self.hot.drop(row.partition, self.stamp, fenced.identity, row.watermark, names)
+        if not code.startswith("OK"):
+            raise Superseded(f"partition {row.partition}: {code} while hashes were dropped")
+
+    # --- step 5 ------------------------------------------------------------------------------------------------------
+
+    def _ready(self, part: PartitionReport, fenced: Fenced, new: bool) -> None:
+        code = self.hot.ready(
+            part.partition,
+            self.stamp,
+            identity=fenced.identity,
+            watermark=entry.EntryId.parse(part.watermark),
+            limit=self.backlog_limit,
+            new=part.kind == NEW,
+            report=msgspec.json.encode(part).decode(),
+            backlog=part.unflushed,
+        )
+        if not code.startswith("OK"):
+            raise Superseded(f"partition {part.partition}: {code} while it was opened")
+
+
+def _entries_between(low: entry.EntryId, high: entry.EntryId) -> int:
+    """A lower bound of the number of entries above ``low`` up to ``high``: exact within an epoch."""
+    if high <= low:
+        return 0
+    return high.seq - low.seq if high.epoch == low.epoch else high.seq
+
+
+def _now_ms() -> int:
+    return int(time.time() * 1000)

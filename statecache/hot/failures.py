@@ -1,0 +1,52 @@
+"""redis-py's errors, translated at the edge: which word they are to a flow, and which error to a caller."""
+
+from __future__ import annotations
+
+import redis
+
+from statecache.core import errors, items
+
+# The server answered, and will serve again later; the connection is dropped, because the address may lead elsewhere by then.
+_UNREADY = ("LOADING", "READONLY", "MISCONF", "NOREPLICAS", "BUSY", "CLUSTERDOWN", "TRYAGAIN", "MASTERDOWN", "MOVED", "ASK")
+
+
+def code_of(error: redis.RedisError | OSError, *, sent: bool) -> str:
+    """The client-made code of ``core/items.py`` for a driver's error; ``ERROR`` for what no retry mends."""
+    if isinstance(error, redis.exceptions.NoScriptError):
+        return "NOSCRIPT"
+    if isinstance(error, redis.OutOfMemoryError):
+        return "OOM"
+    if isinstance(error, (redis.BusyLoadingError, redis.ReadOnlyError)):
+        return "UNREADY"
+    if isinstance(error, (redis.AuthenticationError, redis.exceptions.NoPermissionError)):
+        return "ERROR"
+    if isinstance(error, redis.ResponseError):
+        # redis-py cuts the word off the errors it knows, and a script's error carries it in its middle.
+        words = str(error).split(" ", 1)[0], *[word for word in _UNREADY if f"{word} " in str(error)]
+        if any(word in _UNREADY for word in words):
+            return "UNREADY"
+        return "OOM" if "OOM " in str(error) else "ERROR"
+    return "LOST" if sent else "UNSENT"
+
+
+def translated(error: redis.RedisError | OSError, what: str) -> errors.StateCacheError:
+    """The caller's error for a driver's error; its ``__cause__`` is the driver's."""
+    code = code_of(error, sent=False)
+    result: errors.StateCacheError
+    if code == "OOM":
+        result = errors.BackpressureError(f"Redis has no memory left ({what}): {error}")
+    elif isinstance(error, (redis.AuthenticationError, redis.exceptions.NoPermissionError)):
+        result = errors.ConfigurationError(f"Redis refuses this user ({what}): {error}; config/redis lists the rights needed")
+    elif code == "ERROR" and "WRONGTYPE" in str(error):
+        result = errors.IntegrityError(f"a key of this namespace holds what statecache did not write ({what}): {error}")
+    elif code == "ERROR":
+        result = errors.IntegrityError(f"a command failed on the server ({what}): {error}")
+    else:
+        result = errors.UnavailableError(f"Redis did not answer ({what}): {type(error).__name__}: {error}")
+    result.__cause__ = error
+    return result
+
+
+def outcome_of(error: redis.RedisError | OSError, *, sent: bool) -> items.Outcome:
+    """A flow's outcome for a driver's error. ``cause`` is the error that the caller shall get if it cannot be mended."""
+    return items.Outcome(code_of(error, sent=sent), [], 0, translated(error, "transition"))

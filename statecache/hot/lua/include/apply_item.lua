@@ -1,0 +1,97 @@
+--@include ids
+local fields_max = tonumber(ARGV[4])
+-- The place of a token in a ring, found at multiples of 8 only.
+local function ring_place(ring, token)
+  local at_byte = find(ring, token, 1, true)
+  while at_byte and at_byte % 8 ~= 1 do at_byte = find(ring, token, at_byte + 1, true) end
+  return at_byte
+end
+
+-- The results of increments as [field, text, ...] and as one JSON object text; or nil and the broken rule.
+local function incremented(key, increments)
+  local pairs_, texts = {}, {}
+  for n = 1, #increments do
+    local field, delta, kind = increments[n][1], increments[n][2], increments[n][3]
+    local old = (key and call('HGET', key, field)) or '0'
+    local value = tonumber(old)
+    if not value or not match(old, '^%-?%d') then return nil, 'number ' .. field end
+    local result, text = value + tonumber(delta), nil
+    if kind == 'i' and match(old, '^%-?%d+$') then
+      if math.abs(result) > 9007199254740991 or math.abs(value) > 9007199254740991 then return nil, 'range ' .. field end
+      text = string.format('%.0f', result)
+    else
+      if math.abs(result) >= 1e300 then return nil, 'range ' .. field end
+      text = string.format('%.15g', result)
+      if tonumber(text) ~= result then text = string.format('%.17g', result) end
+    end
+    pairs_[#pairs_ + 1], pairs_[#pairs_ + 2] = field, text
+    texts[n] = '"' .. field .. '":' .. text
+  end
+  return pairs_, '{' .. table.concat(texts, ',') .. '}'
+end
+
+-- A broken rule about the number of fields, or nil. Counts names exactly only when the cheap bound is passed.
+local function too_many(key, fields)
+  local count = call('HLEN', key) - 2 + #fields / 2
+  if count <= fields_max then return nil end
+  for n = 1, #fields, 2 do count = count - call('HEXISTS', key, fields[n]) end
+  return count > fields_max and ('fields ' .. count) or nil
+end
+
+local function write(p, item, move, key, from, to, version, created, ring, increments)
+  -- From here on nothing may fail: everything was checked, and a script that may run out of memory was refused at its start.
+  local version_text = string.format('%.0f', version)
+  local entry_id = call('XADD', logs[p], EPOCH .. '-*', 'e',
+    move[1] .. '\31' .. item[2] .. '\31' .. version_text .. '\31' .. move[2] .. '\31' .. from .. '\31' .. to .. '\31' .. at
+      .. '\31' .. item[6] .. '\31' .. increments .. '\31' .. move[4])
+  call('HSET', key, '@', to .. ' ' .. version_text .. ' ' .. entry_id .. ' ' .. created .. ' ' .. move[4] .. ' ' .. at,
+    '@r', ring, unpack(item[7]))
+  local extras = item[8]
+  if extras and #extras[3] > 0 then call('HDEL', key, unpack(extras[3])) end
+  rooms[p] = rooms[p] - 1
+  return 'OK ' .. version_text .. ' ' .. entry_id .. ' ' .. (from == '' and '-' or from) .. ' ' .. to
+end
+
+local function apply(item, move)
+  local p, expected, token, fields, extras = item[1], item[4], item[5], item[7], item[8]
+  local key = prefixes[p] .. move[1] .. ':' .. item[2]
+  local own = pcall_('HMGET', key, '@', '@r')
+  if own.err then return 'TYPE' end
+  local increments = ''
+  local start_state = move[3]['']
+  if not own[1] then
+    local cold, evicted_to = match(colds[p], '^(%d) (.*)$')
+    local absent = extras and extras[2] or ''
+    if not start_state or (cold ~= '0' and (absent == '' or id_above(evicted_to, absent))) then return 'MISS ' .. colds[p] end
+    if rooms[p] <= 0 then return 'FULL' end
+    if #fields / 2 > fields_max then return 'DATA fields ' .. #fields / 2 end
+    return write(p, item, move, key, '', start_state, 1, at, token, '')
+  end
+
+  local state, version, entry_id, created, flags = match(own[1], '^(%S+) (%d+) (%S+) (%d+) %d+ %d+ ?(.*)$')
+  local ring = own[2]
+  if not state or not ring then return 'TYPE' end
+  version = tonumber(version)
+  local place = ring_place(ring, token)
+  if place then
+    call('HSET', key, '@r', ring) -- a WAIT after this call speaks of this write
+    local back = (#ring - place - 7) / 8
+    return string.format('DUP %.0f %s', version - back, back == 0 and entry_id or '-')
+  end
+  if extras and extras[1] == 1 and version > #ring / 8 and expected ~= version then return string.format('OLD %.0f', version) end
+  if start_state then return string.format('EXISTS %.0f', version) end
+  if flags == 'p' then return 'PARKED' end
+  if expected ~= 0 and expected ~= version then return string.format('VERSION %.0f', version) end
+  local to = move[3][state]
+  if not to then return string.format('STATE %s %.0f', state, version) end
+  if rooms[p] <= 0 then return 'FULL' end
+  if extras and #extras[4] > 0 then
+    local results, text = incremented(key, extras[4])
+    if not results then return 'DATA ' .. text end
+    for n = 1, #results do fields[#fields + 1] = results[n] end
+    increments = text
+  end
+  local rule = #fields > 0 and too_many(key, fields)
+  if rule then return 'DATA ' .. rule end
+  return write(p, item, move, key, state, to, version + 1, created, sub(ring .. token, -64), increments)
+end

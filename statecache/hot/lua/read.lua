@@ -1,0 +1,40 @@
+-- Reads the logs behind the watermarks for a flusher.
+--
+-- KEYS   the meta and the log of each partition, in pairs
+-- ARGV 1 entries at most, over all partitions
+--      2 bytes at most, over all partitions (one entry is always given)
+--      3 identity that a recovery's fence met: only that recovery may read; '' = the partition must be ready
+--      4... the watermark of each partition, as SQL has it
+--
+-- Reply  one string. For each partition a line, then its entries:
+--   OK n last_id        n lines `<id>\31<text>` follow; a record that is not ours has the text `?`
+--   EPOCH | RECOVERING | IDENTITY   not admitted; nothing follows
+-- Cost   0.4 us an entry.
+--@include identity
+--@include ids
+--@include ready_or_fenced
+local count, bytes, fenced, here = tonumber(ARGV[1]), tonumber(ARGV[2]), ARGV[3], identity()
+local lines = {}
+for p = 1, #KEYS / 2 do
+  local meta, log, cursor = KEYS[2 * p - 1], KEYS[2 * p], ARGV[3 + p]
+  local code = refusal(meta, here, fenced)
+  if code then
+    lines[#lines + 1] = code
+  else
+    local header, found = #lines + 1, 0
+    lines[header] = ''
+    repeat
+      local page_size = math.min(count, 500)
+      local page = (page_size > 0 and bytes > 0) and redis.call('XRANGE', log, '(' .. cursor, '+', 'COUNT', page_size) or {}
+      for n = 1, #page do
+        local id, fields = page[n][1], page[n][2]
+        local text = (#fields == 2 and fields[1] == 'e' and not string.find(fields[2], '\n', 1, true)) and fields[2] or '?'
+        lines[#lines + 1] = id .. '\31' .. text
+        cursor, found, count, bytes = id, found + 1, count - 1, bytes - #text
+        if bytes <= 0 then break end
+      end
+    until #page < 500 or bytes <= 0 or count <= 0
+    lines[header] = 'OK ' .. found .. ' ' .. last_id(log)
+  end
+end
+return table.concat(lines, '\n')

@@ -1,0 +1,472 @@
+"""The hot store: every exchange with Redis that the protocol knows, each one script call on one lean connection.
+
+What can fail, and what happens then. A server that cannot be reached, or a reply that does not come, is an outcome
+(``UNSENT``, ``LOST``), not an exception: the flow decides, and repeats with the same transition id. ``NOSCRIPT`` is an
+outcome too: nothing here loads a script but ``admit``, which compares the server's identity and loads on the same connection.
+As the server may change between those two steps, the first call on every connection compares the identity again, inside the
+script (protocol hole H13).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import msgspec
+import redis
+
+from statecache.core import entry, errors, items, keys
+from statecache.hot import failures, resp, scripts, wire
+
+_encode = msgspec.json.encode
+_NUMBERS = [resp.bulk(number) for number in range(4096)]
+_HEADERS = [b"*%d\r\n" % number for number in range(4096)]
+CHUNKS_IN_FLIGHT = 2
+Answered = tuple[Sequence[items.Item], list[items.Outcome]]
+
+
+class PartitionReply(msgspec.Struct, frozen=True):
+    """What ``read.lua`` said of a partition: its code, the log's last id, and the entries as ``<id>\\x1f<text>`` lines."""
+
+    code: str
+    last: entry.EntryId
+    lines: list[str]
+
+
+class Fenced(msgspec.Struct, frozen=True):
+    """What a recovery's fence met in a partition. ``existed`` is False where there was no ``meta``."""
+
+    existed: bool
+    epoch: int
+    owner: str
+    watermark: entry.EntryId | None
+    cold: str
+    evicted_to: entry.EntryId | None
+    recorded_identity: str
+    identity: str
+
+
+class Probed(msgspec.Struct, frozen=True):
+    """What a partition's log holds: its ends, the entry at SQL's watermark and the one behind it (None if there is none)."""
+
+    first: entry.EntryId | None
+    last: entry.EntryId
+    length: int
+    at_watermark: entry.Entry | None
+    behind: entry.Entry | None
+
+
+class Admission(msgspec.Struct, frozen=True):
+    """What ``admit.lua`` said: the server's identity, a code per partition, and whose Redis this is."""
+
+    identity: str
+    codes: list[str]
+    deployment: str
+    protocol: str
+    partitions: str
+
+
+class Position(msgspec.Struct, frozen=True):
+    """What ``meta`` says about cold instances, read without a script."""
+
+    epoch: int
+    owner: str
+    status: str
+    cold: bool
+    evicted_to: entry.EntryId
+
+
+class HotStore:
+    """One Redis or Valkey server. Thread-safe, and safe in a child process forked from its user.
+
+    ``client`` may be a ``fakeredis`` client with ``emulated=True`` for unit tests.
+    """
+
+    def __init__(
+        self,
+        keyspace: keys.Keyspace,
+        *,
+        url: str | None = None,
+        client: Any = None,
+        emulated: bool = False,
+        socket_timeout_seconds: float = 5.0,
+        identity_interval_seconds: float = 0.5,
+        instance_fields_max: int = 256,
+    ) -> None:
+        self.keyspace = keyspace
+        pool = client.connection_pool if client is not None else wire.pool_of(url or "", socket_timeout_seconds)
+        self.wires = wire.Wires(pool)
+        self.emulated = emulated
+        self.identity_interval_seconds = identity_interval_seconds
+        self._fields_max = resp.bulk(instance_fields_max)
+        self.stamp = scripts.NEVER
+        self._stamp_lock = threading.Lock()
+        count = keyspace.partition_count
+        self._meta_keys = [resp.bulk(keyspace.meta(p)) for p in range(count)]
+        self._pair_keys = [resp.bulk(keyspace.meta(p)) + resp.bulk(keyspace.log(p)) for p in range(count)]
+
+    def close(self) -> None:
+        self.wires.close()
+
+    def after_fork(self) -> None:
+        """Begin anew in a forked child: no connection and no lock of the parent's is used."""
+        self._stamp_lock = threading.Lock()
+        self.wires = wire.Wires(self.wires.pool)
+
+    def adopt(self, epoch: int, owner: str) -> None:
+        """Speak for this epoch from now on."""
+        with self._stamp_lock:
+            self.stamp = scripts.Stamp(epoch, owner)
+
+    # --- transitions -------------------------------------------------------------------------------------------------
+
+    def apply(self, batch: Sequence[items.Item]) -> list[items.Outcome]:
+        """Apply items in one script call; an outcome for each, in order. Never raises for a server that fails."""
+        for _, outcomes in self.apply_stream([batch]):
+            return outcomes
+        return []
+
+    def apply_stream(
+        self, chunks: Iterable[Sequence[items.Item]]
+    ) -> Iterator[Answered]:
+        """Apply chunk after chunk, the next one sent before the reply of the last is read.
+
+        Two moves of one instance must stand in one chunk: a chunk that was refused is repeated after its successor ran.
+        """
+        in_flight: deque[Sequence[items.Item]] = deque()
+        line: wire.Wire | None = None
+        try:
+            for chunk in chunks:
+                try:
+                    if line is None:
+                        line = self.wires.take()
+                    line.send(self._packed_apply(chunk, line))
+                except (redis.RedisError, OSError) as error:
+                    lost, line = line, None
+                    yield from self._all_lost(in_flight, error, lost)
+                    yield chunk, [failures.outcome_of(error, sent=lost is not None)] * len(chunk)
+                    continue
+                in_flight.append(chunk)
+                if len(in_flight) >= CHUNKS_IN_FLIGHT:
+                    line = yield from self._receive(line, in_flight)
+            while in_flight and line is not None:
+                line = yield from self._receive(line, in_flight)
+        finally:
+            if line is not None:
+                if in_flight:
+                    line.close()
+                else:
+                    self.wires.give_back(line)
+
+    def _receive(
+        self, line: wire.Wire | None, in_flight: deque[Sequence[items.Item]]
+    ) -> Generator[Answered, None, wire.Wire | None]:
+        """Read one reply; returns the wire, or None when it was lost."""
+        assert line is not None
+        try:
+            reply = line.read()
+        except redis.ResponseError as error:
+            self.wires.distrust(line)
+            chunk = in_flight.popleft()
+            yield chunk, [failures.outcome_of(error, sent=True)] * len(chunk)
+            return line
+        except (redis.RedisError, OSError) as error:
+            yield from self._all_lost(in_flight, error, line)
+            return None
+        chunk = in_flight.popleft()
+        yield chunk, _outcomes(reply)
+        return line
+
+    def _all_lost(
+        self, in_flight: deque[Sequence[items.Item]], error: Exception, line: wire.Wire | None
+    ) -> Iterator[Answered]:
+        if line is not None:
+            line.close()
+        while in_flight:
+            chunk = in_flight.popleft()
+            yield chunk, [items.Outcome("LOST", [], 0, error)] * len(chunk)
+
+    def _packed_apply(self, chunk: Sequence[items.Item], line: wire.Wire) -> bytes:
+        partitions: dict[int, int] = {}
+        moves: dict[items.MoveSpec, int] = {}
+        rows = []
+        for item in chunk:
+            partition = partitions.get(item.partition)
+            if partition is None:
+                partition = partitions[item.partition] = len(partitions) + 1
+            move = moves.get(item.move)
+            if move is None:
+                move = moves[item.move] = len(moves) + 1
+            rows.append(item.row(partition, move))
+        key_count = 2 * len(partitions)
+        due = self.wires.identity_due(line, self.identity_interval_seconds)
+        return b"".join(
+            [
+                _HEADERS[7 + key_count],
+                scripts.stamped("apply", self.stamp, self.emulated).call,
+                _NUMBERS[key_count],
+                *[self._pair_keys[partition] for partition in partitions],
+                resp.bulk(_encode(rows)),
+                resp.bulk(_encode([move.row for move in moves])),
+                b"$1\r\n1\r\n" if due else b"$1\r\n0\r\n",
+                self._fields_max,
+            ]
+        )
+
+    # --- reads -------------------------------------------------------------------------------------------------------
+
+    def hashes(self, addresses: Sequence[tuple[int, str, str]]) -> list[dict[bytes, bytes]]:
+        """HGETALL of each (partition, machine, id), pipelined; empty for what is not hot.
+
+        Plain reads, not admitted: a Redis that has just become untrue may be seen until the first checked call.
+        """
+        packed = [resp.command("HGETALL", self.keyspace.instance(*address)) for address in addresses]
+        with self._exchange("HGETALL") as line:
+            results = []
+            sent = 0
+            for start in range(0, len(packed), 125):
+                line.send(b"".join(packed[start : start + 125]))
+                if start:
+                    results += [_hash_of(line.read()) for _ in range(125)]
+                    sent += 125
+            return results + [_hash_of(line.read()) for _ in range(len(packed) - sent)]
+
+    def own_field(self, partition: int, machine: str, id: str) -> bytes | None:
+        """The field ``@`` of an instance's hash, None if it is not hot."""
+        with self._exchange("HGET") as line:
+            found: bytes | None = line.call(resp.command("HGET", self.keyspace.instance(partition, machine, id), "@"))
+            return found
+
+    def position(self, partition: int) -> Position | None:
+        """What ``meta`` says about cold instances; None where there is no ``meta`` (a wiped Redis)."""
+        fields = ("epoch", "owner", "status", "cold", "evicted_to")
+        with self._exchange("HMGET") as line:
+            found = line.call(resp.command("HMGET", self.keyspace.meta(partition), *fields))
+        if found[0] is None:
+            return None
+        epoch, owner, status, cold, evicted_to = (b"" if part is None else part for part in found)
+        return Position(int(epoch), owner.decode(), status.decode(), cold != b"0", _id(evicted_to.decode() or "0-0"))
+
+    def find(self, partition: int, machine: str, id: str) -> tuple[str, list[entry.Entry]]:
+        """One instance's entries behind the watermark as (code, entries); the code is ``OK`` or one of admission."""
+        prefix = f"{machine}{entry.SEPARATOR}{id}{entry.SEPARATOR}"
+        found: list[entry.Entry] = []
+        cursor = ""
+        while cursor != "-":
+            reply = self._call("find", [self._pair_keys[partition]], 2, prefix, cursor, 2000)
+            head, *lines = reply.split("\n")
+            code, *words = head.split(" ")
+            if code != "OK":
+                return code, []
+            found += [parse_line(line) for line in lines]
+            cursor = words[0]
+        return "OK", found
+
+    # --- cold tier ---------------------------------------------------------------------------------------------------
+
+    def hydrate(self, rows: Sequence[tuple[int, str, str, str, str, list[str]]]) -> list[str]:
+        """Bring instances back: (partition, "machine:id", text of @, ring, watermark, [name, text, ...]); a code for each."""
+        return self._by_partition("hydrate", rows)
+
+    def evict(self, rows: Sequence[tuple[int, str, int, str, int]]) -> list[str]:
+        """Drop flushed hot copies: (partition, "machine:id", version, SQL's watermark, parked); a code for each."""
+        return self._by_partition("evict", rows)
+
+    def _by_partition(self, name: str, rows: Sequence[tuple[Any, ...]]) -> list[str]:
+        partitions: dict[int, int] = {}
+        packed = []
+        for partition, *rest in rows:
+            packed.append([partitions.setdefault(partition, len(partitions) + 1), *rest])
+        reply = self._call(name, [self._meta_keys[p] for p in partitions], len(partitions), _encode(packed))
+        lines = reply.split("\n")
+        return lines if len(lines) == len(rows) else lines * len(rows)
+
+    # --- flush -------------------------------------------------------------------------------------------------------
+
+    def read(
+        self,
+        cursors: Sequence[tuple[int, entry.EntryId]],
+        *,
+        entries: int,
+        bytes_max: int,
+        fenced_identity: str = "",
+        stamp: scripts.Stamp | None = None,
+    ) -> list[PartitionReply]:
+        """Entries behind each (partition, cursor), if the partition has this store's stamp, is ready and is true.
+
+        With ``fenced_identity`` the partitions must be fenced by the recovery of that stamp, on that server.
+        """
+        reply = self._call(
+            "read",
+            [self._pair_keys[partition] for partition, _ in cursors],
+            2 * len(cursors),
+            entries,
+            bytes_max,
+            fenced_identity,
+            *[str(cursor) for _, cursor in cursors],
+            stamp=stamp,
+        )
+        replies = []
+        lines = iter(reply.split("\n"))
+        for head in lines:
+            code, *words = head.split(" ")
+            if code == "OK":
+                found = [next(lines) for _ in range(int(words[0]))]
+                replies.append(PartitionReply(code, _id(words[1]), found))
+            else:
+                replies.append(PartitionReply(code, entry.ZERO, []))
+        if len(replies) == 1 and len(cursors) > 1:
+            return replies * len(cursors)
+        return replies
+
+    def flushed(self, rows: Sequence[tuple[int, entry.EntryId, entry.EntryId, int]]) -> list[str]:
+        """Raise watermarks and trim: (partition, watermark, trim to, limit); a code for each."""
+        arguments = [str(part) for _, *parts in rows for part in parts]
+        reply = self._call("flushed", [self._pair_keys[p] for p, *_ in rows], 2 * len(rows), *arguments)
+        lines = [line.split(" ")[0] for line in reply.split("\n")]
+        return lines if len(lines) == len(rows) else lines * len(rows)
+
+    # --- admission and recovery --------------------------------------------------------------------------------------
+
+    def admit(self, stamp: scripts.Stamp, *, load: bool = True) -> Admission:
+        """Compare epoch, owner and identity of every partition and, if all match, load the scripts: on ONE connection."""
+        count = self.keyspace.partition_count
+        script = scripts.stamped("admit", stamp, self.emulated)
+        with self._exchange("admission") as line:
+            line.fresh = True
+            reply = line.call(resp.command("EVAL", script.text, count, *[self.keyspace.meta(p) for p in range(count)]))
+            identity, *codes, whose = reply.decode().split("\n")
+            deployment, protocol, partitions = whose.split(" ")
+            admission = Admission(identity, [code.split(" ")[0] for code in codes], deployment, protocol, partitions)
+            if load and all(code == "OK" for code in admission.codes):
+                self._load(line, stamp)
+            return admission
+
+    def _load(self, line: wire.Wire, stamp: scripts.Stamp) -> None:
+        for name in ("apply", "hydrate", "evict", "read", "find", "flushed"):
+            line.call(resp.command("SCRIPT", "LOAD", scripts.stamped(name, stamp, self.emulated).text))
+
+    def fence(
+        self, partition: int, stamp: scripts.Stamp, deployment: str, protocol: int, *, dry_run: bool = False
+    ) -> tuple[str, Fenced | None]:
+        """Fence a partition for the recovery of this stamp; (reply, what was met) with None unless the reply is ``OK``."""
+        arguments = (deployment, protocol, self.keyspace.partition_count, "1" if dry_run else "")
+        reply = self._call("fence", [self._meta_keys[partition]], 1, *arguments, stamp=stamp)
+        head, *identities = reply.split("\n")
+        code, *words = head.split(" ")
+        if code != "OK":
+            return head, None
+        existed, epoch, owner, watermark, cold, evicted_to = words
+        return code, Fenced(
+            existed == "1", int(epoch), "" if owner == "-" else owner, _optional_id(watermark), cold,
+            _optional_id(evicted_to), "" if identities[0] == "-" else identities[0], identities[1],
+        )  # fmt: skip
+
+    def probe(
+        self, partition: int, stamp: scripts.Stamp, identity: str, watermark: entry.EntryId
+    ) -> tuple[str, Probed | None]:
+        """Look at the log around SQL's watermark, under the fence of this stamp (``identity`` "": without one)."""
+        reply = self._call("probe", [self._pair_keys[partition]], 2, identity, str(watermark), stamp=stamp)
+        head, *lines = reply.split("\n")
+        code, *words = head.split(" ")
+        if code != "OK":
+            return code, None
+        at_watermark, behind = (None if line == "-" else parse_line(line) for line in lines)
+        return code, Probed(_optional_id(words[0]), _id(words[1]), int(words[2]), at_watermark, behind)
+
+    def drop(self, partition: int, stamp: scripts.Stamp, identity: str, evicted_to: entry.EntryId, names: list[str]) -> str:
+        """Drop hashes under a fence and mark the partition cold up to an id; the reply's code."""
+        return self._call(
+            "drop", [self._meta_keys[partition]], 1, identity, str(evicted_to), _encode(names), stamp=stamp
+        )  # fmt: skip
+
+    def ready(
+        self,
+        partition: int,
+        stamp: scripts.Stamp,
+        *,
+        identity: str,
+        watermark: entry.EntryId,
+        limit: int,
+        new: bool,
+        report: str,
+        backlog: int,
+    ) -> str:
+        """End a recovery's work on a partition: it serves again; the reply's code and the mark's id."""
+        arguments = (identity, str(watermark), limit, "0" if new else "", report, backlog)
+        return self._call("ready", [self._pair_keys[partition]], 2, *arguments, stamp=stamp)
+
+    def server_facts(self) -> dict[str, str]:
+        """INFO server, memory and persistence as texts."""
+        with self._exchange("INFO") as line:
+            if self.emulated:
+                return {}
+            text = line.call(resp.command("INFO", "server", "memory", "persistence", "replication")).decode()
+        return dict(part.split(":", 1) for part in text.split("\r\n") if ":" in part)
+
+    # --- plumbing ----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _exchange(self, what: str) -> Iterator[wire.Wire]:
+        """A wire for one exchange, with the driver's errors translated for callers that are not flows."""
+        try:
+            with self.wires.wire() as line:
+                yield line
+        except (redis.RedisError, OSError) as error:
+            raise failures.translated(error, what) from error
+
+    def _call(
+        self, name: str, key_parts: Sequence[bytes], key_count: int, *arguments: Any, stamp: scripts.Stamp | None = None
+    ) -> str:
+        """Call a script. A recovery's scripts (given a stamp) go by EVAL: its fence admits the server, nobody else does."""
+        script = scripts.stamped(name, stamp or self.stamp, self.emulated)
+        start = resp.bulk("EVAL") + resp.bulk(script.text) if stamp else script.call
+        packed = b"".join(
+            [
+                b"*%d\r\n" % (3 + key_count + len(arguments)),
+                start,
+                resp.bulk(key_count),
+                *key_parts,
+                *[resp.bulk(argument) for argument in arguments],
+            ]
+        )
+        with self._exchange(name) as line:
+            try:
+                reply: bytes = line.call(packed)
+            except redis.exceptions.NoScriptError:
+                return "NOSCRIPT"
+            return reply.decode()
+
+
+def parse_line(line: str) -> entry.Entry:
+    """Read ``<id>\\x1f<text>`` as ``read.lua`` and ``find.lua`` give it."""
+    id_text, _, text = line.partition(entry.SEPARATOR)
+    return entry.parse(entry.EntryId.parse(id_text), text)
+
+
+def _id(text: str) -> entry.EntryId:
+    return entry.EntryId.parse(text)
+
+
+def _optional_id(text: str) -> entry.EntryId | None:
+    return None if text == "-" else entry.EntryId.parse(text)
+
+
+def _hash_of(reply: list[bytes] | dict[bytes, bytes]) -> dict[bytes, bytes]:
+    if isinstance(reply, dict):  # RESP3, as an emulated server speaks it
+        return reply
+    return dict(zip(reply[::2], reply[1::2], strict=True))
+
+
+def _outcomes(reply: bytes) -> list[items.Outcome]:
+    head, *lines = reply.decode().split("\n")
+    at_ms = int(head.partition(" ")[0])
+    make: Callable[..., items.Outcome] = items.Outcome
+    outcomes = []
+    for line in lines:
+        code, *words = line.split(" ")
+        outcomes.append(make(code, words, at_ms))
+    return outcomes

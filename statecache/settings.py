@@ -1,0 +1,270 @@
+"""What an operator may set, from where, and what is said when it is wrong.
+
+A value is looked for in the explicit arguments, then in the environment (``STATECACHE_`` and the upper-case name), then
+in the TOML file that ``config_file`` names, then here. Whatever is refused - a value, an unknown name in the file, an
+unknown ``STATECACHE_`` variable - is a ``ConfigurationError`` that tells the name, the place, the value (with the
+passwords of URLs hidden) and the rule: a misspelt setting that is silently not in force is found at the worst moment.
+
+This is the only module that reads the environment.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+import pydantic_settings
+from pydantic import Field
+from pydantic.fields import FieldInfo
+from pydantic_settings import PydanticBaseSettingsSource
+
+from statecache.core import codec, errors, keys, model
+
+ENV_PREFIX = "STATECACHE_"
+_FOREIGN_VARIABLES = re.compile(r"STATECACHE_(FAILPOINT.*|TEST_.*|RQ_REDIS_URL)")
+"""Variables with our prefix that other parts read: failpoints, the test suite, the RQ worker."""
+
+Positive = Annotated[int, Field(gt=0)]
+PositiveSeconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Settings(pydantic_settings.BaseSettings):
+    """All settings of one store. Immutable; raises ``ConfigurationError``, whatever is wrong.
+
+    An explicit argument that is None counts as not given.
+    """
+
+    model_config = pydantic_settings.SettingsConfigDict(
+        env_prefix=ENV_PREFIX,
+        env_ignore_empty=True,
+        extra="forbid",
+        frozen=True,
+        hide_input_in_errors=True,
+        use_attribute_docstrings=True,
+    )
+
+    config_file: Path | None = None
+    """TOML file with the settings that neither the arguments nor the environment give. Not searched for: only if named."""
+
+    redis_url: str | None = None
+    """``redis://``, ``rediss://`` or ``unix://`` URL of Redis >= 7.0 or Valkey >= 7.2. Without one, the embedded server
+    of ``data_dir`` is used."""
+
+    database_url: str | None = None
+    """SQLAlchemy URL of the database, such as ``postgresql+psycopg://user@host/name``. Without one, a SQLite file in
+    ``data_dir`` is used."""
+
+    data_dir: Path = Path("statecache-data")
+    """Folder of the embedded server and of the SQLite file. Not used when both URLs are given."""
+
+    namespace: str = "statecache"
+    """First part of every Redis key: several stores may share a server under different namespaces."""
+
+    partition_count: int = 16
+    """Number of shards of a store. Fixed when the store is created; later it must be the same everywhere."""
+
+    durability: model.Durability = model.Durability.HOT
+    """What must be true before a call returns that does not say it itself: hot, fsync, replica or durable."""
+
+    auto_recover: bool = True
+    """Whether whoever first meets a Redis that restarted or lost data recovers it. If not, calls raise
+    ``RecoveringError`` until ``statecache recover`` is run."""
+
+    identity_check: Literal["interval", "always"] = "interval"
+    """How often a script compares the server's identity: ``interval`` (see ``identity_check_interval_ms``), or ``always``,
+    which costs 5 microseconds a script and needs no assumption about how long a failover takes."""
+
+    identity_check_interval_ms: Positive = 500
+    """With ``identity_check = "interval"``: a call later than this after its connection's last check checks again."""
+
+    call_timeout_seconds: PositiveSeconds = 5.0
+    """Deadline of a call that gives none, its retries and waits included."""
+
+    socket_timeout_seconds: PositiveSeconds = 5.0
+    """Wait for one answer of Redis before the connection is closed and the call repeated on another."""
+
+    flush_interval_ms: Positive = 50
+    """Pause of the flusher when it has caught up."""
+
+    flush_batch_entries: Positive = 5_000
+    """Most entries of one flush transaction and partition."""
+
+    flush_batch_bytes: Positive = 8 * 1024 * 1024
+    """Most bytes of log entries that the flusher reads at once from a partition."""
+
+    lag_target_seconds: PositiveSeconds = 1.0
+    """Age of the oldest unflushed transition above which writers are slowed down while SQL is healthy."""
+
+    backlog_limit_entries: Positive = 1_000_000
+    """Unflushed entries of a partition at which writers are refused, SQL being away."""
+
+    log_keep_seconds: Seconds = 0.0
+    """How long flushed entries stay in Redis: at least the age of the SQL backup that one may have to restore."""
+
+    id_length_max: Annotated[int, Field(ge=1, le=1000)] = 200
+    """Most characters of an instance's id."""
+
+    patch_fields_max: Positive = 64
+    """Most fields that one transition sets or unsets."""
+
+    instance_fields_max: Positive = 256
+    """Most data fields of an instance."""
+
+    patch_bytes_max: Annotated[int, Field(gt=0, le=16 * 1024 * 1024)] = 64 * 1024
+    """Most bytes of one transition's patch as JSON."""
+
+    batch_items_max: Annotated[int, Field(ge=1, le=5_000)] = 1_000
+    """Most transitions of one script call; longer lists are split."""
+
+    def __init__(self, **values: Any) -> None:
+        refuse_unknown_variables(os.environ)
+        given = {name: value for name, value in values.items() if value is not None}
+        try:
+            super().__init__(**given)
+        except pydantic.ValidationError as error:
+            # Not "from error": its text would show the values, passwords included.
+            raise errors.ConfigurationError(_explained(error, given)) from None
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[pydantic_settings.BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, _FileSource(settings_cls)
+
+    @pydantic.field_validator("redis_url")
+    @classmethod
+    def _check_redis_url(cls, url: str | None) -> str | None:
+        if url is not None and not re.match(r"(rediss?://\S|unix:///\S)", url):
+            raise ValueError("it must begin with redis://, rediss:// or unix:///")
+        return url
+
+    @pydantic.field_validator("database_url")
+    @classmethod
+    def _check_database_url(cls, url: str | None) -> str | None:
+        if url is not None and not re.match(r"[a-z][a-z0-9_]*(\+[a-z0-9_]+)?://", url):
+            raise ValueError("it must be an SQLAlchemy URL, such as postgresql+psycopg://user@host/name or sqlite:///file")
+        return url
+
+    @pydantic.model_validator(mode="after")
+    def _check_keys(self) -> Settings:
+        keys.Keyspace(self.namespace, self.partition_count)
+        return self
+
+    @property
+    def limits(self) -> codec.Limits:
+        """The sizes above which input is refused, as ``core`` wants them."""
+        return codec.Limits(
+            id_length_max=self.id_length_max,
+            patch_fields_max=self.patch_fields_max,
+            instance_fields_max=self.instance_fields_max,
+            patch_bytes_max=self.patch_bytes_max,
+            batch_items_max=self.batch_items_max,
+        )
+
+    def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
+        for name, value in super().__repr_args__():
+            yield name, _shown(value)
+
+
+def refuse_unknown_variables(environment: Mapping[str, str]) -> None:
+    """Raise ``ConfigurationError`` if a variable begins with ``STATECACHE_`` but is none that anything here reads."""
+    known = {ENV_PREFIX + name.upper() for name in Settings.model_fields}
+    for name in environment:
+        upper = name.upper()
+        if upper.startswith(ENV_PREFIX) and upper not in known and not _FOREIGN_VARIABLES.fullmatch(upper):
+            raise errors.ConfigurationError(f"unknown environment variable {name}{_did_you_mean(upper, known)}")
+
+
+class _FileSource(PydanticBaseSettingsSource):
+    """The TOML file that the sources before it named."""
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        return None, field_name, False  # abstract in the base; a value is never asked for one by one
+
+    def __call__(self) -> dict[str, Any]:
+        path = self.current_state.get("config_file")
+        return {} if path is None else read_file(Path(path))
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """Read a TOML file of settings, unchecked but for its being TOML."""
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise errors.ConfigurationError(f"config file {path} cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise errors.ConfigurationError(f"config file {path} is not valid TOML: {error}") from None
+    if "config_file" in values:
+        raise errors.ConfigurationError(f"config_file in {path} is refused: a config file cannot name another one")
+    return values
+
+
+def _explained(error: pydantic.ValidationError, given: Mapping[str, Any]) -> str:
+    return "; ".join(_explained_one(dict(detail), given) for detail in error.errors(include_url=False))
+
+
+def _explained_one(detail: Mapping[str, Any], given: Mapping[str, Any]) -> str:
+    name = str(detail["loc"][0])
+    origin = _origin(name, given)
+    if detail["type"] == "extra_forbidden":
+        return f"unknown setting {name!r} in {origin}{_did_you_mean(name, Settings.model_fields)}"
+    rule = detail["msg"].removeprefix("Value error, ")
+    return f"{name} = {_shown(detail['input'])!r} in {origin} is refused: {rule[:1].lower()}{rule[1:]}"
+
+
+def _origin(name: str, given: Mapping[str, Any]) -> str:
+    if name in given:
+        return "the arguments"
+    variable = ENV_PREFIX + name.upper()
+    if any(known.upper() == variable and value for known, value in os.environ.items()):
+        return f"the environment ({variable})"
+    return "the config file"
+
+
+def _did_you_mean(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, sorted(known), n=1)
+    return f": did you mean {close[0]}?" if close else ""
+
+
+def _shown(value: object) -> object:
+    return redact(value) if isinstance(value, str) else value
+
+
+_SECRET_PARAMETER = re.compile(
+    r"(?P<name>(?:^|[?&;\s])[^=&;\s?]*(?:pass|pwd|secret|token|key|credential|auth)[^=&;\s?]*=)[^&;\s]*", re.IGNORECASE
+)
+
+
+def redact(url: str) -> str:
+    """Return ``url`` fit for logs and messages: its password and the secrets among its query parameters as ``***``.
+
+    Made for malformed URLs too, as those are what error messages show: where it is unclear what belongs to a password,
+    more is hidden rather than less.
+    """
+    scheme, separator, rest = url.partition("://")
+    if separator:
+        head, mark, query = rest.partition("?")
+        if "@" in head:
+            user, _, host = head.rpartition("@")
+            rest = f"{_without_password(user)}@{host}{mark}{query}"
+        elif "@" in query and "=" not in query.partition("@")[0]:  # an unquoted "?" within the password
+            user, _, host = rest.rpartition("@")
+            rest = f"{_without_password(user)}@{host}"
+    return _SECRET_PARAMETER.sub(r"\g<name>***", f"{scheme}{separator}{rest}")
+
+
+def _without_password(user_info: str) -> str:
+    user, colon, _ = user_info.partition(":")
+    return f"{user}:***" if colon else user

@@ -1,0 +1,1 @@
+"""What several kinds of tests share: real servers, a faulty network, waiting."""
