@@ -51,7 +51,7 @@ class Settings(pydantic_settings.BaseSettings):
     )
 
     config_file: Path | None = None
-    """TOML file with the settings that neither the arguments nor the environment give. Not searched for: only if named."""
+    """TOML file with what neither the arguments nor the environment give. Read only if named: none is searched for."""
 
     redis_url: str | None = None
     """``redis://``, ``rediss://`` or ``unix://`` URL of Redis >= 7.0 or Valkey >= 7.2. Without one, the embedded server
@@ -78,8 +78,8 @@ class Settings(pydantic_settings.BaseSettings):
     ``RecoveringError`` until ``statecache recover`` is run."""
 
     identity_check: Literal["interval", "always"] = "interval"
-    """How often a script compares the server's identity: ``interval`` (see ``identity_check_interval_ms``), or ``always``,
-    which costs 5 microseconds a script and needs no assumption about how long a failover takes."""
+    """How often a script compares the server's identity: ``interval`` (see ``identity_check_interval_ms``), or
+    ``always``, which costs 5 microseconds a script and assumes nothing about how long a failover takes."""
 
     identity_check_interval_ms: Positive = 500
     """With ``identity_check = "interval"``: a call later than this after its connection's last check checks again."""
@@ -154,7 +154,9 @@ class Settings(pydantic_settings.BaseSettings):
     @classmethod
     def _check_database_url(cls, url: str | None) -> str | None:
         if url is not None and not re.match(r"[a-z][a-z0-9_]*(\+[a-z0-9_]+)?://", url):
-            raise ValueError("it must be an SQLAlchemy URL, such as postgresql+psycopg://user@host/name or sqlite:///file")
+            raise ValueError(
+                "it must be an SQLAlchemy URL, such as postgresql+psycopg://user@host/name or sqlite:///file"
+            )
         return url
 
     @pydantic.model_validator(mode="after")

@@ -1,7 +1,7 @@
 """Fixtures of all tests. Servers are real processes (``tests.support.servers``), started when first asked for.
 
-``--server`` (or STATECACHE_TEST_SERVER) chooses the Redis or Valkey. Each pytest-xdist worker has servers of its own, so
-that a test may empty the Redis that it is given.
+``--server`` (or STATECACHE_TEST_SERVER) chooses the Redis or Valkey. Each pytest-xdist worker has servers of its own,
+so that a test may empty the Redis that it is given.
 """
 
 from __future__ import annotations

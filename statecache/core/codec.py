@@ -105,7 +105,9 @@ def _check_value(field: str, value: object, depth: int) -> None:
         return
     elif isinstance(value, int):
         if not _INTEGER_MIN <= value <= _INTEGER_MAX:
-            raise errors.InvalidDataError(f"field {field!r}: {_shown(value)} is refused: integers are limited to 64 bit")
+            raise errors.InvalidDataError(
+                f"field {field!r}: {_shown(value)} is refused: integers are limited to 64 bit"
+            )
     elif isinstance(value, float):
         if not math.isfinite(value):
             raise errors.InvalidDataError(f"field {field!r}: {value!r} is refused: JSON knows no NaN and no infinity")
@@ -210,7 +212,9 @@ def encode_increments(increments: Mapping[str, int | float]) -> list[list[str]]:
             raise errors.InvalidDataError(f"increment of {name!r}: {_shown(delta)} is refused: it must be a number")
         if isinstance(delta, int):
             if abs(delta) >= 10**15:
-                raise errors.InvalidDataError(f"increment of {name!r}: {delta} is refused: at most 15 digits are allowed")
+                raise errors.InvalidDataError(
+                    f"increment of {name!r}: {delta} is refused: at most 15 digits are allowed"
+                )
             result.append([name, str(delta), "i"])
         else:
             if not math.isfinite(delta) or abs(delta) >= 1e15:

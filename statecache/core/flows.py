@@ -266,14 +266,18 @@ def _refusal(request: Request, outcome: items.Outcome) -> errors.StateCacheError
     if outcome.code == "DATA":
         rule, subject = words
         if rule == "fields":
-            return errors.InvalidDataError(f"{address}: the data is refused: it would have {subject} fields, more than an instance may have")
+            return errors.InvalidDataError(
+                f"{address}: the data is refused: it would have {subject} fields, more than an instance may have"
+            )
         return errors.InvalidDataError(
             f"{address}: increment of field {subject!r} is refused: "
             + ("it holds no number" if rule == "number" else "the result leaves the range of exact numbers")
         )
     if outcome.code == "ERROR" and isinstance(outcome.cause, errors.StateCacheError):
         return outcome.cause
-    return errors.IntegrityError(f"{address}: its key in Redis holds something that statecache did not write ({outcome.code})")
+    return errors.IntegrityError(
+        f"{address}: its key in Redis holds something that statecache did not write ({outcome.code})"
+    )
 
 
 def _duplicate(request: Request, version: int) -> Generator[Wish, Any, model.Receipt]:
@@ -330,7 +334,9 @@ def _miss(request: Request, outcome: items.Outcome, attempt: int, misses: int) -
         item.absent = str(found.watermark)
         return attempt
     if misses > _CORRUPT_ROUNDS:
-        raise errors.IntegrityError(f"{request.address}: its key in Redis is there, but is no instance; run 'statecache verify'")
+        raise errors.IntegrityError(
+            f"{request.address}: its key in Redis is there, but is no instance; run 'statecache verify'"
+        )
     code = yield Hydrate(found)
     if code in items.ADMISSION_CODES:
         yield Admit(code)

@@ -7,6 +7,7 @@ The ring of recent transition ids is folded too, so that hydration brings it bac
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import msgspec
 
@@ -92,22 +93,31 @@ def apply_patch(data: dict[str, msgspec.Raw], record: entry.Entry) -> None:
             data.pop(name, None)
 
 
+def touched(record: entry.Entry) -> set[str]:
+    """The fields that an entry sets, increments or removes."""
+    names = set(record.unset.split())
+    for text in (record.patch, record.increments):
+        if text:
+            names.update(_DECODER.decode(text))
+    return names
+
+
+def apply_transition(data: dict[str, Any], row: model.Transition) -> None:
+    """The same for a transition as history tells it, whose values are decoded. A ``@reconciled`` row holds all data."""
+    if row.covers_from is not None:
+        data.clear()
+    data.update(row.patch)
+    data.update(row.increments)
+    for name in row.unset:
+        data.pop(name, None)
+
+
 def by_instance(records: Iterable[entry.Entry]) -> dict[Instance, list[entry.Entry]]:
     """Group entries by instance, each group in log order."""
     groups: dict[Instance, list[entry.Entry]] = {}
     for record in records:
         groups.setdefault((record.machine, record.id), []).append(record)
     return groups
-
-
-def history_row(partition: int, record: entry.Entry) -> tuple[object, ...]:
-    """The history columns of an entry, in the order of the table (that of the entry's parts behind its id)."""
-    return (
-        partition, record.entry_id.epoch, record.entry_id.seq, record.machine, record.id, record.version, record.event,
-        record.from_state or None, record.to_state, record.at_ms, record.transition_id, record.actor or None,
-        record.reason or None, int(record.occurred_ms) if record.occurred_ms else None, record.patch or None,
-        record.unset or None, record.increments or None, record.machine_version,
-    )  # fmt: skip
 
 
 def count_deltas(moved: Iterable[tuple[Folded | None, Folded]]) -> dict[tuple[int, str, str], int]:

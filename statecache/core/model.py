@@ -220,5 +220,3 @@ class Lookup(msgspec.Struct, frozen=True):
     watermark: entry.EntryId
     checkpoint: Checkpoint | None
     letters: tuple[str, ...] = ()
-
-

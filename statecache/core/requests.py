@@ -31,7 +31,8 @@ class Door:
         version = definition.version
         self._start = items.MoveSpec(definition.name, entry.EVENT_START, {"": definition.initial}, version)
         self._moves = {
-            event: items.MoveSpec(definition.name, event, targets, version) for event, targets in definition.targets.items()
+            event: items.MoveSpec(definition.name, event, targets, version)
+            for event, targets in definition.targets.items()
         }
         self._guards = _guards_by_event(definition, guards, snapshot_of)
 
@@ -134,7 +135,9 @@ def _guards_by_event(
     return found
 
 
-def _check_disjoint(patched: Sequence[str], dropped: Sequence[str], increased: Sequence[str], limits: codec.Limits) -> None:
+def _check_disjoint(
+    patched: Sequence[str], dropped: Sequence[str], increased: Sequence[str], limits: codec.Limits
+) -> None:
     names = [*patched, *dropped, *increased]
     if len(names) > limits.patch_fields_max:
         raise errors.InvalidDataError(

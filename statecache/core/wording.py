@@ -5,7 +5,10 @@ from __future__ import annotations
 
 def shown(value: object) -> str:
     """The value as Python writes it, at most 80 characters."""
-    return shortened(repr(value), 80)
+    try:
+        return shortened(repr(value), 80)
+    except RecursionError:
+        return f"a {type(value).__name__} nested too deep to be shown"
 
 
 def uncapitalized(text: str) -> str:

@@ -98,11 +98,11 @@ def read(text: str, source: str) -> Tree:
 def _plain(reader: _Reader, node: Any, path: Path, lines: dict[Path, int]) -> Any:
     if isinstance(node, yaml.MappingNode) and node.tag == f"{_PREFIX}map":
         result: dict[str, Any] = {}
-        for key, item in _pairs(reader, node):
+        for key, mark, item in _pairs(reader, node):
             if key in result:
                 problem = f"the key {key!r} stands there twice"
-                raise yaml.constructor.ConstructorError(None, None, problem, item.start_mark)
-            lines[(*path, key)] = item.start_mark.line + 1
+                raise yaml.constructor.ConstructorError(None, None, problem, mark)
+            lines[(*path, key)] = mark.line + 1
             result[key] = _plain(reader, item, (*path, key), lines)
         return result
     if isinstance(node, yaml.SequenceNode) and node.tag == f"{_PREFIX}seq":
@@ -116,14 +116,18 @@ def _plain(reader: _Reader, node: Any, path: Path, lines: dict[Path, int]) -> An
     raise yaml.constructor.ConstructorError(None, None, f"the tag {node.tag!r} is not supported", node.start_mark)
 
 
-def _pairs(reader: _Reader, node: Any) -> Iterator[tuple[str, Any]]:
+def _pairs(reader: _Reader, node: Any) -> Iterator[tuple[str, Any, Any]]:
     for key_node, item in node.value:
         key = _scalar(reader, key_node) if isinstance(key_node, yaml.ScalarNode) else None
         if not isinstance(key, str):
             raise yaml.constructor.ConstructorError(
-                None, None, f"the key {shown(key_node.value)} is refused: keys are text", key_node.start_mark
+                None, None, f"the key {shown(_source(key_node))} is refused: keys are text", key_node.start_mark
             )
-        yield key, item
+        yield key, key_node.start_mark, item
+
+
+def _source(node: Any) -> str:
+    return node.value if isinstance(node, yaml.ScalarNode) else f"a {node.id}"
 
 
 def _scalar(reader: _Reader, node: Any) -> Any:

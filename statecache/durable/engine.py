@@ -180,7 +180,7 @@ def _parse(url: str) -> URL:
 
 def _prepare_sqlite(connection: sqlite3.Connection, record: object) -> None:
     _switch_to_wal(connection)
-    for pragma in ("synchronous=FULL", "cache_size=-16384", "temp_store=MEMORY", "wal_autocheckpoint=4000"):
+    for pragma in ("synchronous=FULL", "cache_size=-65536", "temp_store=MEMORY", "wal_autocheckpoint=20000"):
         connection.execute(f"PRAGMA {pragma}")
 
 

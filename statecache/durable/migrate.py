@@ -49,7 +49,7 @@ def lock(connection: sa.Connection) -> None:
 
 def upgrade_database(database: engine.Database) -> None:
     """``upgrade`` on open connections."""
-    from alembic import command, config, util  # noqa: PLC0415 - takes 0.1 s, and most processes never need it
+    from alembic import command, config, util
 
     folder = importlib.resources.files("statecache.durable") / "migrations"
     with importlib.resources.as_file(folder) as path, database.transaction(limited=False) as connection:

@@ -15,9 +15,9 @@ import time
 from collections.abc import Callable
 
 from statecache.core import errors
-from statecache.durable.store import DurableStore
 from statecache.durable import recoveries
 from statecache.durable.rows import StoreRow
+from statecache.durable.store import DurableStore
 from statecache.hot import scripts
 from statecache.hot import store as hot_store
 
@@ -89,7 +89,9 @@ class Admission:
             under_way = recovery.finished_ms is None or "RECOVERING" in codes
             sign_ms = max(recovery.heartbeat_ms, recovery.finished_ms or 0)
             if under_way and time.time() * 1000 - sign_ms < HEARTBEAT_STALE_MS:
-                return errors.RecoveringError(f"a recovery is under way (epoch {row.epoch}); try again when it has ended")
+                return errors.RecoveringError(
+                    f"a recovery is under way (epoch {row.epoch}); try again when it has ended"
+                )
         if not self._auto_recover and row.epoch:
             return errors.RecoveringError(
                 "Redis is not what it was (it restarted, failed over or lost data) and auto_recover is off: "

@@ -149,7 +149,9 @@ class StateCache:
         """Flush from a thread of this process until ``close``."""
         if self._thread is not None:
             return
-        self._thread = threading.Thread(target=self.flusher.run, args=(self._stop,), name="statecache-flusher", daemon=True)
+        self._thread = threading.Thread(
+            target=self.flusher.run, args=(self._stop,), name="statecache-flusher", daemon=True
+        )
         self._thread.start()
 
     def close(self) -> None:
@@ -273,9 +275,7 @@ class StateCache:
         count = self.settings.partition_count
         return durability_wait.wait(self.durable, count, receipts, self._push, self._flusher_about, deadline)
 
-    def wait_durable(
-        self, receipt: model.Receipt | Sequence[model.Receipt], timeout: float | None = None
-    ) -> None:
+    def wait_durable(self, receipt: model.Receipt | Sequence[model.Receipt], timeout: float | None = None) -> None:
         """Return when the transition is in SQL: from then on it survives the loss of Redis, disk and all.
 
         Raises ``DurabilityTimeout`` (it stands, its durability is unknown: wait again), ``ParkedError`` (SQL refused it,
@@ -361,8 +361,12 @@ class StateCache:
 
     def _revive(self) -> None:
         """Start the embedded server again if it died; any other server is its operator's."""
-        if self._server is not None and not self._stop.is_set():
+        if self._server is None or self._stop.is_set():
+            return
+        try:
             self._server.ensure_running()
+        except errors.UnavailableError as error:  # whoever asked tries again until its deadline
+            _log.warning("the embedded server does not start: %s", error)
 
     def _after_fork(self) -> None:
         self._thread = None

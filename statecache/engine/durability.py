@@ -22,7 +22,7 @@ Pushed = Callable[[float], bool]
 
 def outcome(
     receipt: model.Receipt, standing: tuple[entry.EntryId, str | None, str | None]
-) -> errors.StateCacheError | None | bool:
+) -> errors.StateCacheError | bool | None:
     """Tell whether a receipt is durable: True, False (not yet), or the error that it never will be."""
     watermark, transition_id, letter_id = standing
     if transition_id == receipt.transition_id:

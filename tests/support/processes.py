@@ -121,7 +121,8 @@ class _Guardian:
             self._write(f"-{pid}")
 
     def _write(self, line: str) -> None:
-        assert self._popen is not None and self._popen.stdin is not None
+        assert self._popen is not None
+        assert self._popen.stdin is not None
         self._popen.stdin.write(line + "\n")
         self._popen.stdin.flush()
 

@@ -1,9 +1,9 @@
 """A TCP proxy between a client and a real server that misbehaves on demand, at places that a test names exactly.
 
 Faults that need no luck: *the server has done it but the client never hears* (``drop_replies_after_forwarding``), *the
-server never got it* (``cut_before_forwarding``). Both take a pattern of bytes that the request must hold (``b"EVALSHA"``,
-``b"COMMIT"``), so that the greeting of a new connection does not set them off. The others - ``cut``, ``refuse``,
-``delay``, ``hold`` - hit every connection at once.
+server never got it* (``cut_before_forwarding``). Both take a pattern of bytes that the request must hold
+(``b"EVALSHA"``, ``b"COMMIT"``), so that the greeting of a new connection does not set them off. The others - ``cut``,
+``refuse``, ``delay``, ``hold`` - hit every connection at once.
 
 Each connection has two threads that copy bytes. A request is matched in the stream, also when it arrives in pieces.
 """
@@ -14,12 +14,14 @@ import contextlib
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
 _CHUNK_BYTES = 65536
-_CUT_POLL_SECONDS = 0.05
+_POLL_SECONDS = 0.01
+_SEND_TIMEOUT = struct.pack("ll", 10, 0)  # a receiver that reads nothing must not block a thread for ever
 _LINGER_NOT = struct.pack("ii", 1, 0)  # makes close() send a reset
 
 
@@ -42,9 +44,7 @@ class Proxy:
         self._links: set[_Link] = set()
         self._trap: _Trap | None = None
         self._delay_seconds = 0.0
-        self._released = threading.Event()
-        self._released.set()
-        self._hurry = threading.Event()
+        self._held = False
         self._listener: socket.socket | None = None
         self._listen()
 
@@ -58,9 +58,8 @@ class Proxy:
         """Behave: end every fault that is on, and let go what is held or delayed."""
         with self._lock:
             self._trap = None
-            self._delay_seconds = 0.0
-        self._released.set()
-        self._hurry.set()
+        self._held = False
+        self._delay_seconds = 0.0
         if self._listener is None:
             self._listen()
 
@@ -79,12 +78,14 @@ class Proxy:
             self._trap = _Trap(matching, n, forward=False)
 
     def cut(self) -> None:
-        """Reset all connections that there are. New ones are served."""
+        """Reset all connections that there are; when it returns they are gone. New ones are served."""
         with self._lock:
             links = list(self._links)
             self.faults_done += len(links)
         for link in links:
             link.reset()
+        for link in links:
+            link.join()
 
     def refuse(self) -> None:
         """Stop listening, so that new connections are refused, and cut those that there are."""
@@ -93,13 +94,11 @@ class Proxy:
 
     def delay(self, seconds: float) -> None:
         """Hold back each piece of data, of both directions, for so long."""
-        with self._lock:
-            self._delay_seconds = seconds
-        self._hurry.clear()
+        self._delay_seconds = seconds
 
     def hold(self) -> None:
         """Forward nothing, of both directions, and close nothing: a network that swallows packets."""
-        self._released.clear()
+        self._held = True
 
     # ------------------------------------------------------------------------------------------------------- machinery
 
@@ -107,10 +106,6 @@ class Proxy:
         self.pass_through()
         self._stop_listening()
         self.cut()
-        with self._lock:
-            links = list(self._links)
-        for link in links:
-            link.join()
 
     def __enter__(self) -> Self:
         return self
@@ -154,12 +149,10 @@ class Proxy:
             link.start()
 
     def _wait_for_turn(self, is_cut: threading.Event) -> None:
-        while not self._released.wait(_CUT_POLL_SECONDS) and not is_cut.is_set():
-            pass
-        with self._lock:
-            delay_seconds = self._delay_seconds
-        if delay_seconds:
-            self._hurry.wait(delay_seconds)
+        came = time.monotonic()
+        while self._held or time.monotonic() < came + self._delay_seconds:
+            if is_cut.wait(_POLL_SECONDS):
+                return
 
     def _pattern_bytes(self) -> int:
         with self._lock:
@@ -192,6 +185,7 @@ class _Link:
         self._threads_left = 2
         for end in (client, server):
             end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _SEND_TIMEOUT)
         self._threads = [self._thread(self._copy_requests), self._thread(self._copy_replies)]
 
     def start(self) -> None:

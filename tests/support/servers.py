@@ -1,7 +1,7 @@
 """Real Redis, Valkey and PostgreSQL processes, from wheels, on the loopback interface.
 
-Each server object owns one process at a time and keeps its port over restarts, so that clients (and the proxy before it)
-can be told its address once. Faults are methods: ``kill`` (SIGKILL), ``pause`` and ``resume`` (SIGSTOP, SIGCONT),
+Each server object owns one process at a time and keeps its port over restarts, so that clients (and the proxy before
+it) can be told its address once. Faults are methods: ``kill`` (SIGKILL), ``pause`` and ``resume`` (SIGSTOP, SIGCONT),
 ``restart``. A failed start is tried again on another port, as a free port may be taken before the server has it.
 """
 
@@ -345,9 +345,7 @@ class PostgresServer:
         settings = [word for name, value in self._args.items() for word in ("-c", f"{name}={value}")]
         command = [str(self._bin / "postgres"), "-D", str(self.folder / "data"), "-p", str(self.port), *settings]
         log_offset = self.log.stat().st_size if self.log.exists() else 0
-        self._process = processes.Process(
-            command, self.log, last_resort=signal.SIGQUIT, cwd=self.folder, **self._user
-        )
+        self._process = processes.Process(command, self.log, last_resort=signal.SIGQUIT, cwd=self.folder, **self._user)
         waiting.wait_until(lambda: not self.alive or self._accepts(), "PostgreSQL's answer", START_TIMEOUT_SECONDS)
         if not self.alive:
             self._process = None

@@ -1,7 +1,7 @@
 -- Step 3 of a recovery: what the log holds at SQL's watermark.
 --
 -- KEYS 1 meta, 2 log of the partition
--- ARGV 1 identity that the fence met; '' = a dry run, which has no fence
+-- ARGV 1 identity that the fence met; * = a dry run, which has no fence
 --      2 SQL's watermark
 --
 -- Reply  one string:
@@ -12,7 +12,7 @@
 --@include ids
 --@include ready_or_fenced
 local meta, log, watermark = KEYS[1], KEYS[2], ARGV[2]
-local code = ARGV[1] ~= '' and refusal(meta, identity(), ARGV[1])
+local code = refusal(meta, identity(), ARGV[1])
 if code then return code end
 local function line(page)
   local found = page[1]

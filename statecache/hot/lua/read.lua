@@ -3,7 +3,7 @@
 -- KEYS   the meta and the log of each partition, in pairs
 -- ARGV 1 entries at most, over all partitions
 --      2 bytes at most, over all partitions (one entry is always given)
---      3 identity that a recovery's fence met: only that recovery may read; '' = the partition must be ready
+--      3 identity that a recovery's fence met: only that recovery may read; '' = the partition must be ready; * = a dry run
 --      4... the watermark of each partition, as SQL has it
 --
 -- Reply  one string. For each partition a line, then its entries:

@@ -1,0 +1,69 @@
+# From a clean checkout, with Python >= 3.11 and make and nothing else: `make demo`, `make test`, `make check`.
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test check format bench clean python
+
+# The first Python on the PATH that is new enough; `make PYTHON=/path/to/python3 ...` to choose.
+PYTHON ?= $(shell for name in python3 python3.14 python3.13 python3.12 python3.11; do \
+	"$$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$name" && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+# Each test worker starts servers of its own; two keep two cores busy.
+WORKERS ?= 2
+PYTEST_ARGS ?=
+
+help:
+	@echo "make demo     run transitions, kill Valkey, recover, and check every claim (embedded Valkey and SQLite)"
+	@echo "make test     the whole test suite, against real Valkey and PostgreSQL processes"
+	@echo "              (PYTEST_ARGS='--server redis8 -k name' for others or fewer, WORKERS=n)"
+	@echo "make check    format, lint, types, layers"
+	@echo "make format   let ruff put the format right"
+	@echo "make bench    the benchmarks"
+	@echo "make venv     only the virtual environment, in $(VENV)"
+	@echo "make clean    remove it and every cache"
+
+venv: $(VENV)/.installed
+
+demo: $(VENV)/.installed
+	$(BIN)/statecache demo
+
+test: $(VENV)/.installed-for-development
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+
+check: $(VENV)/.installed-for-development
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.installed-for-development
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.installed-for-development
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+python:
+	@test -n "$(PYTHON)" || { echo "statecache needs Python 3.11 or newer: none found on the PATH." \
+		"Install one, or say which: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "statecache needs Python 3.11 or newer:" \
+		"$(PYTHON) is $$("$(PYTHON)" --version 2>&1)." >&2; exit 1; }
+
+$(BIN)/python: | python
+	"$(PYTHON)" -m venv --clear $(VENV) || { rm -rf $(VENV); echo "Python's venv module does not work here" \
+		"(on Debian and Ubuntu: apt-get install python3-venv)." >&2; exit 1; }
+
+# Marks the last installation: made again when pyproject.toml changes.
+$(VENV)/.installed: pyproject.toml $(BIN)/python
+	$(PIP) install --editable .
+	@touch $@
+
+$(VENV)/.installed-for-development: pyproject.toml $(BIN)/python
+	$(PIP) install --editable '.[test,check,bench]'
+	@touch $@ $(VENV)/.installed

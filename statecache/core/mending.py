@@ -1,0 +1,189 @@
+"""What recovery writes where SQL and the log no longer meet: pure code, from what both hold to the rows that mend it.
+
+*SQL behind* (SQL was restored from an older copy, and the log no longer reaches back to its watermark): for every instance
+whose next known version is not the checkpoint's next, one ``@reconciled`` transition stands for the versions between. Its data
+is the hot hash without the fields that later entries of the log touch, so that the fold of history and log is the hash again.
+Without a hash that data is unknown: the row waits as a dead letter, and parks the instance, until an operator decides (H6).
+
+*Diverged* (the log holds other entries than SQL under the same ids or versions): nothing is guessed. What the log has and SQL
+has not becomes dead letters; every hash that is not what SQL says is dropped, and comes back from SQL, parked if it has letters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from statecache.core import codec, entry, fold, model
+
+Row = tuple[Any, ...]
+
+
+class Hash(msgspec.Struct, frozen=True):
+    """An instance as its hash has it."""
+
+    state: str
+    version: int
+    entry_id: entry.EntryId
+    created_ms: int
+    machine_version: int
+    updated_ms: int
+    ring: str
+    data: dict[str, str]
+
+    @classmethod
+    def parse(cls, fields: Mapping[bytes, bytes]) -> Hash | None:
+        """Read a hash; None for one that statecache did not write."""
+        words = fields.get(b"@", b"").decode().split(" ")
+        if len(words) < 6:
+            return None
+        data = {name.decode(): text.decode() for name, text in fields.items() if name not in (b"@", b"@r")}
+        return cls(
+            words[0], int(words[1]), entry.EntryId.parse(words[2]), int(words[3]), int(words[4]), int(words[5]),
+            fields.get(b"@r", b"").decode(), data,
+        )  # fmt: skip
+
+
+class Known(msgspec.Struct, frozen=True):
+    """What SQL knows of an instance: its checkpoint, and its open letters as (version, transition id)."""
+
+    checkpoint: model.Checkpoint | None = None
+    letters: tuple[tuple[int, str], ...] = ()
+
+    @property
+    def version(self) -> int:
+        """The highest version that SQL holds, in history or as a letter."""
+        kept = self.checkpoint.version if self.checkpoint else 0
+        return max([kept, *(version for version, _ in self.letters)])
+
+
+class Mend(msgspec.Struct):
+    """Rows to write in one transaction, and hashes to drop after it. Rows are in the tables' column order."""
+
+    transitions: list[Row] = []
+    checkpoints: list[Row] = []
+    letters: list[Row] = []
+    moved: list[tuple[fold.Folded | None, fold.Folded]] = []
+    drops: list[str] = []
+    covered: int = 0
+    parked: int = 0
+    findings: list[str] = []
+
+
+def sql_behind(
+    partition: int,
+    entries: Mapping[fold.Instance, Sequence[entry.Entry]],
+    hashes: Mapping[fold.Instance, Hash],
+    known: Mapping[fold.Instance, Known],
+    watermark: entry.EntryId,
+    finals: fold.Finals,
+    transition_id: str,
+) -> Mend:
+    """The rows that stand for what SQL lost: ``watermark`` is the id before the log's first entry behind the hole."""
+    mend = Mend([], [], [], [], [], 0, 0, [])
+    for instance in sorted({*entries, *hashes}):
+        later = entries.get(instance, ())
+        hot = hashes.get(instance)
+        sql = known.get(instance, Known())
+        next_version = later[0].version if later else hot.version + 1 if hot else 0
+        if next_version <= sql.version + 1:
+            continue
+        mend.covered += next_version - 1 - sql.version
+        now = _before(instance, partition, later, hot, sql, watermark, next_version - 1)
+        row = _reconciled(now, sql, transition_id, complete=hot is not None)
+        address = ":".join(instance)
+        if hot is None or sql.letters:
+            mend.letters.append(row[: len(_ENTRY_COLUMNS)])
+            mend.parked += 1
+            mend.findings.append(f"{address}: versions {sql.version + 1} to {now.version} are lost, parked")
+            mend.drops.append(address)
+            continue
+        before = fold.Folded.of_checkpoint(sql.checkpoint) if sql.checkpoint else None
+        mend.transitions.append(row)
+        mend.checkpoints.append(now.row(finals))
+        mend.moved.append((before, now))
+        mend.findings.append(f"{address}: one row stands for versions {sql.version + 1} to {now.version}")
+    return mend
+
+
+def _before(
+    instance: fold.Instance,
+    partition: int,
+    later: Sequence[entry.Entry],
+    hot: Hash | None,
+    sql: Known,
+    watermark: entry.EntryId,
+    version: int,
+) -> fold.Folded:
+    """The instance as it was before the log's entries of it."""
+    machine, id = instance
+    kept = sql.checkpoint
+    data: dict[str, msgspec.Raw] = {}
+    ring = kept.recent if kept else ""
+    if hot is not None:
+        touched = {name for record in later for name in fold.touched(record)}
+        data = {name: msgspec.Raw(text.encode()) for name, text in hot.data.items() if name not in touched}
+        ring = hot.ring[: len(hot.ring) - codec.TOKEN_LENGTH * len(later)] if later else hot.ring
+    state = later[0].from_state if later else hot.state if hot else ""
+    created = hot.created_ms if hot else kept.created_ms if kept else later[0].at_ms
+    updated = later[0].at_ms if later else hot.updated_ms if hot else created
+    machine_version = later[0].machine_version if later else hot.machine_version if hot else 1
+    entry_id = min(hot.entry_id, watermark) if hot and not later else watermark
+    return fold.Folded(
+        machine, id, partition, state, version, entry_id, created, updated, machine_version, ring, data
+    )
+
+
+_ENTRY_COLUMNS = ("partition", "epoch", "seq", *entry.PARTS)
+
+
+def _reconciled(now: fold.Folded, sql: Known, transition_id: str, *, complete: bool) -> Row:
+    """The history row (all its columns) that stands for the versions between."""
+    return (
+        now.partition, now.entry_id.epoch, now.entry_id.seq, now.machine, now.id, now.version, entry.EVENT_RECONCILED,
+        sql.checkpoint.state if sql.checkpoint else None, now.state, now.updated_ms, transition_id, None,
+        "SQL was restored from an older copy" if complete else "SQL was restored from an older copy; the data is not known",
+        None, fold.data_text(now.data), None, None, now.machine_version, sql.version + 1, complete,
+    )  # fmt: skip
+
+
+def diverged(
+    partition: int,
+    entries: Mapping[fold.Instance, Sequence[entry.Entry]],
+    hashes: Mapping[fold.Instance, Hash],
+    known: Mapping[fold.Instance, Known],
+    in_sql: Iterable[tuple[str, str, int, str]],
+) -> Mend:
+    """Keep as letters what the log has and SQL has not; ``in_sql`` are the (machine, id, version, transition id) of the
+    log's entries that SQL holds, in history or as letters."""
+    mend = Mend([], [], [], [], [], 0, 0, [])
+    held = set(in_sql)
+    for instance, records in sorted(entries.items()):
+        strange = [one for one in records if (*instance, one.version, one.transition_id) not in held]
+        if not strange:
+            continue
+        mend.letters += [_letter_row(partition, one) for one in strange]
+        mend.parked += 1
+        versions = ", ".join(str(one.version) for one in strange[:10])
+        mend.findings.append(f"{':'.join(instance)}: versions {versions} of the log are not SQL's: kept as dead letters, parked")
+        mend.drops.append(":".join(instance))
+    for instance, hot in sorted(hashes.items()):
+        if ":".join(instance) in mend.drops:
+            continue
+        kept = known.get(instance, Known()).checkpoint
+        same = kept is not None and (kept.version, kept.recent) == (hot.version, hot.ring)
+        if not same:
+            mend.drops.append(":".join(instance))
+            mend.findings.append(f"{':'.join(instance)}: Redis has version {hot.version}, SQL {kept.version if kept else 'none'}")
+    return mend
+
+
+def _letter_row(partition: int, record: entry.Entry) -> Row:
+    return (
+        partition, *record.entry_id, record.machine, record.id, record.version, record.event, record.from_state or None,
+        record.to_state, record.at_ms, record.transition_id, record.actor or None, record.reason or None,
+        int(record.occurred_ms) if record.occurred_ms else None, record.patch or None, record.unset or None,
+        record.increments or None, record.machine_version,
+    )  # fmt: skip

@@ -1,0 +1,230 @@
+"""Verification: is what is hot what SQL and the log say it is, and is every history whole?
+
+Three passes, each over everything:
+
+1. SQL: every history is versions 1..n, without gap and fork (a ``@reconciled`` row stands for the range it names), each
+   transition begins where the one before it ended, and the checkpoint is the fold of them all;
+2. the logs: behind its watermark each goes on without a hole;
+3. Redis: every hot hash is its checkpoint with the unflushed entries of the log folded on.
+
+It reads while writers write: whatever looks wrong is looked at again, alone, before it is called a finding.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from statecache.core import entry, errors, flows, fold, model
+from statecache.hot.store import parse_line
+
+if TYPE_CHECKING:
+    from statecache.engine.cache import StateCache
+
+_LOOKS = 4
+_PAGE = 500
+
+
+class Finding(msgspec.Struct, frozen=True):
+    """One thing that is not as it must be. ``kind``: ``history``, ``checkpoint``, ``log`` or ``hot``."""
+
+    kind: str
+    address: str
+    detail: str
+
+
+class Findings(msgspec.Struct, frozen=True):
+    """What was looked at, and what was found."""
+
+    instances: int
+    transitions: int
+    hot: int
+    findings: tuple[Finding, ...]
+
+
+class _Folded(msgspec.Struct):
+    """One instance's history as far as it was followed, and the first thing wrong with it."""
+
+    state: str = ""
+    version: int = 0
+    data: dict[str, Any] = {}
+    complete: bool = True
+    problem: str = ""
+
+    def follow(self, row: model.Transition) -> None:
+        first = row.covers_from or row.version
+        if first != self.version + 1:
+            self.problem = self.problem or f"version {first} follows {self.version}"
+        elif row.covers_from is None and (row.from_state or "") != self.state:
+            self.problem = (
+                self.problem
+                or f"version {row.version} leaves {row.from_state!r}, but the one before led to {self.state!r}"
+            )
+        self.complete = self.complete if row.covers_from is None else row.complete
+        fold.apply_transition(self.data, row)
+        self.state, self.version = row.to_state, row.version
+
+
+def verify(
+    cache: StateCache, machine: str | None = None, progress: Callable[[str], None] = lambda text: None
+) -> Findings:
+    """Compare everything with everything, and change nothing.
+
+    Cost: one pass over history, checkpoints, backlog and hot hashes; memory: one page of each. Raises
+    ``UnavailableError`` and ``RecoveringError``.
+    """
+    found: list[Finding] = []
+    instances = transitions = hot = 0
+    for rows in _histories(cache, machine):
+        instances += 1
+        transitions += len(rows)
+        address = rows[0].machine, rows[0].id
+        if _sql_problem(rows, cache.durable.checkpoint(*address)):
+            _note(found, address, _settled(lambda address=address: _sql_problem_of(cache, *address)))  # type: ignore[misc]
+        if instances % 1000 == 0:
+            progress(f"{instances} histories, {transitions} transitions, {len(found)} findings")
+    for partition in range(cache.settings.partition_count):
+        found += _log_findings(cache, partition)
+    for page in cache.hot.instances(machine, _PAGE):
+        hot += len(page)
+        for address in _suspects(cache, page):
+            _note(found, address, _settled(lambda address=address: _hot_problem(cache, *address)))  # type: ignore[misc]
+        progress(f"{instances} histories, {hot} hot instances, {len(found)} findings")
+    return Findings(instances, transitions, hot, tuple(found))
+
+
+Problem = tuple[str, str] | None
+"""(kind, detail)."""
+
+
+def _note(found: list[Finding], address: fold.Instance, problem: Problem) -> None:
+    if problem:
+        found.append(Finding(problem[0], ":".join(address), problem[1]))
+
+
+def _settled(look: Callable[[], Problem]) -> Problem:
+    """Look until nothing is wrong, a few times: what is wrong only while somebody writes is no finding."""
+    problem: Problem = None
+    for attempt in range(_LOOKS):
+        problem = look()
+        if problem is None:
+            return None
+        time.sleep(0.01 * 2**attempt)
+    return problem
+
+
+# --- SQL ---------------------------------------------------------------------------------------------------------------
+
+
+def _histories(cache: StateCache, machine: str | None) -> Iterator[list[model.Transition]]:
+    """The histories in SQL, one instance after the other."""
+    rows: list[model.Transition] = []
+    for row in cache.durable.iterate_transitions(machine):
+        if rows and (row.machine, row.id) != (rows[0].machine, rows[0].id):
+            yield rows
+            rows = []
+        rows.append(row)
+    if rows:
+        yield rows
+
+
+def _sql_problem_of(cache: StateCache, machine: str, id: str) -> Problem:
+    return _sql_problem(cache.durable.history(machine, id), cache.durable.checkpoint(machine, id))
+
+
+def _sql_problem(rows: Sequence[model.Transition], checkpoint: model.Checkpoint | None) -> Problem:
+    folded = _folded(rows)
+    if folded.problem:
+        return "history", folded.problem
+    if checkpoint is None:
+        return "checkpoint", f"history has {folded.version} versions, but there is no checkpoint"
+    if (checkpoint.state, checkpoint.version) != (folded.state, folded.version):
+        return "checkpoint", (
+            f"the checkpoint is {checkpoint.state!r} at {checkpoint.version}, history {folded.state!r} at {folded.version}"
+        )
+    if folded.complete and msgspec.json.decode(checkpoint.data or "{}") != folded.data:
+        return "checkpoint", f"the checkpoint's data is {checkpoint.data}, that of history {folded.data}"
+    return None
+
+
+def _folded(rows: Sequence[model.Transition]) -> _Folded:
+    folded = _Folded(data={})
+    for row in rows:
+        folded.follow(row)
+    return folded
+
+
+# --- logs --------------------------------------------------------------------------------------------------------------
+
+
+def _log_findings(cache: StateCache, partition: int) -> list[Finding]:
+    """Follow a log from its watermark to its end."""
+    cursor = cache.durable.partitions([partition])[0].watermark
+    found: list[Finding] = []
+    while True:
+        reply = cache.hot.read([(partition, cursor)], entries=_PAGE, bytes_max=2**24)[0]
+        if reply.code != "OK":
+            cache.admission.ensure(reply.code, cache.deadline(None))
+            continue
+        for line in reply.lines:
+            try:
+                record = parse_line(line)
+            except errors.IntegrityError as error:
+                return [*found, Finding("log", f"partition {partition}", str(error))]
+            if not entry.follows(record.entry_id, cursor, record.prev if record.is_mark else None):
+                detail = f"{record.entry_id} does not follow {cursor}: entries are missing"
+                found.append(Finding("log", f"partition {partition}", detail))
+            cursor = record.entry_id
+        if len(reply.lines) < _PAGE:
+            return found
+
+
+# --- Redis -------------------------------------------------------------------------------------------------------------
+
+
+def _suspects(cache: StateCache, page: Sequence[fold.Instance]) -> list[fold.Instance]:
+    """Those of a page whose hash is not simply their checkpoint."""
+    checkpoints = cache.durable.checkpoints(page)
+    keyspace = cache.hot.keyspace
+    hashes = cache.hot.hashes([(keyspace.partition_of(*address), *address) for address in page])
+    return [
+        address
+        for address, fields in zip(page, hashes, strict=True)
+        if _difference(fields, _as_folded(checkpoints.get(address))) is not None
+    ]
+
+
+def _as_folded(checkpoint: model.Checkpoint | None) -> _Folded:
+    if checkpoint is None:
+        return _Folded(data={})
+    return _Folded(checkpoint.state, checkpoint.version, msgspec.json.decode(checkpoint.data or "{}"))
+
+
+def _hot_problem(cache: StateCache, machine: str, id: str) -> Problem:
+    """Compare one hash with its checkpoint and the unflushed entries behind that."""
+    partition = cache.hot.keyspace.partition_of(machine, id)
+    fields = cache.hot.hashes([(partition, machine, id)])[0]
+    code, entries = cache.hot.find(partition, machine, id)
+    if code != "OK":
+        cache.admission.ensure(code, cache.deadline(None))
+        return "hot", f"Redis was {code}"
+    expected = _as_folded(cache.durable.checkpoint(machine, id))
+    for record in entries:
+        if record.version > expected.version:
+            expected.follow(flows.transition_of(record))
+    return ("log", expected.problem) if expected.problem else _difference(fields, expected)
+
+
+def _difference(fields: Mapping[bytes, bytes], expected: _Folded) -> Problem:
+    if not fields:
+        return None
+    state, version, *_ = [*fields.get(b"@", b"").decode().split(" "), "0"]
+    if not version.isdigit() or (state, int(version)) != (expected.state, expected.version):
+        return "hot", f"Redis has {state!r} at {version}, SQL and log have {expected.state!r} at {expected.version}"
+    data = {name.decode(): msgspec.json.decode(text) for name, text in fields.items() if name not in (b"@", b"@r")}
+    if data != expected.data:
+        return "hot", f"the data in Redis is {data}, that of SQL and log {expected.data}"
+    return None
