@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -95,14 +96,14 @@ def slugs_of(activities: Iterable[str]) -> dict[str, str]:
     """Return a name for each activity, in the order given. Which name depends on the set of activities alone."""
     given = list(activities)
     taken = {INITIAL}
+    numbers: Counter[str] = Counter()
     chosen: dict[str, str] = {}
     for activity in sorted(given):
         base = slug = slug_of(activity)
-        number = 2
         while slug in taken:
-            suffix = f"_{number}"
+            numbers[base] += 1
+            suffix = f"_{numbers[base] + 1}"
             slug = base[: NAME_LENGTH_MAX - len(suffix)] + suffix
-            number += 1
         taken.add(slug)
         chosen[activity] = slug
     return {activity: chosen[activity] for activity in given}
@@ -110,7 +111,8 @@ def slugs_of(activities: Iterable[str]) -> dict[str, str]:
 
 def slug_of(text: str) -> str:
     """Return ``text`` as a name: ASCII letters in lower case and digits, ``_`` for all else; ``e_`` before a digit."""
-    plain = unicodedata.normalize("NFKD", text.casefold()).encode("ascii", "ignore").decode()
+    letters = unicodedata.normalize("NFKD", text).casefold()
+    plain = "".join(letter for letter in letters if not unicodedata.combining(letter))
     slug = re.sub(r"[^a-z0-9]+", "_", plain).strip("_")
     if not slug[:1].isalpha():
         slug = f"e_{slug}".rstrip("_")

@@ -98,7 +98,6 @@ def sql_behind(
             mend.letters.append(row[: len(_ENTRY_COLUMNS)])
             mend.parked += 1
             mend.findings.append(f"{address}: versions {sql.version + 1} to {now.version} are lost, parked")
-            mend.drops.append(address)
             continue
         before = fold.Folded.of_checkpoint(sql.checkpoint) if sql.checkpoint else None
         mend.transitions.append(row)
@@ -131,9 +130,7 @@ def _before(
     updated = later[0].at_ms if later else hot.updated_ms if hot else created
     machine_version = later[0].machine_version if later else hot.machine_version if hot else 1
     entry_id = min(hot.entry_id, watermark) if hot and not later else watermark
-    return fold.Folded(
-        machine, id, partition, state, version, entry_id, created, updated, machine_version, ring, data
-    )
+    return fold.Folded(machine, id, partition, state, version, entry_id, created, updated, machine_version, ring, data)
 
 
 _ENTRY_COLUMNS = ("partition", "epoch", "seq", *entry.PARTS)
@@ -167,7 +164,9 @@ def diverged(
         mend.letters += [_letter_row(partition, one) for one in strange]
         mend.parked += 1
         versions = ", ".join(str(one.version) for one in strange[:10])
-        mend.findings.append(f"{':'.join(instance)}: versions {versions} of the log are not SQL's: kept as dead letters, parked")
+        mend.findings.append(
+            f"{':'.join(instance)}: versions {versions} of the log are not SQL's: kept as dead letters, parked"
+        )
         mend.drops.append(":".join(instance))
     for instance, hot in sorted(hashes.items()):
         if ":".join(instance) in mend.drops:
@@ -176,7 +175,9 @@ def diverged(
         same = kept is not None and (kept.version, kept.recent) == (hot.version, hot.ring)
         if not same:
             mend.drops.append(":".join(instance))
-            mend.findings.append(f"{':'.join(instance)}: Redis has version {hot.version}, SQL {kept.version if kept else 'none'}")
+            mend.findings.append(
+                f"{':'.join(instance)}: Redis has version {hot.version}, SQL {kept.version if kept else 'none'}"
+            )
     return mend
 
 

@@ -24,6 +24,7 @@ NAME_RULE = f"names match {NAME.pattern}"
 GUARD_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 TITLE_LENGTH_MAX = 500
 VERSION_MAX = 2**31 - 1
+HOT_TTL_SECONDS_MAX = 1e9
 
 # Titles may hold what real event logs hold, line breaks included, but nothing that steers a terminal.
 _TITLE_REFUSED = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -74,7 +75,7 @@ class MachineSpec(_Part):
     states: tuple[StateSpec, ...]
     events: tuple[EventSpec, ...] = ()
     durability: Literal["hot", "fsync", "replica", "durable"] | None = None
-    hot_ttl_seconds: Annotated[pydantic.StrictFloat, pydantic.Field(gt=0, allow_inf_nan=False)] | None = None
+    hot_ttl_seconds: Annotated[pydantic.StrictFloat, pydantic.Field(gt=0, le=HOT_TTL_SECONDS_MAX)] | None = None
     data_schema: dict[str, Any] | None = None
 
     @pydantic.model_validator(mode="after")

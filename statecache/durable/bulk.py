@@ -45,9 +45,7 @@ class Forms(Protocol):
         ...
 
 
-def execute_counted(
-    connection: sa.Connection, statement: sa.Executable, values: Sequence[Mapping[str, object]]
-) -> int:
+def execute_counted(connection: sa.Connection, statement: sa.Executable, values: Sequence[Mapping[str, object]]) -> int:
     """Run ``statement`` for each of ``values``, in their order, and return how many rows changed in all."""
     if not values:
         return 0

@@ -17,7 +17,9 @@ def identity(connection: sa.Connection) -> StoreRow:
     """Read the store's row."""
     row = connection.execute(_IDENTITY).first()
     if row is None:
-        raise errors.ConfigurationError("the database has our tables but no store in them: connect once with create=True")
+        raise errors.ConfigurationError(
+            "the database has our tables but no store in them: connect once with create=True"
+        )
     return StoreRow(*row)
 
 

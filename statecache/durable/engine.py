@@ -51,8 +51,8 @@ class Database:
         self.engine = engine
         self.dialect = engine.dialect
         if engine.dialect.name == "sqlite":
-            self.reader = engine
-            self.writer = engine.execution_options(**{_SQLITE_BEGIN: "BEGIN IMMEDIATE"})
+            self.reader: sa.Engine = engine
+            self.writer: sa.Engine = engine.execution_options(**{_SQLITE_BEGIN: "BEGIN IMMEDIATE"})
         else:
             self.reader = engine.execution_options(isolation_level="AUTOCOMMIT")
             self.writer = engine
@@ -106,7 +106,7 @@ class Database:
         try:
             connection.begin()
             if self.dialect.name == "postgresql" and limited:
-                recent = (self.dialect.server_version_info or (0,)) >= (17,)  # type: ignore[attr-defined]
+                recent = (self.dialect.server_version_info or (0,)) >= (17,)
                 connection.exec_driver_sql(_POSTGRESQL_LIMITS + (_POSTGRESQL_17_LIMITS if recent else ""))
         except BaseException:
             self._give_back(connection)

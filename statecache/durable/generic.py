@@ -77,7 +77,9 @@ class Generic:
             values = dict(zip(schema.CHECKPOINT_COLUMNS, row, strict=True))
             key = {"k_machine": values["machine"], "k_id": values["id"]}
             changes = {name: values[name] for name in schema.CHECKPOINT_CHANGES}
-            changed = connection.execute(_UPDATE_CHECKPOINT, {**changes, **key, "k_version": values["version"]}).rowcount
+            changed = connection.execute(
+                _UPDATE_CHECKPOINT, {**changes, **key, "k_version": values["version"]}
+            ).rowcount
             written += changed
             if not changed and connection.execute(_CHECKPOINT_EXISTS, key).first() is None:
                 missing.append(row)

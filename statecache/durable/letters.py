@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import sqlalchemy as sa
 
@@ -11,6 +12,12 @@ from statecache.durable import schema
 from statecache.durable.rows import Instance, Letter, Row
 
 _letters = schema.dead_letters.c
+_PARKED = (
+    sa.select(_letters.machine, _letters.id)
+    .distinct()
+    .order_by(_letters.machine, _letters.id)
+    .limit(sa.bindparam("k_limit", type_=sa.Integer))
+)
 _ENTRY = [schema.dead_letters.c[name] for name in schema.ENTRY_COLUMNS]
 
 
@@ -47,22 +54,15 @@ def of_instance(connection: sa.Connection, machine: str, id: str) -> list[Letter
 
 def parked(connection: sa.Connection, limit: int) -> list[Instance]:
     """Return up to ``limit`` instances that have open letters."""
-    asked = sa.select(_letters.machine, _letters.id).distinct().order_by(_letters.machine, _letters.id).limit(limit)
-    return [(row.machine, row.id) for row in connection.execute(asked)]
+    return [(row.machine, row.id) for row in connection.execute(_PARKED, {"k_limit": limit})]
 
 
-def _letter(row: sa.Row[tuple[object, ...]]) -> Letter:
+def _letter(row: sa.Row[Any]) -> Letter:
     found = row._mapping
-    texts = {name: found[name] or "" for name in ("from_state", "actor", "reason", "patch", "unset", "increments")}
-    occurred = "" if found["occurred_ms"] is None else str(found["occurred_ms"])
-    same = ("machine", "id", "version", "event", "to_state", "at_ms", "transition_id", "machine_version")
+    parts: dict[str, Any] = {name: "" if found[name] is None else found[name] for name in entry.PARTS}
+    parts["occurred_ms"] = str(parts["occurred_ms"])
     return Letter(
-        entry.Entry(
-            entry_id=entry.EntryId(found["epoch"], found["seq"]),
-            occurred_ms=occurred,
-            **texts,
-            **{name: found[name] for name in same},
-        ),
+        entry.Entry(entry_id=entry.EntryId(found["epoch"], found["seq"]), **parts),
         found["partition"],
         found["error"],
         bool(found["waiting"]),

@@ -50,7 +50,9 @@ def take(store: DurableStore, old: tuple[int, str], new_epoch: int, new_owner: s
                 epoch=new_epoch, owner=new_owner, started_ms=now_ms, heartbeat_ms=now_ms, classes="", report=""
             )
         )
-    with contextlib.suppress(errors.ConfigurationError):  # only the table's owner may; without it the look-ups are slower
+    with contextlib.suppress(
+        errors.ConfigurationError
+    ):  # only the table's owner may; without it the look-ups are slower
         store.database.read(store.forms.index_tail)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import sqlalchemy as sa
 
@@ -37,7 +38,7 @@ class Sqlite:
     def keys(self) -> sa.FromClause:
         each = sa.func.json_each(sa.bindparam("keys", type_=sa.Text)).table_valued("key", "value", name="each")
 
-        def part(index: int, name: str, type_: sa.types.TypeEngine[object]) -> sa.Label[object]:
+        def part(index: int, name: str, type_: sa.types.TypeEngine[Any]) -> sa.Label[Any]:
             return sa.func.json_extract(each.c.value, f"$[{index}]", type_=type_).label(name)
 
         return sa.select(

@@ -145,9 +145,7 @@ class DurableStore:
 
         ``after`` is the ``(updated_ms, id)`` of the last one of the page before, ``(0, "")`` at first.
         """
-        return self.database.read(
-            lambda connection: queries.find(connection, machine, state, after, until_ms, limit)
-        )
+        return self.database.read(lambda connection: queries.find(connection, machine, state, after, until_ms, limit))
 
     def counts(self, machine: str) -> dict[str, int]:
         """Return how many instances are in each state that has any. As of the watermark."""
@@ -175,9 +173,7 @@ class DurableStore:
 
     def transition_by_id(self, machine: str, id: str, transition_id: str) -> model.Transition | None:
         """Return an instance's transition with this id. Costs one pass over the instance's history."""
-        return self.database.read(
-            lambda connection: queries.transition_by_id(connection, machine, id, transition_id)
-        )
+        return self.database.read(lambda connection: queries.transition_by_id(connection, machine, id, transition_id))
 
     def letters(self, machine: str, id: str) -> list[Letter]:
         """Return an instance's open letters, oldest first. Any means that it is parked."""

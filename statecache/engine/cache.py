@@ -354,6 +354,7 @@ class StateCache:
         return recovery.recover(
             self.hot,
             self.durable,
+            self.finals,
             backlog_limit=self.settings.backlog_limit_entries,
             dry_run=dry_run,
             progress=progress,

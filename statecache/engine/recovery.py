@@ -24,18 +24,18 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import msgspec
 
-from statecache.core import entry, errors
+from statecache.core import entry, errors, fold, mending
 from statecache.durable import recoveries
 from statecache.durable.faults import CommitUnknown, Superseded
-from statecache.durable.rows import PartitionRow
+from statecache.durable.rows import Advance, PartitionRow
 from statecache.durable.store import DurableStore
 from statecache.engine import admission
 from statecache.hot import scripts
-from statecache.hot.store import Fenced, HotStore, Probed
+from statecache.hot.store import Fenced, HotStore, Probed, parse_line
 
 NEW, INTACT, WIPED, TAIL_LOST, SQL_BEHIND, DIVERGED = "new", "intact", "wiped", "tail lost", "SQL behind", "diverged"
 
@@ -53,9 +53,11 @@ class PartitionReport(msgspec.Struct, frozen=True):
     last: str
     unflushed: int
     dropped: int
+    reconciled: int
+    parked: int
     lost_at_least: int
     loss_possible: bool
-    tail_seen_ms: int | None
+    tail_seen_ms: int
     findings: tuple[str, ...] = ()
 
 
@@ -93,6 +95,7 @@ class Report(msgspec.Struct, frozen=True):
 def recover(
     hot: HotStore,
     durable: DurableStore,
+    finals: fold.Finals,
     *,
     backlog_limit: int,
     dry_run: bool = False,
@@ -108,7 +111,7 @@ def recover(
     """
     superseded: Superseded | None = None
     for _ in range(_ATTEMPTS):
-        attempt = _Attempt(hot, durable, backlog_limit, dry_run, progress)
+        attempt = _Attempt(hot, durable, finals, backlog_limit, dry_run, progress)
         try:
             return attempt.run()
         except Superseded as error:
@@ -125,16 +128,26 @@ def recover(
 
 
 _ATTEMPTS = 5
+_DROP_PAGE = 1000
+_UNFENCED = "*"
+"""A dry run has no fence: its reads are not guarded."""
 
 
 class _Attempt:
     """One run through the five steps."""
 
     def __init__(
-        self, hot: HotStore, durable: DurableStore, backlog_limit: int, dry_run: bool, progress: Callable[[str], None]
+        self,
+        hot: HotStore,
+        durable: DurableStore,
+        finals: fold.Finals,
+        backlog_limit: int,
+        dry_run: bool,
+        progress: Callable[[str], None],
     ) -> None:
         self.hot = hot
         self.durable = durable
+        self.finals = finals
         self.backlog_limit = backlog_limit
         self.dry_run = dry_run
         self.progress = progress
@@ -210,32 +223,36 @@ class _Attempt:
     # --- step 3 ------------------------------------------------------------------------------------------------------
 
     def _mend(self, row: PartitionRow, fenced: Fenced, new: bool) -> PartitionReport:
-        identity = "" if self.dry_run else fenced.identity
-        code, probed = self.hot.probe(row.partition, self.stamp, identity, row.watermark)
-        if probed is None:
-            raise Superseded(f"partition {row.partition}: {code} while it was looked at")
-        kind, last = self._classify(row, fenced, probed, new)
-        self.progress(f"partition {row.partition}: {kind}")
+        identity = _UNFENCED if self.dry_run else fenced.identity
+        probed = self._probe(row, identity)
+        kind, last = self._classify(row, probed, new and not fenced.existed, identity)
+        watermark, mend = row.watermark, mending.Mend([], [], [], [], [], 0, 0, [])
         dropped = 0
         if kind in (WIPED, TAIL_LOST):
             dropped = self._drop_above(row, fenced, last)
         elif kind in (SQL_BEHIND, DIVERGED):
-            raise errors.IntegrityError(
-                f"partition {row.partition} is {kind}: SQL's watermark is {row.watermark}, the log holds "
-                f"{probed.first} to {probed.last}; this version cannot mend it"
-            )
-        lost = _entries_between(max(last, row.watermark), row.tail)
+            watermark, mend = self._rewrite(row, fenced, probed, kind, identity)
+            dropped = len(mend.drops)
+        gap = _entries_between(row.watermark, watermark) if kind == SQL_BEHIND else 0
+        lost = _entries_between(max(last, row.watermark), row.tail) + max(0, gap - mend.covered)
         untrue = not fenced.existed or fenced.recorded_identity != fenced.identity or self._strange(fenced)
+        self.progress(f"partition {row.partition}: {kind}")
         return PartitionReport(
-            row.partition, kind, str(row.watermark), str(probed.last), _entries_between(row.watermark, probed.last),
-            dropped, lost,
-            untrue and kind != NEW, row.tail_seen_ms,
+            row.partition, kind, str(watermark), str(probed.last), _entries_between(watermark, probed.last), dropped,
+            len(mend.transitions), mend.parked, lost, (untrue and kind != NEW) or kind in (SQL_BEHIND, DIVERGED),
+            row.tail_seen_ms, tuple(mend.findings),
         )  # fmt: skip
 
-    def _classify(self, row: PartitionRow, fenced: Fenced, probed: Probed, new: bool) -> tuple[str, entry.EntryId]:
+    def _probe(self, row: PartitionRow, identity: str) -> Probed:
+        code, probed = self.hot.probe(row.partition, self.stamp, identity, row.watermark)
+        if probed is None:
+            raise Superseded(f"partition {row.partition}: {code} while it was looked at")
+        return probed
+
+    def _classify(self, row: PartitionRow, probed: Probed, new: bool, identity: str) -> tuple[str, entry.EntryId]:
         """The class of a partition, and the log's last entry that belongs to SQL's line of history."""
         watermark, behind = row.watermark, probed.behind
-        if new and not fenced.existed and probed.last == entry.ZERO and watermark == entry.ZERO:
+        if new and probed.last == entry.ZERO and watermark == entry.ZERO:
             return NEW, entry.ZERO
         if probed.at_watermark is not None:
             return (INTACT if self._same(probed.at_watermark) else DIVERGED), probed.last
@@ -244,6 +261,8 @@ class _Attempt:
         if behind is None:
             return (TAIL_LOST if probed.last < watermark else INTACT), probed.last
         if behind.is_mark and behind.prev < watermark:
+            if self._written_since(row, behind, identity):
+                return DIVERGED, probed.last
             return (WIPED if behind.prev == entry.ZERO else TAIL_LOST), behind.prev
         if entry.follows(behind.entry_id, watermark, behind.prev if behind.is_mark else None):
             return INTACT, probed.last
@@ -252,34 +271,134 @@ class _Attempt:
     def _same(self, record: entry.Entry) -> bool:
         """Does SQL hold this very entry? Ids alone are no proof: a lost tail's ids are given again (H13)."""
         if record.is_mark:
-            made = recoveries.recovery(self.durable, record.entry_id.epoch, record.transition_id)
-            return made is not None
-        known = self.durable.transition(record.machine, record.id, record.version)
-        if known is not None:
-            return known.transition_id == record.transition_id
-        letters = self.durable.letters(record.machine, record.id)
-        return any(letter.entry.transition_id == record.transition_id for letter in letters)
+            return recoveries.recovery(self.durable, record.entry_id.epoch, record.transition_id) is not None
+        held = [(row.version, row.transition_id) for row in self.durable.history(record.machine, record.id)]
+        return (record.version, record.transition_id) in [*held, *self._letters((record.machine, record.id))]
+
+    def _letters(self, instance: fold.Instance) -> tuple[tuple[int, str], ...]:
+        found = self.durable.letters(*instance)
+        return tuple((letter.entry.version, letter.entry.transition_id) for letter in found)
+
+    def _written_since(self, row: PartitionRow, mark: entry.Entry, identity: str) -> bool:
+        """Has an instance that SQL knows beyond the mark's ``prev`` been moved behind the mark too? Then two lines of
+        history exist (H17)."""
+        entries = self._entries(row.partition, mark.entry_id, identity)
+        later = {(one.machine, one.id) for one in entries if not one.is_mark}
+        if not later:
+            return False
+        pages = recoveries.instances_above(self.durable, row.partition, mark.prev)
+        return any((one.machine, one.id) in later for page in pages for one in page)
 
     def _strange(self, fenced: Fenced) -> bool:
-        """Was the epoch found in Redis made by a recovery that SQL knows?"""
+        """Was the epoch found in Redis made by a recovery that SQL does not know?"""
         return fenced.existed and recoveries.recovery(self.durable, fenced.epoch, fenced.owner) is None
 
     def _drop_above(self, row: PartitionRow, fenced: Fenced, last: entry.EntryId) -> int:
         """Drop every hash that SQL knows better, and mark the partition cold even when there is none (H3)."""
         dropped = 0
-        if not self.dry_run:
-            self._drop(row, fenced, [])
+        self._drop(row.partition, fenced, row.watermark, [])
         for page in recoveries.instances_above(self.durable, row.partition, last):
-            if not self.dry_run:
-                self._drop(row, fenced, [f"{one.machine}:{one.id}" for one in page])
+            self._drop(row.partition, fenced, row.watermark, [f"{one.machine}:{one.id}" for one in page])
             dropped += len(page)
             self._beat()
         return dropped
 
-    def _drop(self, row: PartitionRow, fenced: Fenced, names: list[str]) -> None:
-        code = self.hot.drop(row.partition, self.stamp, fenced.identity, row.watermark, names)
+    def _drop(self, partition: int, fenced: Fenced, evicted_to: entry.EntryId, names: list[str]) -> None:
+        if self.dry_run:
+            return
+        code = self.hot.drop(partition, self.stamp, fenced.identity, evicted_to, names)
         if not code.startswith("OK"):
-            raise Superseded(f"partition {row.partition}: {code} while hashes were dropped")
+            raise Superseded(f"partition {partition}: {code} while hashes were dropped")
+
+    # --- step 3, where SQL must be written ---------------------------------------------------------------------------
+
+    def _rewrite(
+        self, row: PartitionRow, fenced: Fenced, probed: Probed, kind: str, identity: str
+    ) -> tuple[entry.EntryId, mending.Mend]:
+        """Mend *SQL behind* or *diverged*; returns the new watermark and what was written.
+
+        The hashes are read plainly: while the fence holds nobody writes them, and a last guarded look proves that it held
+        all the time. Hashes are dropped before SQL is written: dead in between, the next recovery finds the same class.
+        """
+        behind = kind == SQL_BEHIND
+        entries = self._entries(row.partition, row.watermark if behind else entry.ZERO, identity)
+        groups = fold.by_instance([record for record in entries if not record.is_mark])
+        hashes = self._hashes(row.partition)
+        known = self._known([*groups, *hashes])
+        if behind:
+            first = probed.behind
+            assert first is not None
+            watermark = first.prev if first.is_mark else entry.EntryId(first.entry_id.epoch, first.entry_id.seq - 1)
+            mend = mending.sql_behind(
+                row.partition, groups, hashes, known, watermark, self.finals, f"reconciled-{self.stamp.epoch}"
+            )
+        else:
+            watermark = probed.last
+            mend = mending.diverged(row.partition, groups, hashes, known, self._in_sql(groups))
+        if self.dry_run:
+            return watermark, mend
+        self._probe(row, identity)
+        self._drop(row.partition, fenced, watermark, [])
+        for start in range(0, len(mend.drops), _DROP_PAGE):
+            self._drop(row.partition, fenced, watermark, mend.drops[start : start + _DROP_PAGE])
+        move = Advance(
+            row.partition, self.stamp.epoch, self.stamp.owner, row.watermark, watermark, probed.last, _now_ms()
+        )
+        recoveries.reconcile(
+            self.durable, move, mend.transitions, mend.checkpoints, mend.letters, fold.count_deltas(mend.moved),
+            error=f"{kind}: found by the recovery of epoch {self.stamp.epoch}", now_ms=_now_ms(),
+        )  # fmt: skip
+        return watermark, mend
+
+    def _entries(self, partition: int, cursor: entry.EntryId, identity: str) -> list[entry.Entry]:
+        """All entries behind a cursor, read under the fence."""
+        found: list[entry.Entry] = []
+        while True:
+            reply = self.hot.read(
+                [(partition, cursor)], entries=5000, bytes_max=2**23, fenced_identity=identity, stamp=self.stamp
+            )[0]
+            if reply.code != "OK":
+                raise Superseded(f"partition {partition}: {reply.code} while its log was read")
+            if not reply.lines:
+                return found
+            found += [parse_line(line) for line in reply.lines]
+            cursor = found[-1].entry_id
+            self._beat()
+
+    def _hashes(self, partition: int) -> dict[fold.Instance, mending.Hash]:
+        found: dict[fold.Instance, mending.Hash] = {}
+        keyspace = self.hot.keyspace
+        for page in self.hot.instances():
+            mine = [address for address in page if keyspace.partition_of(*address) == partition]
+            for address, fields in zip(mine, self.hot.hashes([(partition, *one) for one in mine]), strict=True):
+                parsed = mending.Hash.parse(fields)
+                if parsed is not None:
+                    found[address] = parsed
+            self._beat()
+        return found
+
+    def _known(self, instances: Sequence[fold.Instance]) -> dict[fold.Instance, mending.Known]:
+        known: dict[fold.Instance, mending.Known] = {}
+        for start in range(0, len(instances), _DROP_PAGE):
+            page = list(dict.fromkeys(instances[start : start + _DROP_PAGE]))
+            kept = self.durable.checkpoints(page)
+            parked = {
+                address
+                for address, found in zip(page, self.durable.lookup([(*one, 0) for one in page]), strict=True)
+                if found.letters
+            }
+            for address in page:
+                letters = self._letters(address) if address in parked else ()
+                known[address] = mending.Known(kept.get(address), letters)
+        return known
+
+    def _in_sql(self, groups: Mapping[fold.Instance, Sequence[entry.Entry]]) -> Iterator[tuple[str, str, int, str]]:
+        """The (machine, id, version, transition id) that SQL holds of the instances in the log."""
+        for instance in groups:
+            for row in self.durable.history(*instance):
+                yield *instance, row.version, row.transition_id
+            for version, transition_id in self._letters(instance):
+                yield *instance, version, transition_id
 
     # --- step 5 ------------------------------------------------------------------------------------------------------
 

@@ -88,7 +88,7 @@ def test_the_activities_are_known_from_the_yaml_file_alone() -> None:
 
 def test_slugs() -> None:
     assert learn.slugs_of(
-        ["T07-1 Draft", "Prüfung  ok?", "New", "new", "NEW!", "3", "受付", "完了", "", "e", "ß_x_"]
+        ["T07-1 Draft", "Prüfung  ok?", "New", "new", "NEW!", "3", "受付", "完了", "", "e", "ß_x_", "İn → Out"]
     ) == {
         "T07-1 Draft": "t07_1_draft",
         "Prüfung  ok?": "prufung_ok",
@@ -101,6 +101,7 @@ def test_slugs() -> None:
         "受付": "e_4",  # after 完了, and behind the activity "3", which has e_3
         "完了": "e_5",
         "ß_x_": "ss_x",
+        "İn → Out": "in_out",
     }
     long = learn.slugs_of(["x" * 100, "x" * 64, "y" * 63 + "!z"])
     assert sorted(map(len, long.values())) == [63, 64, 64]

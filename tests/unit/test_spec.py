@@ -20,7 +20,9 @@ def machine(states: str = "a! b.", events: str = "go: a b", **fields: Any) -> Ma
     for text in filter(None, events.split(";")):
         name, _, moves = text.strip().partition(":")
         pairs = [move.split() for move in moves.split(",") if move.strip()]
-        transitions = tuple(TransitionSpec(source=pair[0], target=pair[1], guard=(pair + [None])[2]) for pair in pairs)
+        transitions = tuple(
+            TransitionSpec(source=pair[0], target=pair[1], guard=pair[2] if pair[2:] else None) for pair in pairs
+        )
         declared.append(EventSpec(name=name, transitions=transitions, title=fields.pop("event_title", None)))
     return MachineSpec(**{"name": "lamp", "states": tuple(made), "events": tuple(declared)} | fields)
 
