@@ -137,3 +137,37 @@ def count_deltas(moved: Iterable[tuple[Folded | None, Folded]]) -> dict[tuple[in
 def texts(data: Mapping[str, object]) -> dict[str, str]:
     """Data as JSON texts by field name, as hashes hold it."""
     return {name: _encode(value).decode() for name, value in data.items()}
+
+
+def entry_row(partition: int, record: entry.Entry) -> tuple[Any, ...]:
+    """An entry as a row of history or of dead letters, in the tables' column order; None for an empty part."""
+    return (
+        partition, *record.entry_id, record.machine, record.id, record.version, record.event, record.from_state or None,
+        record.to_state, record.at_ms, record.transition_id, record.actor or None, record.reason or None,
+        int(record.occurred_ms) if record.occurred_ms else None, record.patch or None, record.unset or None,
+        record.increments or None, record.machine_version,
+    )  # fmt: skip
+
+
+def entry_of_row(row: Sequence[Any]) -> entry.Entry:
+    """The entry that a row of ``entry_row`` holds."""
+    _, epoch, seq, *parts = row
+    texts = ["" if part is None else part for part in parts]
+    occurred = entry.PARTS.index("occurred_ms")
+    texts[occurred] = str(texts[occurred])
+    return entry.Entry(entry.EntryId(epoch, seq), *texts)
+
+
+def after_letters(before: Folded | None, records: Sequence[entry.Entry], partition: int) -> Folded:
+    """Fold dead letters, oldest first. A ``@reconciled`` one stands for the versions up to its own and holds all data known."""
+    first = records[0]
+    if first.event != entry.EVENT_RECONCILED:
+        return after(before, records, partition)
+    data: dict[str, msgspec.Raw] = {}
+    apply_patch(data, first)
+    base = Folded(
+        first.machine, first.id, partition, first.to_state, first.version, first.entry_id,
+        before.created_ms if before else first.at_ms, first.at_ms, first.machine_version,
+        before.recent if before else "", data,
+    )  # fmt: skip
+    return after(base, records[1:], partition) if len(records) > 1 else base

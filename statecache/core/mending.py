@@ -161,7 +161,7 @@ def diverged(
         strange = [one for one in records if (*instance, one.version, one.transition_id) not in held]
         if not strange:
             continue
-        mend.letters += [_letter_row(partition, one) for one in strange]
+        mend.letters += [fold.entry_row(partition, one) for one in strange]
         mend.parked += 1
         versions = ", ".join(str(one.version) for one in strange[:10])
         mend.findings.append(
@@ -179,12 +179,3 @@ def diverged(
                 f"{':'.join(instance)}: Redis has version {hot.version}, SQL {kept.version if kept else 'none'}"
             )
     return mend
-
-
-def _letter_row(partition: int, record: entry.Entry) -> Row:
-    return (
-        partition, *record.entry_id, record.machine, record.id, record.version, record.event, record.from_state or None,
-        record.to_state, record.at_ms, record.transition_id, record.actor or None, record.reason or None,
-        int(record.occurred_ms) if record.occurred_ms else None, record.patch or None, record.unset or None,
-        record.increments or None, record.machine_version,
-    )  # fmt: skip

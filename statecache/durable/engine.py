@@ -137,30 +137,34 @@ class Database:
 def open_database(url: str) -> Database:
     """Make the connections' pool; nothing is connected yet. Raises ``ConfigurationError`` for a URL that cannot work."""
     parsed = _parse(url)
-    options: dict[str, Any] = {"hide_parameters": True, "pool_timeout": POOL_TIMEOUT_SECONDS}
-    backend = parsed.get_backend_name()
-    if backend == "sqlite":
-        if not parsed.database or parsed.database == ":memory:" or "mode=memory" in parsed.database:
-            raise errors.ConfigurationError("an in-memory SQLite database is refused: it is not durable; name a file")
-        options["connect_args"] = {"timeout": BUSY_TIMEOUT_SECONDS, "isolation_level": None}
-    else:
-        options.update(isolation_level="READ COMMITTED", skip_autocommit_rollback=True)
-        if parsed.get_driver_name() == "psycopg":
-            options["connect_args"] = {"connect_timeout": CONNECT_TIMEOUT_SECONDS}
+    is_sqlite = parsed.get_backend_name() == "sqlite"
+    if is_sqlite and (not parsed.database or ":memory:" in parsed.database or parsed.query.get("mode") == "memory"):
+        raise errors.ConfigurationError("an in-memory SQLite database is refused: it is not durable; name a file")
     try:
-        engine = sa.create_engine(parsed, **options)
+        engine = _create_engine(parsed)
     except sa.exc.NoSuchModuleError as error:
         raise errors.ConfigurationError(f"SQLAlchemy knows no database {parsed.drivername!r}: {error}") from error
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         raise errors.ConfigurationError(
             f"the driver for {parsed.drivername!r} is not installed ({error}); for PostgreSQL: pip install 'psycopg[binary]'"
         ) from error
     if engine.dialect.is_async:
         raise errors.ConfigurationError(f"{parsed.drivername!r} is an asyncio driver: name a synchronous one")
-    if backend == "sqlite":
+    if is_sqlite:
         sa.event.listen(engine, "connect", _prepare_sqlite)
         sa.event.listen(engine, "begin", _begin_sqlite)
     return Database(engine)
+
+
+def _create_engine(url: URL) -> sa.Engine:
+    options: dict[str, Any] = {"hide_parameters": True, "pool_timeout": POOL_TIMEOUT_SECONDS}
+    if url.get_backend_name() == "sqlite":
+        options["connect_args"] = {"timeout": BUSY_TIMEOUT_SECONDS, "isolation_level": None}
+    else:
+        options |= {"isolation_level": "READ COMMITTED", "skip_autocommit_rollback": True}
+        if url.get_driver_name() == "psycopg":
+            options["connect_args"] = {"connect_timeout": CONNECT_TIMEOUT_SECONDS}
+    return sa.create_engine(url, **options)
 
 
 def _parse(url: str) -> URL:

@@ -64,6 +64,7 @@ _SQLITE_NAMES: dict[str, type[errors.StateCacheError]] = {
     "SQLITE_CONSTRAINT": Refused,
     "SQLITE_MISMATCH": Refused,
     "SQLITE_TOOBIG": Refused,
+    "SQLITE_CORRUPT": errors.IntegrityError,
     "SQLITE_CANTOPEN": errors.ConfigurationError,
     "SQLITE_READONLY": errors.ConfigurationError,
     "SQLITE_NOTADB": errors.ConfigurationError,
@@ -89,6 +90,7 @@ _MESSAGES: dict[type[errors.StateCacheError], str] = {
     errors.ConfigurationError: (
         "SQL refuses to work with this configuration (if tables or columns are missing, run 'statecache db upgrade')"
     ),
+    errors.IntegrityError: "the database is damaged",
     errors.UnavailableError: "SQL could not be reached or gave up",
 }
 

@@ -263,18 +263,6 @@ def transition_by_id(connection: sa.Connection, machine: str, id: str, transitio
     return None if row is None else _transition_of(row)
 
 
-def transition_id_at(connection: sa.Connection, partition: int, entry_id: entry.EntryId) -> str | None:
-    """Served by the entry index of transitions; letters are few."""
-    for columns in (_transitions, _letters):
-        asked = sa.select(columns.transition_id).where(
-            columns.partition == partition, columns.epoch == entry_id.epoch, columns.seq == entry_id.seq
-        )
-        found: str | None = connection.execute(asked).scalar()
-        if found is not None:
-            return found
-    return None
-
-
 def above_statement(partition: int, entry_id: entry.EntryId) -> sa.CompoundSelect[Any]:
     """Every instance with history or letters above an entry id.
 

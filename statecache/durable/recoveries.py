@@ -120,15 +120,6 @@ def recoveries(store: DurableStore, limit: int = 20) -> list[RecoveryRow]:
     return [RecoveryRow(*row) for row in store.database.read(lambda connection: connection.execute(asked).fetchall())]
 
 
-def entry_transition_id(store: DurableStore, partition: int, entry_id: entry.EntryId) -> str | None:
-    """Return the transition id that SQL (history or letters) has for the entry at this id, or None.
-
-    The proof of *intact*: the log's entry at the watermark must carry it. A mark's entry has no row here; its owner is in
-    ``recovery``.
-    """
-    return store.database.read(lambda connection: queries.transition_id_at(connection, partition, entry_id))
-
-
 def instances_above(
     store: DurableStore, partition: int, entry_id: entry.EntryId, page: int = 1000
 ) -> Iterator[list[Above]]:

@@ -179,6 +179,10 @@ class DurableStore:
         """Return an instance's open letters, oldest first. Any means that it is parked."""
         return self.database.read(lambda connection: letters.of_instance(connection, machine, id))
 
+    def parked_instances(self, limit: int = 1000) -> list[Instance]:
+        """Return up to ``limit`` instances that have open letters."""
+        return self.database.read(lambda connection: letters.parked(connection, limit))
+
     # Everything, in pages, for verify
 
     def iterate_checkpoints(

@@ -30,15 +30,16 @@ from collections.abc import Callable, Mapping, Sequence
 import msgspec
 
 from statecache.core import entry, errors, fold
-from statecache.durable.faults import CommitUnknown, Overtaken
-from statecache.durable.flush import FlushTransaction
-from statecache.durable.rows import Advance, PartitionRow
+from statecache.durable.faults import CommitUnknown, KeyHit, Overtaken, Refused
+from statecache.durable.rows import PartitionRow
 from statecache.durable.store import DurableStore
+from statecache.engine import batching
 from statecache.hot import scripts
-from statecache.hot.store import HotStore, parse_line
+from statecache.hot.store import HotStore
 
 _log = logging.getLogger(__name__)
 CACHE_INSTANCES_MAX = 200_000
+_REFUSALS = (Refused, KeyHit)
 
 
 class Step(msgspec.Struct, frozen=True):
@@ -47,16 +48,6 @@ class Step(msgspec.Struct, frozen=True):
     entries: int
     more: bool
     stopped: dict[int, str]
-
-
-class _Batch(msgspec.Struct):
-    """The entries of one partition in a step."""
-
-    row: PartitionRow
-    last: entry.EntryId
-    tail: entry.EntryId
-    lines: list[str]
-    records: list[entry.Entry]
 
 
 class Flusher:
@@ -127,16 +118,17 @@ class Flusher:
             return Step(0, True, {})
         batches, stopped = [], {}
         for row, reply in zip(rows, replies, strict=True):
-            batch, hole = _checked(row, reply.lines, reply.last)
+            batch, hole = batching.checked(row, reply.lines, reply.last)
             if hole:
                 stopped[row.partition] = hole
             if batch.last != row.watermark:
                 batches.append(batch)
-        count = sum(len(batch.lines) for batch in batches)
+        count = sum(len(batch.records) for batch in batches)
+        parked: set[fold.Instance] = set()
         if batches:
             started = time.monotonic()
             try:
-                self._commit(batches)
+                parked = self._commit(batches)
             except Overtaken:
                 self._forget(pair)
                 return Step(0, True, stopped)
@@ -145,6 +137,9 @@ class Flusher:
                 raise
             self._measure(count, time.monotonic() - started)
         self._after(rows, batches)
+        if parked:
+            keyspace = self.hot.keyspace
+            self.hot.park([(keyspace.partition_of(*one), ":".join(one)) for one in sorted(parked)])
         more = any(batch.last < batch.tail for batch in batches) or count >= self.batch_entries
         return Step(count, more, stopped)
 
@@ -161,60 +156,72 @@ class Flusher:
 
     # --- the SQL transaction -----------------------------------------------------------------------------------------
 
-    def _commit(self, batches: Sequence[_Batch]) -> None:
-        batches = sorted(batches, key=lambda batch: batch.row.partition)
-        seen_ms = int(time.time() * 1000)
-        advances = [
-            Advance(
-                batch.row.partition,
-                batch.row.epoch,
-                batch.row.owner,
-                batch.row.watermark,
-                batch.last,
-                batch.tail,
-                seen_ms,
-            )
-            for batch in batches
-        ]
-        with self.durable.flush_transaction() as transaction:
-            transaction.advance(advances)
-            groups = {batch.row.partition: fold.by_instance(batch.records) for batch in batches}
-            before = self._before(transaction, groups)
-            moved = [
-                (before.get(instance), fold.after(before.get(instance), entries, partition))
-                for partition, instances in groups.items()
-                for instance, entries in instances.items()
-            ]
-            transaction.insert_history([line for batch in batches for line in batch.lines])
-            transaction.upsert_checkpoints(
-                [now.row(self.finals) for old, now in moved if old is not None],
-                new=[now.row(self.finals) for old, now in moved if old is None],
-            )
-            transaction.adjust_counts(fold.count_deltas(moved))
-        if len(self._cache) + len(moved) > CACHE_INSTANCES_MAX:
-            self._cache.clear()
-        self._cache.update({(now.machine, now.id): now for _, now in moved})
+    def _commit(self, batches: Sequence[batching.Batch]) -> set[fold.Instance]:
+        """Move all batches in one transaction; returns the instances that are parked.
 
-    def _before(
-        self, transaction: FlushTransaction, groups: Mapping[int, Mapping[fold.Instance, list[entry.Entry]]]
-    ) -> dict[fold.Instance, fold.Folded]:
-        """What each instance was before the batch: from the last folds, or from SQL where those do not lead up to it."""
-        known: dict[fold.Instance, fold.Folded] = {}
-        wanted: list[fold.Instance] = []
-        for instances in groups.values():
-            for instance, entries in instances.items():
-                cached = self._cache.get(instance)
-                if cached is not None and cached.version == entries[0].version - 1:
-                    known[instance] = cached
-                elif entries[0].version != 1:
-                    wanted.append(instance)
-        for instance, row in transaction.checkpoints(wanted).items() if wanted else ():
-            known[instance] = fold.Folded.of_checkpoint(row)
-        return known
+        When SQL refuses it for its data, each partition goes alone, cut in halves until the entry is found that SQL
+        refuses: that one becomes a dead letter, and only its instance stops (P10).
+        """
+        try:
+            return self._transaction(batches, {})
+        except _REFUSALS as error:
+            if len(batches) == 1 and len(batches[0].records) <= 1:
+                if not batches[0].records:
+                    raise
+                return self._put_aside(batches[0], error)
+        _log.error("SQL refuses a batch for its data: looking for the entry", extra={"partitions": len(batches)})
+        parked: set[fold.Instance] = set()
+        for batch in batches:
+            for part in batch.halves() if len(batches) == 1 else (batch,):
+                parked |= self._commit([part])
+        return parked
+
+    def _put_aside(self, batch: batching.Batch, error: errors.StateCacheError) -> set[fold.Instance]:
+        """Make the one entry of a batch a dead letter; but an entry that SQL holds already is passed over, and said so."""
+        record = batch.records[0]
+        instance = (record.machine, record.id)
+        if isinstance(error, KeyHit):
+            known = self.durable.transition(*instance, record.version)
+            if known is not None and known.transition_id == record.transition_id:
+                _log.error("entry %s is in SQL already: not written twice", record.entry_id, extra=batch.place())
+                return self._transaction([batch], {}, replayed=instance)
+        _log.error("dead letter: %s:%s, entry %s: %s", *instance, record.entry_id, error, extra=batch.place())
+        return self._transaction([batch], {instance: str(error)})
+
+    def _transaction(
+        self,
+        batches: Sequence[batching.Batch],
+        refused: Mapping[fold.Instance, str],
+        replayed: fold.Instance | None = None,
+    ) -> set[fold.Instance]:
+        """The one SQL transaction of a flush. ``refused`` instances' first entries become dead letters."""
+        batches = sorted(batches, key=lambda batch: batch.row.partition)
+        now_ms = int(time.time() * 1000)
+        with self.durable.flush_transaction() as transaction:
+            transaction.advance([batch.advance(now_ms) for batch in batches])
+            plan = batching.Plan(batches)
+            if replayed:
+                plan.pass_over(replayed)
+            plan.put_aside(transaction.parked(plan.instances), "waits behind a dead letter", waiting=True)
+            for instance, why in refused.items():
+                plan.put_aside([instance], why)
+            plan.fold(self._cache, transaction.checkpoints)
+            transaction.insert_history(plan.lines())
+            transaction.upsert_checkpoints(
+                [now.row(self.finals) for old, now in plan.moved if old is not None],
+                new=[now.row(self.finals) for old, now in plan.moved if old is None],
+            )
+            transaction.adjust_counts(fold.count_deltas(plan.moved))
+            for letter in plan.letters:
+                transaction.insert_letters([letter.row], letter.error, letter.waiting, now_ms)
+        if len(self._cache) + len(plan.moved) > CACHE_INSTANCES_MAX:
+            self._cache.clear()
+        self._cache.update({(now.machine, now.id): now for _, now in plan.moved})
+        return plan.parked
 
     # --- after the commit --------------------------------------------------------------------------------------------
 
-    def _after(self, rows: Sequence[PartitionRow], batches: Sequence[_Batch]) -> None:
+    def _after(self, rows: Sequence[PartitionRow], batches: Sequence[batching.Batch]) -> None:
         """Tell Redis the new watermarks and the brake, and trim; also what an earlier step did not get to tell."""
         committed = {batch.row.partition: batch.last for batch in batches}
         told = []
@@ -274,22 +281,3 @@ class Flusher:
             if not step.more:
                 self.wake.wait(self.interval_seconds)
                 self.wake.clear()
-
-
-def _checked(row: PartitionRow, lines: Sequence[str], tail: entry.EntryId) -> tuple[_Batch, str]:
-    """Parse a partition's entries up to the first that does not follow; returns them and what is wrong with that one."""
-    cursor = row.watermark
-    kept: list[str] = []
-    records: list[entry.Entry] = []
-    prefix = f"{row.partition}{entry.SEPARATOR}"
-    hole = ""
-    for line in lines:
-        record = parse_line(line)
-        if not entry.follows(record.entry_id, cursor, record.prev if record.is_mark else None):
-            hole = f"partition {row.partition}: {record.entry_id} does not follow {cursor}: entries are missing"
-            break
-        cursor = record.entry_id
-        if not record.is_mark:
-            kept.append(prefix + line.replace("-", entry.SEPARATOR, 1))
-            records.append(record)
-    return _Batch(row, cursor, tail, kept, records), hole

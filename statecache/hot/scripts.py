@@ -20,7 +20,7 @@ from importlib import resources
 
 from statecache.hot import resp
 
-NAMES = ("admit", "apply", "drop", "evict", "fence", "find", "flushed", "hydrate", "probe", "read", "ready")
+NAMES = ("admit", "apply", "drop", "evict", "fence", "find", "flushed", "hydrate", "park", "probe", "read", "ready")
 _INCLUDE = re.compile(r"^--@include (\w+)$", re.MULTILINE)
 _CODE = re.compile(r"^-- {1,5}([A-Z]{2,}(?: \| [A-Z]{2,})*)\b", re.MULTILINE)
 

@@ -293,6 +293,10 @@ class HotStore:
         """Drop flushed hot copies: (partition, "machine:id", version, SQL's watermark, parked); a code for each."""
         return self._by_partition("evict", rows)
 
+    def park(self, rows: Sequence[tuple[int, str]]) -> list[str]:
+        """Flag instances as parked: (partition, "machine:id"); the reply's line for each."""
+        return self._by_partition("park", rows)
+
     def _by_partition(self, name: str, rows: Sequence[tuple[Any, ...]]) -> list[str]:
         partitions: dict[int, int] = {}
         packed = []
@@ -364,7 +368,7 @@ class HotStore:
             return admission
 
     def _load(self, line: wire.Wire, stamp: scripts.Stamp) -> None:
-        for name in ("apply", "hydrate", "evict", "read", "find", "flushed"):
+        for name in ("apply", "hydrate", "evict", "park", "read", "find", "flushed"):
             line.call(resp.command("SCRIPT", "LOAD", scripts.stamped(name, stamp, self.emulated).text))
 
     def fence(

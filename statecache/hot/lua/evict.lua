@@ -2,7 +2,7 @@
 --
 -- KEYS   the meta of each partition touched. Instance keys are built from its prefix and lie in the same slot.
 -- ARGV 1 items, a JSON array of [partition index, "machine:id", version of the checkpoint, watermark as read from SQL in
---        the same snapshot, parked: 1 = drop it although it is parked, because SQL holds no open letter of it]
+--        the same snapshot, unpark: 1 = drop a parked hash, whatever its version, because SQL holds no open letter of it]
 --
 -- Reply  one string, a line per item:
 --   OK                              dropped; cold and evicted_to are set in the same step
@@ -21,7 +21,7 @@ for p = 1, #KEYS do
 end
 local lines = {}
 for n = 1, #items do
-  local p, name, version, watermark, parked = unpack(items[n])
+  local p, name, version, watermark, unpark = unpack(items[n])
   local key = prefixes[p] .. name
   local own = not refused[p] and redis.call('HGET', key, '@')
   if refused[p] then
@@ -30,7 +30,9 @@ for n = 1, #items do
     lines[n] = 'GONE'
   else
     local hot_version, entry_id, flags = string.match(own, '^%S+ (%d+) (%S+) %d+ %d+ %d+ ?(.*)$')
-    if tonumber(hot_version) ~= version or id_above(entry_id, watermark) or (flags == 'p' and parked ~= 1) then
+    local droppable = tonumber(hot_version) == version
+    if flags == 'p' then droppable = unpark == 1 end
+    if not droppable or id_above(entry_id, watermark) then
       lines[n] = 'KEPT'
     else
       if id_above(entry_id, evicted[p]) then evicted[p] = entry_id end

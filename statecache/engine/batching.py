@@ -1,0 +1,188 @@
+"""A flush's batches: parsing and checking what was read, and sorting it into history, checkpoints and dead letters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from statecache.core import entry, errors, fold, model
+from statecache.durable.rows import Advance, PartitionRow
+from statecache.hot.store import parse_line
+
+FOREIGN = "@foreign"
+"""The machine under which a record that statecache did not write is kept as a letter; its id is partition and entry id."""
+
+
+class Batch(msgspec.Struct, frozen=True):
+    """Entries of one partition that follow its watermark one by one, up to ``last``; ``tail`` is the log's last id.
+
+    ``lines`` are the packed texts as SQL takes them (partition, epoch and number before the entry's parts), one for each of
+    ``records``; marks are in neither. ``foreign`` are records that statecache did not write.
+    """
+
+    row: PartitionRow
+    last: entry.EntryId
+    tail: entry.EntryId
+    lines: list[str]
+    records: list[entry.Entry]
+    foreign: list[entry.Entry]
+
+    def advance(self, now_ms: int) -> Advance:
+        row = self.row
+        return Advance(row.partition, row.epoch, row.owner, row.watermark, self.last, self.tail, now_ms)
+
+    def place(self) -> dict[str, object]:
+        """For log records."""
+        return {"partition": self.row.partition, "epoch": self.row.epoch}
+
+    def halves(self) -> tuple[Batch, Batch]:
+        """Two batches, the second beginning where the first ends."""
+        middle = len(self.records) // 2
+        cut = self.records[middle - 1].entry_id
+        row = self.row
+        behind = PartitionRow(row.partition, row.epoch, row.owner, cut, row.tail, row.tail_seen_ms)
+        early = [one for one in self.foreign if one.entry_id <= cut]
+        late = [one for one in self.foreign if one.entry_id > cut]
+        return (
+            Batch(row, cut, self.tail, self.lines[:middle], self.records[:middle], early),
+            Batch(behind, self.last, self.tail, self.lines[middle:], self.records[middle:], late),
+        )
+
+
+def checked(row: PartitionRow, lines: Sequence[str], tail: entry.EntryId) -> tuple[Batch, str]:
+    """Parse a partition's entries up to the first that does not follow; returns them and what is wrong with that one."""
+    cursor = row.watermark
+    kept: list[str] = []
+    records: list[entry.Entry] = []
+    foreign: list[entry.Entry] = []
+    prefix = f"{row.partition}{entry.SEPARATOR}"
+    hole = ""
+    for line in lines:
+        try:
+            record = parse_line(line)
+        except errors.IntegrityError:
+            record = _foreign(row.partition, line)
+        if not entry.follows(record.entry_id, cursor, record.prev if record.is_mark else None):
+            hole = f"partition {row.partition}: {record.entry_id} does not follow {cursor}: entries are missing"
+            break
+        cursor = record.entry_id
+        if record.machine == FOREIGN:
+            foreign.append(record)
+        elif not record.is_mark:
+            kept.append(prefix + line.replace("-", entry.SEPARATOR, 1))
+            records.append(record)
+    return Batch(row, cursor, tail, kept, records, foreign), hole
+
+
+def _foreign(partition: int, line: str) -> entry.Entry:
+    id_text, _, text = line.partition(entry.SEPARATOR)
+    return entry.Entry(
+        entry.EntryId.parse(id_text),
+        FOREIGN,
+        f"{partition}:{id_text}",
+        0,
+        FOREIGN,
+        "",
+        "",
+        0,
+        "",
+        "",
+        "",
+        "",
+        text,
+        "",
+        "",
+        0,
+    )
+
+
+class Letter(msgspec.Struct, frozen=True):
+    """A row of dead letters to be written."""
+
+    row: tuple[Any, ...]
+    error: str
+    waiting: bool
+
+
+class Plan:
+    """What of some batches goes where. Built inside the transaction, after the compare-and-set."""
+
+    def __init__(self, batches: Sequence[Batch]) -> None:
+        self._batches = batches
+        self._groups = {batch.row.partition: fold.by_instance(batch.records) for batch in batches}
+        self._aside: set[fold.Instance] = set()
+        self.parked: set[fold.Instance] = set()
+        self.moved: list[tuple[fold.Folded | None, fold.Folded]] = []
+        self.letters = [
+            Letter(
+                fold.entry_row(batch.row.partition, one), "this record of the log was not written by statecache", False
+            )
+            for batch in batches
+            for one in batch.foreign
+        ]
+
+    @property
+    def instances(self) -> list[fold.Instance]:
+        return [instance for groups in self._groups.values() for instance in groups]
+
+    def pass_over(self, instance: fold.Instance) -> None:
+        """Write nothing for an instance: SQL holds its entries already."""
+        self._aside.add(instance)
+
+    def put_aside(self, instances: Iterable[fold.Instance], error: str, *, waiting: bool = False) -> None:
+        """Make the entries of some instances dead letters: the first for this reason, the others wait behind it."""
+        for instance in instances:
+            if instance in self._aside:
+                continue
+            self._aside.add(instance)
+            self.parked.add(instance)
+            for partition, groups in self._groups.items():
+                for place, record in enumerate(groups.get(instance, ())):
+                    behind = waiting or place > 0
+                    why = "waits behind a dead letter" if behind else error
+                    self.letters.append(Letter(fold.entry_row(partition, record), why, behind))
+
+    def fold(
+        self,
+        cache: Mapping[fold.Instance, fold.Folded],
+        load: Callable[[Sequence[fold.Instance]], Mapping[fold.Instance, model.Checkpoint]],
+    ) -> None:
+        """Fold every instance onto what is before it: from the last folds, or from SQL where those do not lead up to it.
+
+        An instance whose versions do not go on is put aside: what is in the log contradicts SQL.
+        """
+        before: dict[fold.Instance, fold.Folded] = {}
+        wanted: list[fold.Instance] = []
+        for groups in self._groups.values():
+            for instance, records in groups.items():
+                cached = cache.get(instance)
+                if cached is not None and cached.version == records[0].version - 1:
+                    before[instance] = cached
+                elif records[0].version != 1:
+                    wanted.append(instance)
+        for instance, row in load(wanted).items() if wanted else ():
+            before[instance] = fold.Folded.of_checkpoint(row)
+        for partition, groups in self._groups.items():
+            for instance, records in groups.items():
+                if instance in self._aside:
+                    continue
+                old = before.get(instance)
+                try:
+                    now = fold.after(old, records, partition)
+                except (errors.IntegrityError, msgspec.DecodeError) as error:
+                    self.put_aside([instance], str(error))
+                else:
+                    self.moved.append((old, now))
+
+    def lines(self) -> list[str]:
+        """The history lines of everything that was not put aside."""
+        if not self._aside:
+            return [line for batch in self._batches for line in batch.lines]
+        return [
+            line
+            for batch in self._batches
+            for line, record in zip(batch.lines, batch.records, strict=True)
+            if (record.machine, record.id) not in self._aside
+        ]

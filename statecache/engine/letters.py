@@ -1,0 +1,100 @@
+"""Dead letters: what an operator does with an instance that waits behind an entry which SQL refused.
+
+Both acts take the whole queue of an instance, and only when nothing of it is under way: its hash is flagged as parked first (so
+no transition is accepted), and its last entry must be at or below the watermark (so every entry of it is in history or in the
+queue). Then ONE SQL transaction, which holds the partition's row against flushers and recoveries, moves or deletes the letters;
+afterwards the hash is dropped, and comes back from SQL when it is asked for. Dead in between: whoever meets a parked hash without
+open letters drops it the same way (``core/flows.py``).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from statecache.core import entry, errors, fold, keys
+from statecache.durable.rows import PartitionRow
+from statecache.engine import batching
+
+if TYPE_CHECKING:
+    from statecache.engine.cache import StateCache
+
+
+def retry(cache: StateCache, machine: str, id: str) -> int:
+    """Move all letters of an instance into history and its checkpoint; returns how many.
+
+    Raises ``NotFoundError`` without letters, ``IntegrityError`` when they do not continue SQL's history (then they can only be
+    discarded), and the error of SQL when it still refuses them: nothing was changed.
+    """
+    row = _quiet(cache, machine, id)
+    with cache.durable.flush_transaction() as transaction:
+        transaction.hold(row.partition, row.epoch, row.owner)
+        records = [fold.entry_of_row(found) for found in transaction.take_letters(machine, id)]
+        _require(records, machine, id)
+        kept = transaction.checkpoints([(machine, id)]).get((machine, id))
+        before = None if kept is None else fold.Folded.of_checkpoint(kept)
+        version = kept.version if kept else 0
+        jump = records[0].event == entry.EVENT_RECONCILED
+        if records[0].machine == batching.FOREIGN or (records[0].version != version + 1 and not jump):
+            raise errors.IntegrityError(
+                f"{machine}:{id}: its letters begin at version {records[0].version}, SQL's history ends at {version}: they cannot "
+                "be joined; look at both and discard the letters"
+            )
+        now = fold.after_letters(before, records, row.partition)
+        transaction.insert_transitions(
+            [
+                (*fold.entry_row(row.partition, record), version + 1 if one_covers else None, not one_covers)
+                for record in records
+                for one_covers in (record.event == entry.EVENT_RECONCILED,)
+            ]
+        )
+        rows = [now.row(cache.finals)]
+        transaction.upsert_checkpoints(rows if before else [], new=[] if before else rows)
+        transaction.adjust_counts(fold.count_deltas([(before, now)]))
+    _drop_hash(cache, machine, id, row)
+    return len(records)
+
+
+def discard(cache: StateCache, machine: str, id: str) -> int:
+    """Delete all letters of an instance: these transitions are lost, and the instance goes on from its checkpoint.
+
+    Returns how many. Raises ``NotFoundError`` without letters.
+    """
+    if machine == batching.FOREIGN:
+        with cache.durable.flush_transaction() as transaction:
+            found = transaction.take_letters(machine, id)
+            _require(found, machine, id)
+        return len(found)
+    row = _quiet(cache, machine, id)
+    with cache.durable.flush_transaction() as transaction:
+        transaction.hold(row.partition, row.epoch, row.owner)
+        found = transaction.take_letters(machine, id)
+        _require(found, machine, id)
+    _drop_hash(cache, machine, id, row)
+    return len(found)
+
+
+def _require(found: list[tuple[object, ...]] | list[entry.Entry], machine: str, id: str) -> None:
+    if not found:
+        raise errors.NotFoundError(f"{machine}:{id} has no dead letters")
+
+
+def _quiet(cache: StateCache, machine: str, id: str) -> PartitionRow:
+    """Flag the hash as parked and see that nothing of the instance is unflushed; returns its partition's row."""
+    if not cache.durable.letters(machine, id):
+        raise errors.NotFoundError(f"{machine}:{id} has no dead letters")
+    partition = keys.partition_of(machine, id, cache.settings.partition_count)
+    deadline = cache.deadline(None)
+    while True:
+        code, _, last = cache.hot.park([(partition, f"{machine}:{id}")])[0].partition(" ")
+        if code not in ("OK", "GONE"):
+            cache.admission.ensure(code, deadline)
+            continue
+        row = cache.durable.partitions([partition])[0]
+        if code == "GONE" or entry.EntryId.parse(last) <= row.watermark:
+            return row
+        cache.flush()
+
+
+def _drop_hash(cache: StateCache, machine: str, id: str, row: PartitionRow) -> None:
+    watermark = cache.durable.partitions([row.partition])[0].watermark
+    cache.hot.evict([(row.partition, f"{machine}:{id}", 0, str(watermark), 1)])
