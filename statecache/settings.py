@@ -73,6 +73,9 @@ class Settings(pydantic_settings.BaseSettings):
     durability: model.Durability = model.Durability.HOT
     """What must be true before a call returns that does not say it itself: hot, fsync, replica or durable."""
 
+    replicas: Positive = 1
+    """How many replicas must have received a transition of durability ``replica``."""
+
     auto_recover: bool = True
     """Whether whoever first meets a Redis that restarted or lost data recovers it. If not, calls raise
     ``RecoveringError`` until ``statecache recover`` is run."""

@@ -164,12 +164,12 @@ def transition(request: Request) -> Generator[Wish, Any, model.Receipt]:
         code = outcome.code
         if code == "OK":
             version, entry_id, source, target = outcome.words
-            return model.Receipt(
+            return _confirmed(outcome, model.Receipt(
                 item.move.machine, item.id, item.move.event, None if source == "-" else source, target, int(version),
                 entry_id, outcome.at_ms, item.transition_id,
-            )  # fmt: skip
+            ))  # fmt: skip
         if code == "DUP":
-            return (yield from _duplicate(request, int(outcome.words[0])))
+            return _confirmed(outcome, (yield from _duplicate(request, int(outcome.words[0]))))
         if code == "MISS":
             misses += 1
             attempt = yield from _miss(request, outcome, attempt, misses)
@@ -190,6 +190,16 @@ def transition(request: Request) -> Generator[Wish, Any, model.Receipt]:
             guard_wanted = _pin(request, int(outcome.words[0]), verdict)
         else:
             raise _refusal(request, outcome)
+
+
+def _confirmed(outcome: items.Outcome, receipt: model.Receipt) -> model.Receipt:
+    """The script wrote (a duplicate too), and what was asked behind it on the same connection speaks of that write."""
+    if not outcome.confirmed:
+        raise errors.DurabilityTimeout(
+            f"{receipt.machine}:{receipt.id} version {receipt.version} stands, but its durability was not confirmed in time",
+            receipt,
+        )
+    return receipt
 
 
 def _pin(request: Request, version: int, verdict: errors.StateCacheError | None) -> bool:

@@ -152,7 +152,7 @@ def entry_row(partition: int, record: entry.Entry) -> tuple[Any, ...]:
 def entry_of_row(row: Sequence[Any]) -> entry.Entry:
     """The entry that a row of ``entry_row`` holds."""
     _, epoch, seq, *parts = row
-    texts = ["" if part is None else part for part in parts]
+    texts: list[Any] = ["" if part is None else part for part in parts]
     occurred = entry.PARTS.index("occurred_ms")
     texts[occurred] = str(texts[occurred])
     return entry.Entry(entry.EntryId(epoch, seq), *texts)

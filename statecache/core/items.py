@@ -21,6 +21,19 @@ class MoveSpec:
         self.row = [machine, event, targets, machine_version]
 
 
+class Confirm(msgspec.Struct, frozen=True):
+    """What is asked on the connection that wrote, right behind the script: ``WAIT`` or ``WAITAOF``, and who must answer.
+
+    ``local`` counts the server's own disk, ``replicas`` those that have received it (``WAIT``, ``aof`` False) or have it
+    on disk. On another connection, or inside the script, the answer would speak of other writes.
+    """
+
+    aof: bool
+    local: int
+    replicas: int
+    timeout_ms: int
+
+
 class Item(msgspec.Struct):
     """One transition to be applied.
 
@@ -40,6 +53,7 @@ class Item(msgspec.Struct):
     absent: str = ""
     unset: list[str] = []
     increments: list[list[str]] = []
+    confirm: Confirm | None = None
 
     def row(self, partition_index: int, move_index: int) -> list[object]:
         """The positional array that ``apply.lua`` reads."""
@@ -62,6 +76,8 @@ class Outcome(NamedTuple):
     words: list[str]
     at_ms: int = 0
     cause: Exception | None = None
+    confirmed: bool = True
+    """Whether what the item's ``confirm`` asked for was answered in time."""
 
 
 ADMISSION_CODES = frozenset({"EPOCH", "RECOVERING", "IDENTITY", "NOSCRIPT"})

@@ -180,6 +180,17 @@ class Snapshot:
         )
 
 
+class Start(msgspec.Struct, frozen=True):
+    """One start of a bulk call; the fields are those of ``MachineHandle.start``."""
+
+    id: str
+    data: Mapping[str, Any] | None = None
+    actor: str | None = None
+    reason: str | None = None
+    transition_id: str | None = None
+    occurred_at: datetime | None = None
+
+
 class Move(msgspec.Struct, frozen=True):
     """One transition of a bulk call; the fields are those of ``MachineHandle.transition``."""
 

@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from statecache.core import codec, definition, entry, errors, keys, model
+import msgspec
+
+from statecache.core import codec, definition, entry, errors, items, keys, model
 from statecache.core.machine import StateMachine
 from statecache.core.spec import MachineSpec
 from statecache.durable.store import DurableStore
@@ -48,6 +50,7 @@ class StateCache:
         self._finals: dict[tuple[str, int], frozenset[str]] = {}
         self._partitions = list(range(settings.partition_count))
         self._thread: threading.Thread | None = None
+        self._confirmations: dict[Any, tuple[items.Confirm | None, bool]] = {}
         self._make_parts()
         _open_caches.add(self)
 
@@ -129,6 +132,8 @@ class StateCache:
             servers.check(hot.server_facts())
             cache = cls(settings, hot, durable, server=server)
             cache._admit_at_connect()
+            if settings.durability in (model.Durability.FSYNC, model.Durability.REPLICA):
+                cache.confirmation(settings.durability, cache.deadline(None))
         except BaseException:
             if durable is not None:
                 durable.close()
@@ -255,14 +260,30 @@ class StateCache:
             ) from None
         return level
 
-    def confirm(self, receipts: Sequence[model.Receipt], level: model.Durability, deadline: float) -> None:
-        """Wait until the receipts have the level. Raises the first one's error."""
+    def confirmation(self, level: model.Durability, deadline: float) -> items.Confirm | None:
+        """What to ask behind each script for ``fsync`` or ``replica``; the server is judged once per epoch.
+
+        Raises ``ConfigurationError`` when the server cannot give the level.
+        """
+        known = self._confirmations.get((self.hot.stamp, level))
+        if known is None:
+            known = durability_wait.confirmation(self.hot, level, self.settings.replicas, 1.0), True
+            self._confirmations = {(self.hot.stamp, level): known}
+        confirm = known[0]
+        if confirm is None:
+            return None
+        # The connection must outlive the wait, and the script before it.
+        seconds = min(deadline - time.monotonic(), self.settings.socket_timeout_seconds * 0.8)
+        return msgspec.structs.replace(confirm, timeout_ms=max(1, int(seconds * 1000)))
+
+    def confirm(self, receipts: Sequence[model.Receipt], deadline: float) -> None:
+        """Wait until the receipts are in SQL. Raises the first one's error."""
         for error in self._wait(receipts, deadline):
             if error is not None:
                 raise error
 
-    def confirm_many(self, results: list[Any], level: model.Durability, deadline: float) -> None:
-        """Wait until the receipts among the results have the level; an error takes the place of its receipt."""
+    def confirm_many(self, results: list[Any], deadline: float) -> None:
+        """Wait until the receipts among the results are in SQL; an error takes the place of its receipt."""
         places = [index for index, result in enumerate(results) if isinstance(result, model.Receipt)]
         for index, error in zip(places, self._wait([results[index] for index in places], deadline), strict=True):
             if error is not None:
@@ -282,7 +303,7 @@ class StateCache:
         or an entry before it) or ``IntegrityError`` (it was lost with Redis; a recovery has reported it).
         """
         receipts = [receipt] if isinstance(receipt, model.Receipt) else list(receipt)
-        self.confirm(receipts, model.Durability.DURABLE, self.deadline(timeout))
+        self.confirm(receipts, self.deadline(timeout))
 
     def flush(self, timeout: float = 10.0) -> None:
         """Return when everything acknowledged before the call is in SQL. Does the work itself when no flusher does.

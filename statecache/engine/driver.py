@@ -82,11 +82,17 @@ class Driver:
     # --- many flows --------------------------------------------------------------------------------------------------
 
     def run_many(
-        self, lanes: Iterable[Sequence[int]], begin: Callable[[int], flows.Flow], results: list[Any], deadline: float
+        self,
+        lanes: Iterable[Sequence[int]],
+        begin: Callable[[int], flows.Flow],
+        results: list[Any],
+        deadline: float,
+        patience_seconds: float | None = None,
     ) -> None:
         """Run a flow for every index of every lane; results (or their errors) are put into ``results`` by index.
 
-        Flows begin chunk by chunk, so that checking the next chunk's input overlaps the server's work on the last.
+        Flows begin chunk by chunk, so that checking the next chunk's input overlaps the server's work on the last. With
+        ``patience_seconds`` the deadline moves on whenever a flow ends: a long list may take its time, a stuck one not.
         """
         unfinished: list[list[Running]] = []
 
@@ -96,7 +102,10 @@ class Driver:
 
         for lanes_answered in self._apply_chunks(started(), results):
             unfinished += [lane for lane in lanes_answered if lane]
+        left = sum(map(len, unfinished))
         while unfinished:
+            if patience_seconds is not None and (now_left := sum(map(len, unfinished))) < left:
+                left, deadline = now_left, time.monotonic() + patience_seconds
             self._answer_others(unfinished, results, deadline)
             unfinished = [lane for lane in unfinished if lane]
             willing = [lane for lane in unfinished if all(type(one.wish) is items.Item for one in lane)]

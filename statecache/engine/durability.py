@@ -1,4 +1,11 @@
-"""Waiting until transitions are in SQL: by their rows, never by comparing ids (protocol hole H11).
+"""Durability above ``hot``: what a server can give, and waiting until transitions are in SQL.
+
+``fsync`` and ``replica`` are confirmed on the connection that wrote, right behind the script (``core.items.Confirm``). Which
+servers can give them is judged once per epoch, when the level is first wanted: one that cannot is refused there, not at 3 a.m.
+``WAITAOF`` answers before the fsync on Redis 7.4 and on every Valkey tried (redis#13793), so under ``appendfsync everysec`` only
+Redis 7.2 and from 8.2 on are believed; under ``always`` the reply itself comes after the fsync.
+
+``durable`` waits for rows, never by comparing ids (protocol hole H11).
 
 Waiters share flushes (group commit): whoever finds that nobody else moves the watermark runs a step of the flusher, and
 what that step commits answers all the others too.
@@ -9,8 +16,52 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
-from statecache.core import entry, errors, keys, model
+from statecache.core import entry, errors, items, keys, model
 from statecache.durable.store import DurableStore
+from statecache.hot.store import HotStore
+
+
+def confirmation(hot: HotStore, level: model.Durability, replicas: int, timeout_seconds: float) -> items.Confirm | None:
+    """What to ask behind each script for a level; None where the reply itself is the confirmation.
+
+    Raises ``ConfigurationError`` when this server cannot give the level.
+    """
+    timeout_ms = max(1, int(timeout_seconds * 1000))
+    if level is model.Durability.REPLICA:
+        have = int(hot.server_facts().get("connected_slaves", "0"))
+        if have < replicas:
+            raise errors.ConfigurationError(
+                f"durability 'replica' wants {replicas} replicas, this server has {have}: attach one, or lower the level"
+            )
+        return items.Confirm(False, 0, replicas, timeout_ms)
+    if level is not model.Durability.FSYNC:
+        return None
+    facts = hot.server_facts()
+    wanted = hot.configuration("appendfsync", "no-appendfsync-on-rewrite")
+    if wanted is None:
+        raise errors.ConfigurationError(
+            "durability 'fsync' cannot be judged: this user may not read the server's configuration (allow config|get)"
+        )
+    if facts.get("aof_enabled") != "1":
+        raise errors.ConfigurationError("durability 'fsync' needs the append-only file: set appendonly yes")
+    if wanted.get("no-appendfsync-on-rewrite") == "yes":
+        raise errors.ConfigurationError(
+            "durability 'fsync' is not kept while no-appendfsync-on-rewrite is yes: set it to no"
+        )
+    if wanted.get("appendfsync") == "always":
+        return None
+    version = tuple(int(part) for part in facts.get("redis_version", "0.0").split(".")[:2])
+    if (
+        "valkey_version" not in facts
+        and wanted.get("appendfsync") == "everysec"
+        and (version == (7, 2) or version >= (8, 2))
+    ):
+        return items.Confirm(True, 1, 0, timeout_ms)
+    raise errors.ConfigurationError(
+        "durability 'fsync' cannot be had from this server: set appendfsync always "
+        "(under everysec its WAITAOF answers before the file is on disk)"
+    )
+
 
 _POLL_SECONDS = 0.004
 _HELP_AFTER_SECONDS = 0.25

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,8 @@ from statecache.core.machine import StateMachine
 
 if TYPE_CHECKING:
     from statecache.engine.cache import StateCache
+
+_CONFIRMED = (model.Durability.FSYNC, model.Durability.REPLICA)
 
 
 class MachineHandle:
@@ -89,20 +91,26 @@ class MachineHandle:
 
     def start_many(
         self,
-        starts: Iterable[tuple[str, Mapping[str, Any] | None] | str],
+        starts: Iterable[model.Start | tuple[str, Mapping[str, Any] | None] | str],
         *,
         actor: str | None = None,
         durability: str | None = None,
         timeout: float | None = None,
     ) -> list[model.Receipt | errors.StateCacheError]:
-        """Begin many instances, given as (id, data) or as ids; a receipt or an error for each, in order."""
-        wanted = [(start, None) if isinstance(start, str) else start for start in starts]
-        return self._write_many(
-            [id for id, *_ in wanted],
-            lambda index: self._door.start(wanted[index][0], wanted[index][1], actor=actor),
-            durability,
-            timeout,
-        )
+        """Begin many instances, given as (id, data), as ids or as ``Start``; a receipt or an error for each, in order.
+
+        ``actor`` is that of the starts that name none.
+        """
+        wanted = [_as_start(start) for start in starts]
+
+        def build(index: int) -> flows.Request:
+            one = wanted[index]
+            return self._door.start(
+                one.id, one.data, actor=one.actor or actor, reason=one.reason, transition_id=one.transition_id,
+                occurred_at=one.occurred_at,
+            )  # fmt: skip
+
+        return self._write_many([one.id for one in wanted], build, durability, timeout)
 
     def transition_many(
         self, moves: Iterable[model.Move], *, durability: str | None = None, timeout: float | None = None
@@ -110,6 +118,7 @@ class MachineHandle:
         """Fire many events; a receipt or an error for each, in order. One failure fails one item.
 
         Several moves of one instance are applied in the order given. Cost: one script call per 125 moves, two in flight.
+        Without ``timeout`` a long list may take its time: it fails when nothing of it has gone on for the default timeout.
         """
         wanted = list(moves)
         # A move sent again is answered only after history was asked; what follows it must not overtake it meanwhile.
@@ -125,23 +134,37 @@ class MachineHandle:
     def _write(self, request: flows.Request, durability: str | None, timeout: float | None) -> model.Receipt:
         deadline = self._cache.deadline(timeout)
         level = self._cache.level(durability or self._definition.durability)
+        if level in _CONFIRMED:
+            request.item.confirm = self._cache.confirmation(level, deadline)
         receipt: model.Receipt = self._cache.driver.run(flows.transition(request), deadline)
-        if level is not model.Durability.HOT:
-            self._cache.confirm([receipt], level, deadline)
+        if level is model.Durability.DURABLE:
+            self._cache.confirm([receipt], deadline)
         return receipt
 
     def _write_many(
-        self, ids: Sequence[Any], build: Any, durability: str | None, timeout: float | None
+        self,
+        ids: Sequence[Any],
+        build: Callable[[int], flows.Request],
+        durability: str | None,
+        timeout: float | None,
     ) -> list[model.Receipt | errors.StateCacheError]:
         deadline = self._cache.deadline(timeout)
         level = self._cache.level(durability or self._definition.durability)
+        confirm = self._cache.confirmation(level, deadline) if level in _CONFIRMED else None
+
+        def begin(index: int) -> flows.Flow:
+            request = build(index)
+            request.item.confirm = confirm
+            return flows.transition(request)
+
         lanes: dict[Any, list[int]] = {}
         for index, id in enumerate(ids):
             lanes.setdefault(id if isinstance(id, str) else index, []).append(index)
         results: list[Any] = [None] * len(ids)
-        self._cache.driver.run_many(lanes.values(), lambda index: flows.transition(build(index)), results, deadline)
-        if level is not model.Durability.HOT:
-            self._cache.confirm_many(results, level, deadline)
+        patience = self._cache.settings.call_timeout_seconds if timeout is None else None
+        self._cache.driver.run_many(lanes.values(), begin, results, deadline, patience)
+        if level is model.Durability.DURABLE:
+            self._cache.confirm_many(results, deadline)
         return results
 
     # --- reads -------------------------------------------------------------------------------------------------------
@@ -255,3 +278,9 @@ class MachineHandle:
             available_events=self._definition.available_events(last.to_state),
             source="durable" if last.durable else "hot",
         )  # fmt: skip
+
+
+def _as_start(start: model.Start | tuple[str, Mapping[str, Any] | None] | str) -> model.Start:
+    if isinstance(start, model.Start):
+        return start
+    return model.Start(start) if isinstance(start, str) else model.Start(*start)

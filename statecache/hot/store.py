@@ -165,18 +165,22 @@ class HotStore:
     ) -> Generator[Answered, None, wire.Wire | None]:
         """Read one reply; returns the wire, or None when it was lost."""
         assert line is not None
+        chunk = in_flight[0]
+        confirm = _strictest(chunk)
+        outcomes: list[items.Outcome]
         try:
-            reply = line.read()
-        except redis.ResponseError as error:
-            self.wires.distrust(line)
-            chunk = in_flight.popleft()
-            yield chunk, [failures.outcome_of(error, sent=True)] * len(chunk)
-            return line
+            try:
+                outcomes = _outcomes(line.read())
+            except redis.ResponseError as error:
+                self.wires.distrust(line)
+                outcomes = [failures.outcome_of(error, sent=True)] * len(chunk)
+            if confirm is not None and not _is_confirmed(line, confirm):
+                outcomes = [outcome._replace(confirmed=False) for outcome in outcomes]
         except (redis.RedisError, OSError) as error:
             yield from self._all_lost(in_flight, error, line)
             return None
-        chunk = in_flight.popleft()
-        yield chunk, _outcomes(reply)
+        in_flight.popleft()
+        yield chunk, outcomes
         return line
 
     def _all_lost(
@@ -202,6 +206,7 @@ class HotStore:
             rows.append(item.row(partition, move))
         key_count = 2 * len(partitions)
         due = self.wires.identity_due(line, self.identity_interval_seconds)
+        confirm = _strictest(chunk)
         return b"".join(
             [
                 _HEADERS[7 + key_count],
@@ -212,6 +217,7 @@ class HotStore:
                 resp.bulk(_encode([move.row for move in moves])),
                 b"$1\r\n1\r\n" if due else b"$1\r\n0\r\n",
                 self._fields_max,
+                _confirm_command(confirm) if confirm is not None else b"",
             ]
         )
 
@@ -423,6 +429,20 @@ class HotStore:
         arguments = (identity, str(watermark), limit, "0" if new else "", report, backlog)
         return self._call("ready", [self._pair_keys[partition]], 2, *arguments, stamp=stamp)
 
+    def configuration(self, *names: str) -> dict[str, str] | None:
+        """CONFIG GET of some settings; None where the server does not allow it."""
+        if self.emulated:
+            return {}
+        try:
+            with self.wires.wire() as line:
+                found = line.call(resp.command("CONFIG", "GET", *names))
+        except redis.ResponseError:
+            return None
+        except (redis.RedisError, OSError) as error:
+            raise failures.translated(error, "CONFIG GET") from error
+        texts = [part.decode() for part in found]
+        return dict(zip(texts[::2], texts[1::2], strict=True))
+
     def server_facts(self) -> dict[str, str]:
         """INFO server, memory and persistence as texts."""
         with self._exchange("INFO") as line:
@@ -463,6 +483,28 @@ class HotStore:
             except redis.exceptions.NoScriptError:
                 return "NOSCRIPT"
             return reply.decode()
+
+
+def _strictest(chunk: Sequence[items.Item]) -> items.Confirm | None:
+    """What the items of one script call want confirmed; calls with one level travel together, so the first decides."""
+    return next((item.confirm for item in chunk if item.confirm is not None), None)
+
+
+def _confirm_command(confirm: items.Confirm) -> bytes:
+    if confirm.aof:
+        return resp.command("WAITAOF", confirm.local, confirm.replicas, confirm.timeout_ms)
+    return resp.command("WAIT", confirm.replicas, confirm.timeout_ms)
+
+
+def _is_confirmed(line: wire.Wire, confirm: items.Confirm) -> bool:
+    """Read the answer: it gives counts, also when time ran out. An error reply confirms nothing."""
+    try:
+        counts = line.read()
+    except redis.ResponseError:
+        return False
+    if confirm.aof:
+        return bool(counts[0] >= confirm.local and counts[1] >= confirm.replicas)
+    return bool(counts >= confirm.replicas)
 
 
 def parse_line(line: str) -> entry.Entry:

@@ -81,10 +81,11 @@ local function apply(item, move)
   if extras and extras[1] == 1 and version > #ring / 8 and expected ~= version then return string.format('OLD %.0f', version) end
   if start_state then return string.format('EXISTS %.0f', version) end
   if flags == 'p' then return 'PARKED' end
+  -- Before the checks of version and state: what follows an item that found no room must not be judged without it.
+  if rooms[p] <= 0 then return 'FULL' end
   if expected ~= 0 and expected ~= version then return string.format('VERSION %.0f', version) end
   local to = move[3][state]
   if not to then return string.format('STATE %s %.0f', state, version) end
-  if rooms[p] <= 0 then return 'FULL' end
   if extras and #extras[4] > 0 then
     local results, text = incremented(key, extras[4])
     if not results then return 'DATA ' .. text end
