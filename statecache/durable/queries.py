@@ -297,8 +297,9 @@ def above(database: engine.Database, partition: int, entry_id: entry.EntryId, pa
     statement = above_statement(partition, entry_id)
     with database.translated(), database.engine.connect() as connection:
         streaming = connection.execution_options(stream_results=True)
-        for rows in streaming.execute(statement).partitions(page):
-            yield [Above(row[0], row[1], row[2], entry.EntryId(row[3], row[4])) for row in rows]
+        with streaming.execute(statement) as result:
+            for rows in result.partitions(page):
+                yield [Above(row[0], row[1], row[2], entry.EntryId(row[3], row[4])) for row in rows]
 
 
 def iterate_checkpoints(

@@ -49,7 +49,6 @@ def test_a_batch_lands_once(store: DurableStore) -> None:
     flushed(store, log.batch(ids(50)))
     flushed(store, log.batch(ids(30), 3))
     flushed(store, log.batch([*ids(20, "late"), *ids(5)], 2))
-    assert store.counts("order") == {"delivered": 25, "placed": 20, "paid": 25} or store.counts("order")
     checkpoints = list(store.iterate_checkpoints())
     assert {row.id: row.version for row in checkpoints} == log.versions
     for row in checkpoints:
@@ -233,13 +232,13 @@ def test_checkpoints_only_go_forward(store: DurableStore) -> None:
 @pytest.mark.postgres
 @pytest.mark.parametrize(
     "parts",
-    [{"actor": "nul\x00"}, {"reason": "half \ud800"}, {"version": 2**63}, {"to_state": ""}, {"at_ms": "soon"}],
+    [{"actor": "nul\x00"}, {"reason": "half \ud800"}, {"occurred_ms": 2**63}, {"to_state": ""}, {"at_ms": "soon"}],
     ids=["nul", "surrogate", "number", "missing", "no number"],
 )
 def test_postgresql_refuses_data(postgres_url: str, parts: dict[str, object]) -> None:
     store = DurableStore.connect(postgres_url)
     with pytest.raises(faults.Refused) as refused, store.flush_transaction() as tx:
-        tx.insert_history([line(3, 1, "good", 1), line(3, 2, "bad", parts.get("version", 1), **parts)])  # type: ignore[arg-type]
+        tx.insert_history([line(3, 1, "good", 1), line(3, 2, "bad", 1, **parts)])
     assert "soon" not in str(refused.value)
     assert not list(store.iterate_transitions())
     store.close()
@@ -331,9 +330,9 @@ def test_the_answer_to_commit_is_lost(postgres_server: servers.PostgresServer, p
         store = DurableStore.connect(between.url(postgres_url))
         batch = Log().batch(ids(5))
         if committed:
-            between.drop_replies_after_forwarding(matching=b"COMMIT")
+            between.drop_replies_after_forwarding(matching=b"COMMIT\x00")
         else:
-            between.cut_before_forwarding(matching=b"COMMIT")
+            between.cut_before_forwarding(matching=b"COMMIT\x00")
         with pytest.raises(faults.CommitUnknown) as unknown:
             flushed(store, batch)
         assert unknown.value.__cause__ is not None

@@ -1,0 +1,229 @@
+"""What SQL is asked: look-ups in one snapshot, history, searches, pages; and connections that died meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from statecache.core import codec, entry, errors, model
+from statecache.durable.rows import Advance
+from statecache.durable.store import DurableStore
+from tests.support import batches, proxy, servers
+from tests.support.batches import NOW_MS, Log, flushed, ids, partition_of
+
+
+@pytest.fixture
+def store(database_url: str) -> Iterator[DurableStore]:
+    made = DurableStore.connect(database_url)
+    yield made
+    made.close()
+
+
+def _statements(store: DurableStore) -> list[str]:
+    """A list that grows by every statement the store sends."""
+    seen: list[str] = []
+
+    @sa.event.listens_for(store.database.engine, "before_cursor_execute")
+    def note(_connection: Any, _cursor: Any, statement: str, *_: object) -> None:
+        seen.append(statement)
+
+    return seen
+
+
+def _with_letters(store: DurableStore, id: str, versions: range) -> None:
+    rows = [(partition_of(id), 0, 100 + version, "order", id, version, "pay", "placed", "paid", 5, f"letter-{version}",
+             None, None, None, None, None, None, 1) for version in versions]  # fmt: skip
+    with store.flush_transaction() as tx:
+        tx.insert_letters(rows, "refused", False, 77)
+
+
+@pytest.mark.parametrize("size", [1, 3, 3000])
+def test_a_look_up_is_one_statement(store: DurableStore, size: int) -> None:
+    """Hole H9: watermark, checkpoint and letters read one after the other would come from different moments. One
+    statement is one snapshot, under READ COMMITTED and in SQLite."""
+    flushed(store, Log().batch(ids(10)))
+    seen = _statements(store)
+    assert len(store.lookup([("order", id, partition_of(id)) for id in ids(size)])) == size
+    assert len([statement for statement in seen if "BEGIN" not in statement]) == 1
+
+
+@pytest.mark.parametrize("generic", [False, True])
+@pytest.mark.parametrize("alone", [False, True])
+def test_look_ups(database_url: str, generic: bool, alone: bool) -> None:
+    store = batches.with_generic_forms(database_url) if generic else DurableStore.connect(database_url)
+    log = Log()
+    flushed(store, log.batch(["a", "b"], 3))
+    _with_letters(store, "b", range(4, 7))
+    _with_letters(store, "unborn", range(1, 2))
+    asked = [("order", id, partition_of(id)) for id in ("unborn", "b", "nobody", "a", "b")]
+    asked += [("job", "a", partition_of("a")), ("order", "a", 99)]
+    found = [store.lookup([each])[0] for each in asked] if alone else store.lookup(asked)
+    unborn, b, nobody, a, again, job, nowhere = found
+    assert b == again
+    assert a == model.Lookup(
+        log.watermarks[partition_of("a")],
+        model.Checkpoint(
+            "order", "a", partition_of("a"), "shipped", 3, log.watermarks[partition_of("a")], NOW_MS, NOW_MS + 3, 1, False,
+            "".join(codec.token_of(f"t-a-{version}") for version in (1, 2, 3)), batches.PATCH,
+        ),
+        (),
+    )  # fmt: skip
+    assert b.checkpoint is not None
+    assert b.letters == tuple(codec.token_of(f"letter-{version}") for version in (4, 5, 6))
+    assert unborn == model.Lookup(log.watermarks[partition_of("unborn")], None, (codec.token_of("letter-1"),))
+    assert nobody == model.Lookup(log.watermarks[partition_of("nobody")], None, ())
+    assert job.checkpoint is None
+    assert nowhere.watermark == entry.ZERO
+    assert store.lookup([]) == []
+    store.close()
+
+
+def test_where_receipts_stand(store: DurableStore) -> None:
+    """One statement tells durable, parked and lost apart (hole H11)."""
+    log = Log()
+    flushed(store, log.batch(["a"], 2))
+    _with_letters(store, "a", range(3, 4))
+    partition = partition_of("a")
+    seen = _statements(store)
+    durable, parked, lost, other = store.standing([("order", "a", version, partition) for version in (2, 3, 4)] + [
+        ("order", "zzz", 1, (partition + 1) % 16)
+    ])  # fmt: skip
+    assert len([statement for statement in seen if "BEGIN" not in statement]) == 1
+    assert (durable.transition_id, durable.entry_id, durable.letter_id) == ("t-a-2", (0, 2), None)
+    assert (parked.transition_id, parked.entry_id, parked.letter_id) == (None, None, "letter-3")
+    assert (lost.transition_id, lost.letter_id, lost.watermark) == (None, None, (0, 2))
+    assert other.watermark == entry.ZERO
+    assert store.standing([("order", "a", 2, partition)]) == [durable]
+
+
+def test_history(store: DurableStore) -> None:
+    flushed(store, Log().batch(["a", "aa", "b"], 9))
+
+    def versions(*limits: int | None) -> list[int]:
+        return [row.version for row in store.history("order", "a", *limits)]  # type: ignore[arg-type]
+
+    assert versions() == list(range(1, 10))
+    assert versions(4) == [5, 6, 7, 8, 9]
+    assert versions(4, 6) == [5, 6]
+    assert versions(0, None, NOW_MS + 3) == [1, 2, 3]
+    assert store.history("order", "nobody") == []
+    one = store.transition("order", "a", 3)
+    assert one is not None
+    assert (one.version, one.event, one.from_state, one.to_state, one.durable) == (3, "ship", "paid", "shipped", True)
+    assert store.transition("order", "a", 10) is None
+    assert store.transition_by_id("order", "a", "t-a-3") == one
+    assert store.transition_by_id("order", "a", "t-b-3") is None
+
+
+def test_a_reconciled_row(store: DurableStore) -> None:
+    row = (3, 1, 7, "order", "a", 5, entry.EVENT_RECONCILED, None, "paid", 5, "r", None, None, None, "{}", None, None, 1, 2,
+           False)  # fmt: skip
+    with store.flush_transaction() as tx:
+        tx.insert_transitions([row])
+    found = store.history("order", "a")[0]
+    assert (found.event, found.covers_from, found.version, found.complete, found.entry_id) == (
+        "@reconciled", 2, 5, False, "1-7",
+    )  # fmt: skip
+
+
+def test_find_and_idle(store: DurableStore) -> None:
+    log = Log()
+    for size, versions in ((40, 1), (30, 1), (20, 1), (10, 1)):  # 10 of each state
+        flushed(store, log.batch(ids(size), versions))
+    flushed(store, Log("job").batch(ids(3))._replace(moves=[]))
+    everything = store.find("order", limit=1000)
+    assert len(everything) == 40
+    assert [(row.updated_ms, row.id) for row in everything] == sorted((row.updated_ms, row.id) for row in everything)
+    assert {row.id for row in store.find("order", "paid")} == set(ids(30)[20:])
+    assert {row.id for row in store.find("order", "delivered")} == set(ids(10))
+    assert store.find("order", limit=7) == everything[:7]
+    assert store.find("order", "paid", limit=3) == [row for row in everything if row.state == "paid"][:3]
+    bound = everything[17].updated_ms
+    assert store.find("order", older_than_ms=bound, limit=1000) == [row for row in everything if row.updated_ms <= bound]
+    assert store.find("order", "nowhere") == store.find("nobody") == []
+    assert len(store.find("job")) == 3
+
+    cursor, paged = (0, ""), []
+    while page := store.idle("order", "delivered", cursor, NOW_MS + 10**6, limit=3):
+        paged += page
+        cursor = (page[-1].updated_ms, page[-1].id)
+    assert paged == [row for row in everything if row.state == "delivered"]
+    assert store.idle("order", "delivered", (0, ""), NOW_MS) == []
+
+
+def test_pages(store: DurableStore) -> None:
+    log = Log()
+    flushed(store, log.batch([*ids(30), "\U0001f680", "Z", "a", "\u00e4"], 2))
+    flushed(store, Log("job").batch(ids(5))._replace(moves=[]))
+    rows = list(store.iterate_checkpoints(batch=7))
+    assert [(row.machine, row.id) for row in rows] == sorted((row.machine, row.id) for row in rows)
+    assert len(rows) == 39
+    assert [row.id for row in store.iterate_checkpoints(partition=3, machine="order", batch=2)] == [
+        row.id for row in rows if row.partition == 3 and row.machine == "order"
+    ]
+    history = list(store.iterate_transitions(batch=7))
+    keys = [(row.machine, row.id, row.version) for row in history]
+    assert keys == sorted(keys)
+    assert len(keys) == 73
+    assert len(list(store.iterate_transitions("job", batch=5))) == 5
+
+
+def test_machines(store: DurableStore) -> None:
+    assert store.machine("order") is None
+    store.register_machine("order", 1, "f1", '{"states": []}', 5)
+    store.register_machine("order", 1, "f1", "repeated, so not looked at", 6)
+    store.register_machine("order", 10, "f10", "ten", 5)
+    store.register_machine("order", 2, "f2", "two", 5)
+    assert store.machine("order") == (10, "f10", "ten")
+    assert store.machine("order", 1) == (1, "f1", '{"states": []}')
+    assert store.machine("order", 3) is None
+    assert [(row.name, row.version, row.registered_ms) for row in store.machines()] == [
+        ("order", 1, 5), ("order", 2, 5), ("order", 10, 5),
+    ]  # fmt: skip
+    with pytest.raises(errors.DefinitionError, match="'order' version 2 is registered with another.*raise the machine's"):
+        store.register_machine("order", 2, "else", "two", 5)
+
+
+def test_two_register_the_same_machine_at_once(store: DurableStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both looked before either wrote: the second one's insert hits the key, and it looks again."""
+    answers = [None]
+    real = store._fingerprint
+    monkeypatch.setattr(store, "_fingerprint", lambda *key: answers.pop() if answers else real(*key))
+    other = DurableStore(store.database)
+    other.register_machine("order", 1, "f", "{}", 5)
+    store.register_machine("order", 1, "f", "{}", 5)
+    answers.append(None)
+    with pytest.raises(errors.DefinitionError):
+        store.register_machine("order", 1, "g", "{}", 5)
+
+
+@pytest.mark.postgres
+def test_a_pooled_connection_that_died_is_replaced(postgres_server: servers.PostgresServer, postgres_url: str) -> None:
+    with proxy.Proxy(postgres_server.port) as between:
+        store = DurableStore.connect(between.url(postgres_url))
+        between.cut()
+        assert store.identity().epoch == 0
+        between.cut()
+        flushed(store, Log().batch(["a"]))
+        between.cut()
+        assert store.counts("order") == {"placed": 1}
+        store.close()
+
+
+@pytest.mark.postgres
+def test_sql_is_away(postgres_server: servers.PostgresServer, postgres_url: str) -> None:
+    with proxy.Proxy(postgres_server.port) as between:
+        store = DurableStore.connect(between.url(postgres_url))
+        between.refuse()
+        for ask in (store.identity, lambda: store.lookup([("order", "a", 1)]), lambda: list(store.iterate_checkpoints())):
+            with pytest.raises(errors.UnavailableError) as away:
+                ask()
+            assert away.value.__cause__ is not None
+        with pytest.raises(errors.UnavailableError), store.flush_transaction() as tx:
+            tx.advance([Advance(1, 0, "", entry.ZERO, entry.ZERO, entry.ZERO, 0)])
+        between.pass_through()
+        assert store.identity().epoch == 0
+        store.close()
