@@ -183,6 +183,11 @@ class Settings(pydantic_settings.BaseSettings):
             yield name, _shown(value)
 
 
+def failpoint_variable() -> str | None:
+    """What ``STATECACHE_FAILPOINT`` says: the failpoints that a test arms in this process."""
+    return os.environ.get(f"{ENV_PREFIX}FAILPOINT")
+
+
 def refuse_unknown_variables(environment: Mapping[str, str]) -> None:
     """Raise ``ConfigurationError`` if a variable begins with ``STATECACHE_`` but is none that anything here reads."""
     known = {ENV_PREFIX + name.upper() for name in Settings.model_fields}

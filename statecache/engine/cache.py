@@ -13,7 +13,7 @@ from typing import Any, Self
 
 import msgspec
 
-from statecache.core import codec, definition, entry, errors, items, keys, model
+from statecache.core import codec, definition, entry, errors, failpoints, items, keys, model
 from statecache.core.machine import StateMachine
 from statecache.core.spec import MachineSpec
 from statecache.durable.store import DurableStore
@@ -25,7 +25,7 @@ from statecache.engine.embedded import EmbeddedServer
 from statecache.engine.flusher import Flusher
 from statecache.engine.handle import MachineHandle
 from statecache.hot.store import HotStore
-from statecache.settings import Settings, redact
+from statecache.settings import Settings, failpoint_variable, redact
 
 _log = logging.getLogger(__name__)
 _CLOSE_SECONDS = 10.0
@@ -102,6 +102,7 @@ class StateCache:
     @classmethod
     def open(cls, settings: Settings, *, flusher: bool = False) -> Self:
         """Open what the settings name: see ``connect``."""
+        failpoints.arm(failpoint_variable())
         server = None
         if settings.redis_url is None or settings.database_url is None:
             server = EmbeddedServer(settings.data_dir)

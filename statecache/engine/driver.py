@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from statecache.core import entry, errors, flows, items, model
+from statecache.core import entry, errors, failpoints, flows, items, model
 from statecache.durable.store import DurableStore
 from statecache.engine.admission import Admission
 from statecache.hot.store import HotStore
@@ -185,7 +185,9 @@ class Driver:
         if kind is flows.Hot:
             return self.hot.hashes([(wish.partition, wish.machine, wish.id) for wish in wishes])
         if kind is flows.Lookup:
-            return self.durable.lookup([(wish.machine, wish.id, wish.partition) for wish in wishes])
+            found = self.durable.lookup([(wish.machine, wish.id, wish.partition) for wish in wishes])
+            failpoints.hit("hydrate.looked_up")
+            return found
         if kind is flows.Hydrate:
             return self._hydrate([wish.found for wish in wishes])
         if kind is flows.Admit:
@@ -243,7 +245,9 @@ class Driver:
             assert kept is not None
             own, ring, pairs = flows.hash_texts(one)
             rows.append((kept.partition, f"{kept.machine}:{kept.id}", own, ring, str(one.watermark), pairs))
-        return self.hot.hydrate(rows)
+        codes = self.hot.hydrate(rows)
+        failpoints.hit("hydrate.done")
+        return codes
 
     def _pause(self, attempt: int, deadline: float) -> bool:
         """Sleep, twice as long at each attempt, with jitter; False when the deadline has passed."""

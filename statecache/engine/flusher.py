@@ -29,7 +29,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
-from statecache.core import entry, errors, fold
+from statecache.core import entry, errors, failpoints, fold
 from statecache.durable.faults import CommitUnknown, KeyHit, Overtaken, Refused
 from statecache.durable.rows import PartitionRow
 from statecache.durable.store import DurableStore
@@ -112,6 +112,7 @@ class Flusher:
         replies = self.hot.read(
             [(row.partition, row.watermark) for row in rows], entries=self.batch_entries, bytes_max=self.batch_bytes
         )
+        failpoints.hit("flusher.read")
         refused = next((reply.code for reply in replies if reply.code != "OK"), None)
         if refused:
             self._admit(refused, deadline)
@@ -199,6 +200,7 @@ class Flusher:
         now_ms = int(time.time() * 1000)
         with self.durable.flush_transaction() as transaction:
             transaction.advance([batch.advance(now_ms) for batch in batches])
+            failpoints.hit("flusher.advanced")
             plan = batching.Plan(batches)
             if replayed:
                 plan.pass_over(replayed)
@@ -214,6 +216,8 @@ class Flusher:
             transaction.adjust_counts(fold.count_deltas(plan.moved))
             for letter in plan.letters:
                 transaction.insert_letters([letter.row], letter.error, letter.waiting, now_ms)
+            failpoints.hit("flusher.written")
+        failpoints.hit("flusher.committed")
         if len(self._cache) + len(plan.moved) > CACHE_INSTANCES_MAX:
             self._cache.clear()
         self._cache.update({(now.machine, now.id): now for _, now in plan.moved})
@@ -233,6 +237,7 @@ class Flusher:
         if not told:
             return
         codes = self.hot.flushed(told)
+        failpoints.hit("flusher.told")
         for (partition, watermark, trim_to, _), code in zip(told, codes, strict=True):
             if code == "OK":
                 self._told[partition] = (watermark, trim_to)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from statecache.core import entry, errors, fold, keys
+from statecache.core import entry, errors, failpoints, fold, keys
 from statecache.durable.rows import PartitionRow
 from statecache.engine import batching
 
@@ -50,6 +50,7 @@ def retry(cache: StateCache, machine: str, id: str) -> int:
         rows = [now.row(cache.finals)]
         transaction.upsert_checkpoints(rows if before else [], new=[] if before else rows)
         transaction.adjust_counts(fold.count_deltas([(before, now)]))
+    failpoints.hit("letters.moved")
     _drop_hash(cache, machine, id, row)
     return len(records)
 
@@ -69,6 +70,7 @@ def discard(cache: StateCache, machine: str, id: str) -> int:
         transaction.hold(row.partition, row.epoch, row.owner)
         found = transaction.take_letters(machine, id)
         _require(found, machine, id)
+    failpoints.hit("letters.moved")
     _drop_hash(cache, machine, id, row)
     return len(found)
 

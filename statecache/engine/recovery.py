@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import msgspec
 
-from statecache.core import entry, errors, fold, mending
+from statecache.core import entry, errors, failpoints, fold, mending
 from statecache.durable import recoveries
 from statecache.durable.faults import CommitUnknown, Superseded
 from statecache.durable.rows import Advance, PartitionRow
@@ -165,6 +165,7 @@ class _Attempt:
         parts = []
         for row, fenced in zip(rows, fences, strict=True):
             parts.append(self._mend(row, fenced, new))
+            failpoints.hit("recovery.mended")
             self._beat()
         report = Report(
             self.stamp.epoch, self.stamp.owner, self.dry_run, self.started_ms,
@@ -177,8 +178,9 @@ class _Attempt:
         recoveries.finish(
             self.durable, self.stamp.epoch, self.stamp.owner, text, ",".join(report.kinds), tails, _now_ms()
         )
+        failpoints.hit("recovery.reported")
         for part, fenced in zip(parts, fences, strict=True):
-            self._ready(part, fenced, new)
+            self._ready(part, fenced)
         return report
 
     # --- step 1 ------------------------------------------------------------------------------------------------------
@@ -198,6 +200,7 @@ class _Attempt:
             taken = self.durable.identity()
             if (taken.epoch, taken.owner) != (epoch, self.stamp.owner):
                 raise
+        failpoints.hit("recovery.taken")
         return row.epoch == 0
 
     def _beat(self) -> None:
@@ -218,6 +221,7 @@ class _Attempt:
                     f"partition {partition} belongs to another {reply[8:]}: nothing was changed in it"
                 )
             raise Superseded(f"partition {partition} was fenced by another recovery ({reply})")
+        failpoints.hit("recovery.fenced")
         return fenced
 
     # --- step 3 ------------------------------------------------------------------------------------------------------
@@ -309,6 +313,7 @@ class _Attempt:
         code = self.hot.drop(partition, self.stamp, fenced.identity, evicted_to, names)
         if not code.startswith("OK"):
             raise Superseded(f"partition {partition}: {code} while hashes were dropped")
+        failpoints.hit("recovery.dropped")
 
     # --- step 3, where SQL must be written ---------------------------------------------------------------------------
 
@@ -348,6 +353,7 @@ class _Attempt:
             self.durable, move, mend.transitions, mend.checkpoints, mend.letters, fold.count_deltas(mend.moved),
             error=f"{kind}: found by the recovery of epoch {self.stamp.epoch}", now_ms=_now_ms(),
         )  # fmt: skip
+        failpoints.hit("recovery.reconciled")
         return watermark, mend
 
     def _entries(self, partition: int, cursor: entry.EntryId, identity: str) -> list[entry.Entry]:
@@ -402,7 +408,7 @@ class _Attempt:
 
     # --- step 5 ------------------------------------------------------------------------------------------------------
 
-    def _ready(self, part: PartitionReport, fenced: Fenced, new: bool) -> None:
+    def _ready(self, part: PartitionReport, fenced: Fenced) -> None:
         code = self.hot.ready(
             part.partition,
             self.stamp,
@@ -415,6 +421,7 @@ class _Attempt:
         )
         if not code.startswith("OK"):
             raise Superseded(f"partition {part.partition}: {code} while it was opened")
+        failpoints.hit("recovery.ready")
 
 
 def _entries_between(low: entry.EntryId, high: entry.EntryId) -> int:

@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 import redis
 
-from statecache.core import entry, items, keys
+from statecache.core import entry, failpoints, items, keys
 from statecache.hot import failures, resp, scripts, wire
 
 _encode = msgspec.json.encode
@@ -370,7 +370,9 @@ class HotStore:
             deployment, protocol, partitions = whose.split(" ")
             admission = Admission(identity, [code.split(" ")[0] for code in codes], deployment, protocol, partitions)
             if load and all(code == "OK" for code in admission.codes):
+                failpoints.hit("admission.compared")
                 self._load(line, stamp)
+                failpoints.hit("admission.loaded")
             return admission
 
     def _load(self, line: wire.Wire, stamp: scripts.Stamp) -> None:
