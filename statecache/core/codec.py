@@ -7,6 +7,7 @@ Values become JSON text; ids, actors and reasons are stored as they are and so m
 from __future__ import annotations
 
 import base64
+import binascii
 import hashlib
 import itertools
 import math
@@ -65,9 +66,9 @@ def check_text(what: str, value: object, length_max: int) -> str:
 
 
 def token_of(transition_id: str) -> str:
-    """The ring's token of a transition id: 48 bits of its BLAKE2b hash as 8 URL-safe base64 characters."""
+    """The ring's token of a transition id: 48 bits of its BLAKE2b hash as 8 base64 characters."""
     digest = hashlib.blake2b(transition_id.encode(), digest_size=6).digest()
-    return base64.urlsafe_b64encode(digest).decode()
+    return binascii.b2a_base64(digest, newline=False).decode()
 
 
 def push_token(ring: str, token: str) -> str:
@@ -173,7 +174,11 @@ def encode_patch(data: Mapping[str, Any], limits: Limits) -> list[str]:
     for name, value in data.items():
         if name not in _seen_names:
             _remember_name(check_field_name(name))
-        text = encode_value(name, value)
+        kind = type(value)
+        if kind is bool or value is None or (kind is str and value.isascii() and "\0" not in value):
+            text = _encode_json(value).decode()  # what most values are, without a call
+        else:
+            text = encode_value(name, value)
         size += len(name) + (len(text) if text.isascii() else len(text.encode()))
         pairs += (name, text)
     if size > limits.patch_bytes_max:

@@ -101,7 +101,11 @@ def _check_columns(columns: Columns, header: Sequence[str], delimiter: str) -> N
             raise errors.InvalidDataError(f"column {name!r} is refused: the file has {header.count(name)} of that name")
         if name not in header:
             other = next((mark for mark in ";\t,|" if mark != delimiter and mark in header[0]), None)
-            hint = f"; do its fields end with {other!r}? Then give it as the delimiter" if len(header) == 1 and other else ""
+            hint = (
+                f"; do its fields end with {other!r}? Then give it as the delimiter"
+                if len(header) == 1 and other
+                else ""
+            )
             raise missing_column(name, header, hint)
 
 
@@ -172,7 +176,9 @@ def _name(given: Mapping[str, Any], column: str | None) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, str):
-        raise ValueError(f"column {column!r} is empty" if value is None else f"column {column!r}: {shown(value)} is no text")
+        raise ValueError(
+            f"column {column!r} is empty" if value is None else f"column {column!r}: {shown(value)} is no text"
+        )
     if not value or value.isspace():
         raise ValueError(f"column {column!r} is empty")
     return _check_characters(value)
@@ -244,7 +250,9 @@ def fields_of(columns: Sequence[str]) -> dict[str, str]:
     for column in columns:
         field = field_of(column)
         if field in fields.values():
-            raise errors.InvalidDataError(f"column {column!r} is refused as data: another one becomes the field {field!r} too")
+            raise errors.InvalidDataError(
+                f"column {column!r} is refused as data: another one becomes the field {field!r} too"
+            )
         fields[column] = field
     return fields
 

@@ -120,7 +120,7 @@ Flow = Generator[Wish, Any, Any]
 _CORRUPT_ROUNDS = 8
 
 
-class Request(msgspec.Struct):
+class Request(msgspec.Struct, gc=False):
     """One transition or start as a caller wants it, checked and packed. ``own_id`` tells that the caller gave the id."""
 
     item: items.Item
@@ -297,7 +297,8 @@ def _duplicate(request: Request, version: int) -> Generator[Wish, Any, model.Rec
     known = yield Find(item.partition, item.move.machine, item.id, version, None)
     if known is None:
         raise errors.IntegrityError(
-            f"{request.address}: version {version} was applied before, but neither the log nor SQL has it; run 'statecache verify'"
+            f"{request.address}: version {version} was applied before, but neither the log nor SQL has it; "
+            "run 'statecache verify'"
         )
     if known.transition_id != item.transition_id:
         raise errors.InvalidDataError(

@@ -6,7 +6,8 @@ is the hot hash without the fields that later entries of the log touch, so that 
 Without a hash that data is unknown: the row waits as a dead letter, and parks the instance, until an operator decides (H6).
 
 *Diverged* (the log holds other entries than SQL under the same ids or versions): nothing is guessed. What the log has and SQL
-has not becomes dead letters; every hash that is not what SQL says is dropped, and comes back from SQL, parked if it has letters.
+has not becomes dead letters; every hash that is not what SQL says is dropped, and comes back from SQL, parked if it has
+letters.
 """
 
 from __future__ import annotations

@@ -61,13 +61,12 @@ def _transition_of(row: Sequence[Any]) -> model.Transition:
 
 
 class _Keyed:
-    """The statements that take keys, built on one relation of keys. Left joins keep its order: a key, then one step into
-    each primary key."""
+    """The statements that take keys, built on one relation of keys: from each, one step into each primary key."""
 
     def __init__(self, keys: sa.FromClause) -> None:
-        of_key = (_checkpoints.machine == keys.c.machine) & (_checkpoints.id == keys.c.id)
-        letter_of_key = (_letters.machine == keys.c.machine) & (_letters.id == keys.c.id)
-        row_of_key = (_transitions.machine == keys.c.machine) & (_transitions.id == keys.c.id)
+        of_key = sa.and_(_checkpoints.machine == keys.c.machine, _checkpoints.id == keys.c.id)
+        letter_of_key = sa.and_(_letters.machine == keys.c.machine, _letters.id == keys.c.id)
+        row_of_key = sa.and_(_transitions.machine == keys.c.machine, _transitions.id == keys.c.id)
         located = keys.outerjoin(schema.partitions, _partitions.partition == keys.c.partition)
         watermark = (_partitions.watermark_epoch, _partitions.watermark_seq)
         self.lookup = (
@@ -75,21 +74,15 @@ class _Keyed:
             .select_from(located.outerjoin(schema.checkpoints, of_key).outerjoin(schema.dead_letters, letter_of_key))
             .order_by(keys.c.n, _letters.version)
         )
-        self.standing = (
-            sa.select(
-                *watermark, _transitions.transition_id, _transitions.epoch, _transitions.seq, _letters.transition_id
-            )
-            .select_from(
-                located.outerjoin(schema.transitions, row_of_key & (_transitions.version == keys.c.version)).outerjoin(
-                    schema.dead_letters, letter_of_key & (_letters.version == keys.c.version)
-                )
-            )
-            .order_by(keys.c.n)
-        )
+        row_at, letter_at = _transitions.version == keys.c.version, _letters.version == keys.c.version
+        stands = located.outerjoin(schema.transitions, sa.and_(row_of_key, row_at))
+        stands = stands.outerjoin(schema.dead_letters, sa.and_(letter_of_key, letter_at))
+        row = (_transitions.transition_id, _transitions.epoch, _transitions.seq, _letters.transition_id)
+        self.standing = sa.select(*watermark, *row).select_from(stands).order_by(keys.c.n)
+        # Left joins again, with the misses dropped by the caller: SQLite would turn an inner join round and scan.
         self.checkpoints = sa.select(*_CHECKPOINT).select_from(keys.outerjoin(schema.checkpoints, of_key))
-        self.parked = sa.select(_letters.machine, _letters.id).select_from(
-            keys.outerjoin(schema.dead_letters, letter_of_key)
-        )
+        parked = keys.outerjoin(schema.dead_letters, letter_of_key)
+        self.parked = sa.select(_letters.machine, _letters.id).select_from(parked)
 
 
 class Queries:

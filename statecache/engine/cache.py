@@ -318,7 +318,8 @@ class StateCache:
             rows = self.durable.partitions()
             if any((row.epoch, row.owner) != (owner.epoch, owner.owner) for row in rows):
                 raise errors.RecoveringError(
-                    "Redis was recovered while this call waited: what was acknowledged before may be lost; see 'statecache status'"
+                    "Redis was recovered while this call waited: what was acknowledged before may be lost; "
+                    "see 'statecache status'"
                 )
             if all(row.watermark >= tails[row.partition] for row in rows):
                 return

@@ -2,8 +2,8 @@
 
 ``fsync`` and ``replica`` are confirmed on the connection that wrote, right behind the script (``core.items.Confirm``). Which
 servers can give them is judged once per epoch, when the level is first wanted: one that cannot is refused there, not at 3 a.m.
-``WAITAOF`` answers before the fsync on Redis 7.4 and on every Valkey tried (redis#13793), so under ``appendfsync everysec`` only
-Redis 7.2 and from 8.2 on are believed; under ``always`` the reply itself comes after the fsync.
+``WAITAOF`` answers before the fsync on Redis 7.4 and on every Valkey tried (redis#13793), so under ``appendfsync everysec``
+only Redis 7.2 and from 8.2 on are believed; under ``always`` the reply itself comes after the fsync.
 
 ``durable`` waits for rows, never by comparing ids (protocol hole H11).
 
@@ -85,8 +85,8 @@ def outcome(
         )
     if watermark >= entry.EntryId.parse(receipt.entry_id):
         return errors.IntegrityError(
-            f"{receipt.machine}:{receipt.id} version {receipt.version} ({receipt.event}) was acknowledged and is lost: a recovery "
-            "found Redis without it; see the report in 'statecache status'"
+            f"{receipt.machine}:{receipt.id} version {receipt.version} ({receipt.event}) was acknowledged and is lost: "
+            "a recovery found Redis without it; see the report in 'statecache status'"
         )
     return False
 

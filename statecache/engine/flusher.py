@@ -93,7 +93,9 @@ class Flusher:
     # --- one step ----------------------------------------------------------------------------------------------------
 
     def step(self, deadline: float | None = None) -> Step:
-        """Move one batch; one thread at a time. Raises ``UnavailableError`` when a server cannot be reached (nothing is lost: step again),
+        """Move one batch; one thread at a time.
+
+        Raises ``UnavailableError`` when a server cannot be reached (nothing is lost: step again) and
         ``IntegrityError`` when what is in the log contradicts SQL."""
         with self._lock:
             return self._step(time.monotonic() + 5.0 if deadline is None else deadline)

@@ -1,270 +1,86 @@
-"""Import: replay an event log through a machine, each row exactly once, whatever is killed on the way.
+"""Import: replay an event log into a store, each row exactly once, whatever is killed on the way.
 
-A case becomes an instance: one ``start`` at the time of its first row, then one transition a row. Every transition has an id
-made from what the row says (machine, case, event, time, and its number among equal ones), never from the file's name or the
-row's place. So whoever runs the import again - after a kill -9, with more rows at the end, with an overlapping file - finds
-what is there already.
+A case becomes an instance: one ``start`` at the time of its first row, then one transition a row, under ids that depend on
+what the rows say alone (``replay``). So whoever runs the import again - after a kill -9, with more rows at the end, with an
+overlapping file - finds what is there already. What keeps the rows of a case in order, and none from being applied twice:
 
-What makes the rows of a case stay in order, and none applied twice:
-
-- a move names the version that it expects (the version after the row before it). A row that fails stops those behind it:
-  they are refused by Redis as stale, the case's history is read, and it goes on with the first row that is not in it;
+- a move names the version that it expects (the one that the row before it made). A row that fails stops those behind it:
+  Redis refuses them as stale, the case's history is read, and it goes on with the first row that is not in it;
 - a case that exists is compared with its history before anything is sent: rows whose ids are there are skipped, and a row
-  that is not there although later ones are is refused, as it was the first time (or came too late);
+  that is not there although later ones are is refused, as it was the first time (or it came too late);
 - lost replies, timeouts and a full backlog are met in the same way: read the history, go on behind it;
-- if Redis lost a tail meanwhile (the epoch has changed, or a version went back), everything begins anew from the file's top:
+- if Redis lost a tail meanwhile (the epoch has changed, or a version went back), everything begins anew at the file's top:
   what survived is recognised, what did not is applied again.
 
 Rejected: leaving duplicates to the ring and to history alone, which is right too, but asks history once for every row behind
-an instance's eighth; a journal beside the file, which says what was sent and not what Redis has kept.
+an instance's eighth; a journal beside the file, which says what was sent and not what the store has kept.
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import itertools
-import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import IO, Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-from statecache.core import codec, entry, errors, eventlog, learn, model, requests
-from statecache.core.definition import Definition
-from statecache.core.eventlog import Refused, Row
-from statecache.core.machine import StateMachine
+from statecache.core import entry, errors, model
 from statecache.engine.cache import StateCache
-from statecache.engine.logfile import LogFile, Progress, Survey
+from statecache.engine.logfile import Progress
+from statecache.engine.replay import ID_PREFIX, Counts, Replay, Step, no_move, transition_id
 
-CHUNK_ROWS = 4000
 CALL_SECONDS = 20.0
-ID_PREFIX = "import:"
 _STARTS_OVER_MAX = 10
-_AGAIN = (
-    errors.UnavailableError, errors.BackpressureError, errors.RecoveringError, errors.StaleVersionError,
-    errors.DurabilityTimeout,
-)  # fmt: skip
+_HELD = (errors.UnavailableError, errors.BackpressureError, errors.RecoveringError)
 
 
-class RefusedFile:
-    """The side file: a JSON object for every refused row, with its line, the reason and the row. Made when first needed;
-    an older one, which would speak of another run, is removed when there is nothing to say."""
-
-    def __init__(self, path: Path | None) -> None:
-        self.path = path
-        self._file: IO[str] | None = None
-
-    def write(self, line: int, reason: str, raw: Mapping[str, Any]) -> None:
-        if self.path is None:
-            return
-        if self._file is None:
-            self._file = self.path.open("w", encoding="utf-8")
-        self._file.write(json.dumps({"line": line, "reason": reason, "row": raw}, default=str) + "\n")
-
-    def close(self) -> None:
-        """Finish; what was written stays."""
-        if self._file is not None:
-            self._file.close()
-
-    def settle(self) -> None:
-        """Finish a run that reached the end of the log."""
-        if self._file is None and self.path is not None:
-            self.path.unlink(missing_ok=True)
-        self.close()
-
-    def restart(self) -> None:
-        self.close()
-        self._file = None
-
-
-@dataclass
-class Counts:
-    """What became of the rows: each is applied, there already, or refused."""
-
-    rows: int = 0
-    starts: int = 0
-    transitions: int = 0
-    duplicates: int = 0
-    starts_found: int = 0
-    refused: int = 0
-    reasons: dict[str, int] = field(default_factory=dict)
-    started_over: int = 0
-
-
-@dataclass(slots=True)
-class _Step:
-    """A row on its way: the machine's event and the transition's id. ``sent`` once it may have been applied."""
-
-    row: Row
-    event: str
-    transition_id: str
-    sent: bool = False
+class _Ahead(NamedTuple):
+    state: str
+    version: int
+    occurred_ms: int
 
 
 @dataclass(slots=True)
 class _Case:
-    """An instance as the import knows it: as planned (``state``, ``version``), and up to which version it is confirmed.
+    """An instance as the import knows it.
 
-    ``ahead`` are transitions of this log that its history has and the walk has not come by yet: id -> (state, version).
+    ``state`` and ``version`` are where it will be when all that was planned is applied; ``confirmed`` is the version up to
+    which that is known. ``ahead`` are the imported transitions that its history has and the walk has not come by yet: where
+    they led, by id, in order of version; ``tip`` is the state behind them all.
     """
 
-    at_ms: int = 0
-    repeats: dict[str, int] | None = None
     known: bool = False
     state: str = ""
     version: int = 0
     confirmed: int = 0
-    started: bool = False
-    ahead: dict[str, tuple[str, int]] | None = None
+    start_sent: bool = False
+    ahead: dict[str, _Ahead] | None = None
+    tip: str = ""
+    matched: bool = False
     refusal: str = ""
 
 
-class _StartOver(Exception):
+class _StartOver(Exception):  # noqa: N818 - a turn of control within this file, no error
     """Redis has lost something that was acknowledged: begin again at the file's top."""
 
 
-class _Reader:
-    """From rows to steps: events by the machine's names and titles, deterministic ids, typed data. No store."""
-
-    def __init__(self, log: LogFile, machine: type[StateMachine], refuse: Callable[[int, str, Mapping[str, Any]], None]):
-        self.definition = machine.definition
-        self.cases: dict[str, _Case] = {}
-        self._log = log
-        self._events = learn.event_of(machine.spec)
-        self._fields = (machine.spec.data_schema or {}).get("properties", {}) if log.form == "csv" else {}
-        self._refuse = refuse
-
-    def chunks(self, survey: Survey, progress: Progress) -> Iterator[list[_Step]]:
-        """The steps of every ``CHUNK_ROWS`` rows; what is no step is refused."""
-        rows = self._log.ordered(survey)
-        count = 0
-        while chunk := list(itertools.islice(rows, CHUNK_ROWS)):
-            yield [step for row in chunk if (step := self._step(row)) is not None]
-            count += len(chunk)
-            progress(count)
-
-    def _step(self, row: Row | Refused) -> _Step | None:
-        if isinstance(row, Refused):
-            self._refuse(row.line, row.reason, row.raw)
-            return None
-        event = self._events.get(row.event)
-        if event is None:
-            name = self.definition.name
-            self._refuse(row.line, f"machine {name!r} has no event of the name or title {row.event!r}", row.raw)
-            return None
-        if self._fields:
-            data = {
-                name: eventlog.typed(self._fields.get(name), text) if isinstance(text, str) else text
-                for name, text in row.data.items()
-            }
-            row = row._replace(data=data)
-        case = self.cases.get(row.id)
-        if case is None:
-            case = self.cases[row.id] = _Case()
-        return _Step(row, event, self._transition_id(row, event, case))
-
-    def _transition_id(self, row: Row, event: str, case: _Case) -> str:
-        at_ms = model.ms_of(row.at)
-        if case.repeats is None or case.at_ms != at_ms:
-            case.at_ms, case.repeats = at_ms, {}
-        number = case.repeats[event] = case.repeats.get(event, 0) + 1
-        return transition_id(self.definition.name, row.id, event, at_ms, number)
-
-
-def transition_id(machine: str, case: str, event: str, at_ms: int | None = None, number: int = 1) -> str:
-    """The id under which a row is applied: 96 bits of a hash of what it says."""
-    text = "\x1f".join([machine, case, event, "" if at_ms is None else str(at_ms), str(number)])
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=12).digest()
-    return ID_PREFIX + base64.urlsafe_b64encode(digest).decode()
-
-
-def no_move(definition: Definition, state: str, event: str) -> str:
-    """The reason for which a row is refused that the machine does not allow where its case is."""
-    allowed = ", ".join(definition.available_events(state)) or "none, it is final"
-    return f"in state {state!r} the event {event!r} is no move of machine {definition.name!r}; allowed: {allowed}"
-
-
-class _Run:
-    """What both kinds of run share: the counts and the side file."""
-
-    def __init__(self, log: LogFile, survey: Survey, machine: type[StateMachine], refused: RefusedFile) -> None:
-        self.log = log
-        self.survey = survey
-        self.machine = machine
-        self.refused = refused
-        self.definition = machine.definition
-        self._begin()
-
-    def _begin(self) -> None:
-        self.counts = Counts(rows=self.survey.rows)
-        self.reader = _Reader(self.log, self.machine, self._refuse)
-        self.refused.restart()
-
-    def _refuse(self, line: int, reason: str, raw: Mapping[str, Any]) -> None:
-        self.counts.refused += 1
-        kind = reason.partition(":")[0][:120]
-        self.counts.reasons[kind] = self.counts.reasons.get(kind, 0) + 1
-        self.refused.write(line, reason, raw)
-
-    def _refuse_step(self, step: _Step, reason: str) -> None:
-        self._refuse(step.row.line, reason, step.row.raw)
-
-
-class DryRun(_Run):
-    """Checks every row against the machine and the limits, as if no instance existed; needs no store."""
-
-    def run(self, limits: codec.Limits, progress: Progress = lambda rows: None) -> Counts:
-        door = requests.Door(
-            self.definition, self.machine.guards, 1, limits, codec.TransitionIds(), lambda *given: _nobody()
-        )
-        for steps in self.reader.chunks(self.survey, progress):
-            for step in steps:
-                self._check(step, door)
-        self.refused.settle()
-        return self.counts
-
-    def _check(self, step: _Step, door: requests.Door) -> None:
-        case = self.reader.cases[step.row.id]
-        state = case.state or self.definition.initial
-        target = self.definition.targets[step.event].get(state)
-        if target is None:
-            self._refuse_step(step, no_move(self.definition, state, step.event))
-            return
-        try:
-            door.transition(_move(step, case))
-        except errors.StateCacheError as error:
-            self._refuse_step(step, str(error))
-            return
-        self.counts.starts += not case.state
-        self.counts.transitions += 1
-        case.state = target
-
-
-def _nobody() -> model.Snapshot:
-    raise AssertionError("a dry run consults no guard")
-
-
-class Import(_Run):
+class Import:
     """Writes a log into a store. ``patience_seconds``: how long nothing may move before the import gives up with the
     error that holds it (a server away, a full backlog); run again it goes on where it was."""
 
-    def __init__(
-        self,
-        cache: StateCache,
-        log: LogFile,
-        survey: Survey,
-        machine: type[StateMachine],
-        refused: RefusedFile,
-        *,
-        patience_seconds: float = 60.0,
-    ) -> None:
-        super().__init__(log, survey, machine, refused)
+    def __init__(self, cache: StateCache, replay: Replay, *, patience_seconds: float = 60.0) -> None:
         self._cache = cache
-        self._handle = cache.machine(machine)
+        self._replay = replay
+        self._definition = replay.definition
+        self._handle = cache.machine(replay.machine)
         self._patience_seconds = patience_seconds
         self._moved_at = time.monotonic()
+        self._begin()
+
+    def _begin(self) -> None:
+        self._replay.begin()
+        self._cases: dict[str, _Case] = {}
+        self._chunk_ids: set[str] = set()
 
     def run(self, progress: Progress = lambda rows: None, *, flush: bool = True) -> Counts:
         """Import everything; with ``flush`` it is in SQL when this returns."""
@@ -277,121 +93,234 @@ class Import(_Run):
                 except _StartOver:
                     self._begin()
         finally:
-            self.refused.close()
+            self._replay.close()
         raise errors.UnavailableError("Redis keeps losing what it acknowledged: look at 'statecache status'")
 
     def _once(self, progress: Progress, flush: bool) -> Counts:
         epoch = self._cache.hot.stamp
-        for steps in self.reader.chunks(self.survey, progress):
+        for steps in self._replay.chunks(progress):
             self._write(steps)
         if flush:
             self._flush()
         if self._cache.hot.stamp != epoch:
             raise _StartOver
-        self.refused.settle()
-        return self.counts
+        return self._replay.settle()
 
     def _flush(self) -> None:
         """Wait until SQL has everything, as long as something moves."""
-        behind: object = None
-        self._moved_at = time.monotonic()
+        reached: object = None
+        attempt = 0
         while True:
             try:
                 self._cache.flush(timeout=min(5.0, self._patience_seconds))
                 return
             except errors.RecoveringError:
                 raise _StartOver from None
-            except (errors.DurabilityTimeout, errors.UnavailableError) as error:
-                now_behind = _watermarks(self._cache)
-                self._wait(0, error, moved=now_behind != behind)
-                behind = now_behind
+            except errors.DurabilityTimeout as error:
+                held: errors.StateCacheError = errors.UnavailableError(str(error))
+            except errors.UnavailableError as error:
+                held = error
+            before, reached = reached, _watermarks(self._cache)
+            attempt = 0 if reached is not None and reached != before else attempt + 1
+            self._wait(attempt, held)
 
     # --- a chunk -----------------------------------------------------------------------------------------------------
 
-    def _write(self, steps: list[_Step]) -> None:
+    def _write(self, steps: list[Step]) -> None:
         """Apply the steps, again and again until each is applied, found or refused."""
-        attempt = 0
+        self._chunk_ids = {step.transition_id for step in steps}
         self._moved_at = time.monotonic()
-        while True:
+        attempt = 0
+        while steps:
             count = len(steps)
-            steps, error = self._round(steps)
-            if not steps:
-                return
-            moved = len(steps) < count
-            attempt = 0 if moved else attempt + 1
-            if error is not None:
-                self._wait(attempt, error, moved=moved)
+            steps, held = self._round(steps)
+            attempt = 0 if len(steps) < count else attempt + 1
+            if attempt and held is None:
+                held = errors.UnavailableError("somebody else keeps moving the instances of this log")
+            if held is not None:
+                self._wait(attempt, held)
 
-    def _round(self, steps: Sequence[_Step]) -> tuple[list[_Step], errors.StateCacheError | None]:
-        """One look at unknown cases and one bulk call; returns the steps that are left, and what held one of them."""
+    def _round(self, steps: Sequence[Step]) -> tuple[list[Step], errors.StateCacheError | None]:
+        """One look at the cases not known, one bulk call; returns the steps that are left, and what held one of them."""
         held = self._meet(steps)
-        sent: list[_Step] = []
+        sent: list[Step] = []
         moves: list[model.Move] = []
-        left: list[_Step] = []
+        left: list[Step] = []
         for step in steps:
-            move = self._plan(step, left)
-            if move is not None:
+            case = self._case(step.row.id)
+            if not case.known and not case.refusal:
+                left.append(step)
+            elif self._planned(step, case):
                 sent.append(step)
-                moves.append(move)
-        results = self._handle.transition_many(moves, timeout=CALL_SECONDS) if moves else []
+                moves.append(step.move(case.version))
+                case.version += 1
+                step.sent = True
+        results = self._handle.transition_many(moves, durability="hot", timeout=CALL_SECONDS) if moves else []
         for step, result in zip(sent, results, strict=True):
-            case = self.reader.cases[step.row.id]
+            case = self._case(step.row.id)
             if isinstance(result, model.Receipt):
-                self.counts.transitions += 1
+                self._replay.counts.transitions += 1
                 case.confirmed = max(case.confirmed, result.version)
                 continue
-            case.known = False
-            if isinstance(result, _AGAIN):
-                held = held or (None if isinstance(result, errors.StaleVersionError) else result)
+            case.known = False  # whatever stands behind this step was planned on it
+            if isinstance(result, (*_HELD, errors.StaleVersionError)):
+                held = result if isinstance(result, _HELD) else held
                 left.append(step)
             else:
-                self._give_up(step, result)
+                self._replay.refuse(step, _reason(result))
         return left, held
 
-    def _plan(self, step: _Step, left: list[_Step]) -> model.Move | None:
-        """The move that a step is, if it is one now; else it is counted, refused, or left for the next round."""
-        case = self.reader.cases[step.row.id]
+    def _planned(self, step: Step, case: _Case) -> bool:
+        """Whether the step is to be sent, the case being moved on by it; else it is counted or refused."""
         if case.refusal:
-            self._refuse_step(step, case.refusal)
-        elif not case.known:
-            left.append(step)
-        elif case.ahead:
-            self._compare(step, case, case.ahead)
-        elif (target := self.definition.targets[step.event].get(case.state)) is None:
-            self._refuse_step(step, no_move(self.definition, case.state, step.event))
-        else:
-            move = _move(step, case)
-            case.state, case.version, step.sent = target, case.version + 1, True
-            return move
-        return None
+            self._replay.refuse(step, case.refusal)
+            return False
+        if case.ahead and self._compared(step, case, case.ahead):
+            return False
+        target = self._definition.targets[step.event].get(case.state) if case.version else None
+        problem = no_move(self._definition, case.state, step.event) if target is None else self._replay.problem(step)
+        if target is None or problem:
+            self._replay.refuse(step, problem)
+            return False
+        case.state = target
+        return True
 
-    def _compare(self, step: _Step, case: _Case, ahead: dict[str, tuple[str, int]]) -> None:
-        """A step of a case whose history goes on beyond it: there already, or refused."""
-        found = ahead.pop(step.transition_id, None)
+    def _compared(self, step: Step, case: _Case, ahead: dict[str, _Ahead]) -> bool:
+        """Compare a step with the transitions that its case's history has; False when it comes after all of them."""
+        found = ahead.get(step.transition_id)
         if found is not None:
-            state, case.confirmed = found
-            case.state = state if ahead else case.state
-            self.counts.transitions += step.sent
-            self.counts.duplicates += not step.sent
-        elif step.event not in self.definition.available_events(case.state):
-            self._refuse_step(step, no_move(self.definition, case.state, step.event))
+            passed = itertools.takewhile(lambda other: ahead[other].version <= found.version, ahead)
+            for id in list(passed):
+                del ahead[id]
+            case.matched, case.confirmed = True, found.version
+            case.state = found.state if ahead else case.tip
+            self._replay.counts.transitions += step.sent
+            self._replay.counts.duplicates += not step.sent
+            return True
+        at_ms = model.ms_of(step.row.at)
+        later = any(
+            other.occurred_ms > at_ms or (other.occurred_ms == at_ms and (case.matched or id in self._chunk_ids))
+            for id, other in ahead.items()
+        )
+        if not later:
+            case.ahead, case.state = None, case.tip
+            return False
+        if case.state in self._definition.targets[step.event]:
+            self._replay.refuse(step, "later rows of its case are there already: history is not rewritten")
         else:
-            self._refuse_step(step, "later rows of its case are there already: history is not rewritten")
+            self._replay.refuse(step, no_move(self._definition, case.state, step.event))
+        return True
 
-    def _give_up(self, step: _Step, error: errors.StateCacheError) -> None:
-        if isinstance(error, (errors.ConfigurationError, errors.IntegrityError)):
-            raise error
-        self._refuse_step(step, str(error))
+    def _wait(self, attempt: int, held: errors.StateCacheError) -> None:
+        """Wait a little; raise what holds the import when nothing has moved for too long."""
+        now = time.monotonic()
+        if attempt == 0:
+            self._moved_at = now
+        elif now - self._moved_at > self._patience_seconds:
+            raise type(held)(
+                f"the import was held for {self._patience_seconds:g} s: {held}. What it has applied stays applied: "
+                "run the same command again to go on"
+            ) from held
+        time.sleep(min(1.0, 0.02 * 2 ** min(attempt, 8)))
 
     # --- cases -------------------------------------------------------------------------------------------------------
 
-    def _meet(self, steps: Sequence[_Step]) -> errors.StateCacheError | None:
-        """Start the cases that are new, and read what is known of the others; returns what held one of them."""
-        first: dict[str, _Step] = {}
+    def _meet(self, steps: Sequence[Step]) -> errors.StateCacheError | None:
+        """Start the cases that are new, read the history of the others not known; returns what held one of them.
+
+        A case is started by its first row that the machine allows at all, so that no instance stands empty.
+        """
+        openers: dict[str, Step] = {}
         for step in steps:
-            case = self.reader.cases[step.row.id]
-            if not case.known and not case.refusal:
-                wanted = case.started or self.definition.initial in self.definition.targets[step.event]
-                if wanted or step.row.id not in first:
-                    first.setdefault(step.row.id, step) if not wanted else first.update({step.row.id: step})
+            case = self._case(step.row.id)
+            if (case.known and case.version) or case.refusal:
+                continue
+            known = openers.setdefault(step.row.id, step)
+            if not self._opens(known) and self._opens(step):
+                openers[step.row.id] = step
+        starts = {id: step for id, step in openers.items() if not self._cases[id].confirmed and self._opens(step)}
+        existing, held = self._start(starts)
+        for id in [*existing, *(id for id in openers if id not in starts)]:
+            held = self._visit(id, self._cases[id]) or held
+        return held
+
+    def _case(self, id: str) -> _Case:
+        case = self._cases.get(id)
+        if case is None:
+            case = self._cases[id] = _Case()
+        return case
+
+    def _opens(self, step: Step) -> bool:
+        return self._definition.initial in self._definition.targets[step.event]
+
+    def _start(self, openers: Mapping[str, Step]) -> tuple[list[str], errors.StateCacheError | None]:
+        """Start instances; returns those that exist already, and what held one."""
+        name = self._definition.name
+        starts = [
+            model.Start(id, transition_id=transition_id(name, id, entry.EVENT_START), occurred_at=step.row.at)
+            for id, step in openers.items()
+        ]
+        results = self._handle.start_many(starts, durability="hot", timeout=CALL_SECONDS) if starts else []
+        existing: list[str] = []
+        held: errors.StateCacheError | None = None
+        for start, result in zip(starts, results, strict=True):
+            case = self._cases[start.id]
+            if isinstance(result, errors.AlreadyExistsError) or (
+                isinstance(result, model.Receipt) and result.duplicate
+            ):
+                existing.append(start.id)
+            elif isinstance(result, model.Receipt):
+                self._replay.counts.starts += 1
+                case.known, case.state, case.version, case.confirmed = True, result.state, 1, 1
+            elif isinstance(result, _HELD):
+                held, case.start_sent = result, True
+            else:
+                case.refusal = _reason(result)
+        return existing, held
+
+    def _visit(self, id: str, case: _Case) -> errors.StateCacheError | None:
+        """Learn from its history where a case is; returns what kept us from it."""
+        try:
+            rows = self._handle.history(id, timeout=CALL_SECONDS)
+        except errors.NotFoundError:
+            rows = []
+        except errors.InvalidDataError as error:
+            case.refusal = str(error)
+            return None
+        except _HELD as error:
+            return error
+        if (rows[-1].version if rows else 0) < case.confirmed:
+            raise _StartOver
+        if not rows:
+            case.known, case.state, case.version = True, self._definition.initial, 0
+            return None
+        if rows[0].transition_id != transition_id(self._definition.name, id, entry.EVENT_START):
+            case.refusal = f"{self._definition.name}:{id} exists already, and was not started by an import"
+            return None
+        if not case.confirmed:
+            case.confirmed = 1
+            self._replay.counts.starts += case.start_sent
+            self._replay.counts.starts_found += not case.start_sent
+        case.known, case.version, case.tip = True, rows[-1].version, rows[-1].to_state
+        case.ahead = {
+            row.transition_id: _Ahead(row.to_state, row.version, row.occurred_ms or 0)
+            for row in rows
+            if row.version > case.confirmed and row.transition_id.startswith(ID_PREFIX)
+        }
+        reached = [row.to_state for row in rows if row.version <= case.confirmed]
+        case.state = reached[-1] if case.ahead and reached else case.tip
+        return None
+
+
+def _reason(error: Any) -> str:
+    """Why a row is refused; raises what is no row's fault."""
+    if isinstance(error, (errors.ConfigurationError, errors.IntegrityError)):
+        raise error
+    return str(error)
+
+
+def _watermarks(cache: StateCache) -> object:
+    try:
+        return [row.watermark for row in cache.durable.partitions()]
+    except errors.UnavailableError:
         return None

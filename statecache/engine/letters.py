@@ -3,8 +3,8 @@
 Both acts take the whole queue of an instance, and only when nothing of it is under way: its hash is flagged as parked first (so
 no transition is accepted), and its last entry must be at or below the watermark (so every entry of it is in history or in the
 queue). Then ONE SQL transaction, which holds the partition's row against flushers and recoveries, moves or deletes the letters;
-afterwards the hash is dropped, and comes back from SQL when it is asked for. Dead in between: whoever meets a parked hash without
-open letters drops it the same way (``core/flows.py``).
+afterwards the hash is dropped, and comes back from SQL when it is asked for. Dead in between: whoever meets a parked hash
+without open letters drops it the same way (``core/flows.py``).
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def retry(cache: StateCache, machine: str, id: str) -> int:
         jump = records[0].event == entry.EVENT_RECONCILED
         if records[0].machine == batching.FOREIGN or (records[0].version != version + 1 and not jump):
             raise errors.IntegrityError(
-                f"{machine}:{id}: its letters begin at version {records[0].version}, SQL's history ends at {version}: they cannot "
-                "be joined; look at both and discard the letters"
+                f"{machine}:{id}: its letters begin at version {records[0].version}, SQL's history ends at {version}: they "
+                "cannot be joined; look at both and discard the letters"
             )
         now = fold.after_letters(before, records, row.partition)
         transaction.insert_transitions(

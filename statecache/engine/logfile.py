@@ -63,7 +63,9 @@ class LogFile:
             )
         self.delimiter = delimiter or CSV_SUFFIXES.get(suffix, ",")
         if len(self.delimiter) != 1 or self.delimiter in '"\r\n':
-            raise errors.InvalidDataError(f"delimiter {self.delimiter!r} is refused: it is one character, such as ',' or ';'")
+            raise errors.InvalidDataError(
+                f"delimiter {self.delimiter!r} is refused: it is one character, such as ',' or ';'"
+            )
         self.encoding = _encoding(encoding)
 
     @contextmanager
@@ -71,7 +73,9 @@ class LogFile:
         try:
             with self.path.open(encoding=self.encoding, errors="surrogateescape", newline="") as file:
                 if file.read(1) in ("\udcff", "\udcfe"):
-                    raise errors.InvalidDataError(f"{self.path} is refused: it looks like UTF-16; say so (--encoding utf-16)")
+                    raise errors.InvalidDataError(
+                        f"{self.path} is refused: it looks like UTF-16; say so (--encoding utf-16)"
+                    )
                 file.seek(0)
                 yield file
         except (OSError, UnicodeError) as error:

@@ -175,7 +175,7 @@ class HotStore:
                 self.wires.distrust(line)
                 outcomes = [failures.outcome_of(error, sent=True)] * len(chunk)
             if confirm is not None and not _is_confirmed(line, confirm):
-                outcomes = [outcome._replace(confirmed=False) for outcome in outcomes]
+                outcomes = [msgspec.structs.replace(outcome, confirmed=False) for outcome in outcomes]
         except (redis.RedisError, OSError) as error:
             yield from self._all_lost(in_flight, error, line)
             return None

@@ -142,7 +142,9 @@ def test_find_and_idle(store: DurableStore) -> None:
     assert store.find("order", limit=7) == everything[:7]
     assert store.find("order", "paid", limit=3) == [row for row in everything if row.state == "paid"][:3]
     bound = everything[17].updated_ms
-    assert store.find("order", older_than_ms=bound, limit=1000) == [row for row in everything if row.updated_ms <= bound]
+    assert store.find("order", older_than_ms=bound, limit=1000) == [
+        row for row in everything if row.updated_ms <= bound
+    ]
     assert store.find("order", "nowhere") == store.find("nobody") == []
     assert len(store.find("job")) == 3
 
@@ -183,7 +185,9 @@ def test_machines(store: DurableStore) -> None:
     assert [(row.name, row.version, row.registered_ms) for row in store.machines()] == [
         ("order", 1, 5), ("order", 2, 5), ("order", 10, 5),
     ]  # fmt: skip
-    with pytest.raises(errors.DefinitionError, match="'order' version 2 is registered with another.*raise the machine's"):
+    with pytest.raises(
+        errors.DefinitionError, match=r"'order' version 2 is registered with another.*raise the machine's"
+    ):
         store.register_machine("order", 2, "else", "two", 5)
 
 
@@ -218,7 +222,11 @@ def test_sql_is_away(postgres_server: servers.PostgresServer, postgres_url: str)
     with proxy.Proxy(postgres_server.port) as between:
         store = DurableStore.connect(between.url(postgres_url))
         between.refuse()
-        for ask in (store.identity, lambda: store.lookup([("order", "a", 1)]), lambda: list(store.iterate_checkpoints())):
+        for ask in (
+            store.identity,
+            lambda: store.lookup([("order", "a", 1)]),
+            lambda: list(store.iterate_checkpoints()),
+        ):
             with pytest.raises(errors.UnavailableError) as away:
                 ask()
             assert away.value.__cause__ is not None

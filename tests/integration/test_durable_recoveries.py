@@ -111,7 +111,9 @@ def test_taking_waits_for_an_open_flush_and_ends_the_next(store: DurableStore) -
         assert advanced.wait(30)
         if store.database.dialect.name == "postgresql":
             asked = sa.text("SELECT count(*) FROM pg_locks WHERE NOT granted")
-            wait_until(lambda: store.database.read(lambda c: c.execute(asked).scalar()), "the recovery waits for a lock")
+            wait_until(
+                lambda: store.database.read(lambda c: c.execute(asked).scalar()), "the recovery waits for a lock"
+            )
         may_commit.set()
         flushing.result()
         assert taking.result() == [tuple(log_row) for log_row in _first_watermarks(batch)]
@@ -153,7 +155,9 @@ def test_a_role_that_does_not_own_the_tables_may_recover(
     flushed(store, log.batch(ids(20)))
     flushed(store, log.batch(ids(20)))
     recoveries.take(store, (0, ""), 1, "me", 5)
-    assert sum(len(page) for number in range(16) for page in recoveries.instances_above(store, number, entry.ZERO)) == 20
+    assert (
+        sum(len(page) for number in range(16) for page in recoveries.instances_above(store, number, entry.ZERO)) == 20
+    )
     store.close()
     with postgres_server.connect(name) as connection:
         connection.execute("DROP OWNED BY worker")

@@ -143,23 +143,23 @@ def test_another_partition_count(database_url: str) -> None:
 def test_an_older_and_a_newer_schema(database_url: str) -> None:
     DurableStore.connect(database_url).close()
     _execute(database_url, "UPDATE statecache_alembic SET version_num = '0000'")
-    with pytest.raises(errors.ConfigurationError, match="version 0000.*needs 0001: run 'statecache db upgrade'"):
+    with pytest.raises(errors.ConfigurationError, match=r"version 0000.*needs 0001: run 'statecache db upgrade'"):
         DurableStore.connect(database_url)
     _execute(database_url, "UPDATE statecache_alembic SET version_num = '0099'")
-    with pytest.raises(errors.ConfigurationError, match="version 0099.*0001 at most: upgrade the statecache package"):
+    with pytest.raises(errors.ConfigurationError, match=r"version 0099.*0001 at most: upgrade the statecache package"):
         DurableStore.connect(database_url)
     with pytest.raises(errors.ConfigurationError, match="upgrade the statecache package"):
         migrate.upgrade(database_url)
     _execute(database_url, "UPDATE statecache_alembic SET version_num = '0001'")
     _execute(database_url, "UPDATE statecache_store SET schema_version = 99")
-    with pytest.raises(errors.ConfigurationError, match="version 0099.*upgrade the statecache package"):
+    with pytest.raises(errors.ConfigurationError, match=r"version 0099.*upgrade the statecache package"):
         DurableStore.connect(database_url)
 
 
 def test_another_protocol(sqlite_url: str) -> None:
     DurableStore.connect(sqlite_url).close()
     _execute(sqlite_url, "UPDATE statecache_store SET protocol = 2")
-    with pytest.raises(errors.ConfigurationError, match="protocol 2.*speaks 1"):
+    with pytest.raises(errors.ConfigurationError, match=r"protocol 2.*speaks 1"):
         DurableStore.connect(sqlite_url)
 
 

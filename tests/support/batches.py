@@ -74,7 +74,7 @@ class Log:
         self.epoch = 0
         self.owner = ""
         self.versions: dict[str, int] = {}
-        self.watermarks = {partition: entry.ZERO for partition in range(16)}
+        self.watermarks = dict.fromkeys(range(16), entry.ZERO)
 
     def batch(self, ids: Sequence[str], versions_each: int = 1) -> Batch:
         """The next ``versions_each`` transitions of each instance."""
@@ -91,7 +91,9 @@ class Log:
             row = checkpoint(partition, cursor.seq, id, version, epoch=self.epoch, machine=self.machine)
             (made.changed if before else made.new).append(row)
             for state, change in [(row[3], 1)] + ([(STATES[(before - 1) % 4], -1)] if before else []):
-                made.deltas[partition, self.machine, state] = made.deltas.get((partition, self.machine, state), 0) + change
+                made.deltas[partition, self.machine, state] = (
+                    made.deltas.get((partition, self.machine, state), 0) + change
+                )
         made.moves.extend(
             Advance(partition, self.epoch, self.owner, old[partition], new, new, NOW_MS)
             for partition, new in self.watermarks.items()

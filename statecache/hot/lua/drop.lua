@@ -5,7 +5,9 @@
 --      2 entry id up to which instances are cold now
 --      3 a JSON array of "machine:id"; may be empty
 --
--- Reply  OK dropped | EPOCH | RECOVERING | IDENTITY (nothing written)
+-- Reply  one string:
+--   OK dropped                      so many keys are gone
+--   EPOCH | RECOVERING | IDENTITY   not admitted: nothing written
 -- Cost   about 1 us an instance.
 --@include identity
 --@include ids

@@ -8,7 +8,9 @@
 --      5 a copy of the report
 --      6 entries behind the watermark
 --
--- Reply  OK mark_id | EPOCH | RECOVERING | IDENTITY (nothing written)
+-- Reply  one string:
+--   OK mark_id                      the partition serves
+--   EPOCH | RECOVERING | IDENTITY   not admitted: nothing written
 -- Cost   a dozen calls.
 --@include identity
 --@include ids

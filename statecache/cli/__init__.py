@@ -1,0 +1,12 @@
+"""The command line: ``statecache ...``. ``app`` lists the commands, ``exits`` the exit codes, ``output`` what is printed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line (``sys.argv`` if none is given); returns the exit code."""
+    from statecache.cli import app
+
+    return app.run(arguments)

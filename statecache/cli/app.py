@@ -1,0 +1,69 @@
+"""All commands, and what happens to the errors that they end with."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, TextIO
+
+import typer
+
+from statecache.cli import exits, imports, instances, machines, operations, options, output, processes
+from statecache.core import errors
+
+app = typer.Typer(
+    name="statecache",
+    help="Where is this right now, how did it get there, and can it go on after the crash?",
+    rich_markup_mode=None,  # plain help and usage errors: quick, and the same in a pipe
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+options.root(app)
+for commands in (processes, instances, imports, machines, operations):
+    commands.register(app)
+
+# Errors of the command line itself; the base class lives in different places in different versions of typer.
+_CommandLineError: Any = typer.BadParameter.__mro__[2]
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line; returns the exit code. Every error becomes one message."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    as_json = "--json" in words
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 gets escapes, not an exception
+    output.log_to_stderr(logging.WARNING)
+    try:
+        code = typer.main.get_command(app)(words, prog_name="statecache", standalone_mode=False)
+    except _CommandLineError as error:
+        output.error(errors.ConfigurationError(_sentence(error)), as_json=as_json)
+        return exits.USAGE
+    except (KeyboardInterrupt, typer.Abort):
+        return exits.INTERRUPTED
+    except BrokenPipeError:
+        _silence(sys.stdout)
+        return exits.FOUND
+    except Exception as error:
+        if sys.flags.dev_mode:
+            raise
+        output.error(error, as_json=as_json)
+        return exits.code_of(error)
+    return code if isinstance(code, int) else exits.DONE
+
+
+def _sentence(error: Any) -> str:
+    """What is wrong with the command line, and where to look."""
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context is not None else "statecache"
+    return f"{error.format_message()} (see '{path} --help')"
+
+
+def _silence(stream: TextIO) -> None:
+    """The reader has gone (``| head``): what is still buffered has nowhere to go, at exit neither."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

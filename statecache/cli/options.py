@@ -1,0 +1,142 @@
+"""The options that every command has, and the store that they name.
+
+They may stand before the command or after it; behind it wins. What they do not say comes from the environment
+(``STATECACHE_REDIS_URL`` ...) or the config file. ``--data-dir`` on the command line means that folder's embedded server and
+SQLite file, whatever URLs the environment has; a URL given beside it takes the place of that half.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+from statecache.core import errors
+
+if TYPE_CHECKING:
+    from statecache.engine.cache import StateCache
+    from statecache.settings import Settings
+
+Function = TypeVar("Function", bound=Callable[..., int | None])
+
+_COMMON: dict[str, Any] = {
+    "redis_url": Annotated[str | None, typer.Option("--redis-url", metavar="URL", help="Redis or Valkey server.")],
+    "database_url": Annotated[str | None, typer.Option("--database-url", metavar="URL", help="SQL database.")],
+    "data_dir": Annotated[
+        Path | None, typer.Option("--data-dir", metavar="FOLDER", help="Folder of the embedded server and its database.")
+    ],
+    "namespace": Annotated[str | None, typer.Option("--namespace", metavar="NAME", help="First part of the Redis keys.")],
+    "config": Annotated[Path | None, typer.Option("--config", metavar="FILE", help="TOML file with settings.")],
+    "as_json": Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")],
+}
+
+
+@dataclass(frozen=True)
+class Store:
+    """The common options of one command."""
+
+    redis_url: str | None = None
+    database_url: str | None = None
+    data_dir: Path | None = None
+    namespace: str | None = None
+    config: Path | None = None
+    as_json: bool = False
+
+    def over(self, outer: Store) -> Store:
+        """These options, and those given before the command where these are silent."""
+        return Store(**{one.name: getattr(self, one.name) or getattr(outer, one.name) for one in fields(Store)})
+
+    def settings(self, **more: Any) -> Settings:
+        """The settings. Raises ``ConfigurationError``."""
+        from statecache.settings import Settings
+
+        given = {
+            "redis_url": self.redis_url, "database_url": self.database_url, "data_dir": self.data_dir,
+            "namespace": self.namespace, "config_file": self.config, **more,
+        }  # fmt: skip
+        settings = Settings(**given)
+        if self.data_dir is not None:
+            urls = {"redis_url": self.redis_url, "database_url": self.database_url}
+            settings = settings.model_copy(update=urls)
+        return settings
+
+    def open(self, *, create: bool = False, flusher: bool = False, **more: Any) -> StateCache:
+        """Open the store; without ``create`` an embedded one must be there already (a misspelt folder is not made).
+
+        ``more`` are settings that win over all others.
+        """
+        from statecache.engine.cache import StateCache
+
+        settings = self.settings().model_copy(update=more)
+        if is_embedded(settings) and not create and not (settings.data_dir / "statecache.db").exists():
+            raise errors.ConfigurationError(
+                f"there is no store in the folder {settings.data_dir}: name another one (--data-dir), a server "
+                "(--redis-url and --database-url), or begin one with 'statecache up', 'start' or 'import'"
+            )
+        return StateCache.open(settings, flusher=flusher)
+
+    def open_for_writing(self, *, create: bool = False) -> StateCache:
+        """Open the store for a command that writes: an embedded one is flushed by the command itself, before it ends."""
+        return self.open(create=create, flusher=is_embedded(self.settings()))
+
+
+def is_embedded(settings: Settings) -> bool:
+    """Whether the store is wholly that of a data folder, which nobody but its users' processes flushes."""
+    return settings.redis_url is None and settings.database_url is None
+
+
+def command(app: typer.Typer, name: str, **options: Any) -> Callable[[Function], Function]:
+    """Make a function a command: its first parameter receives the ``Store``, the others are the command's own.
+
+    It returns an exit code, or None for 0.
+    """
+
+    def decorate(function: Function) -> Function:
+        own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
+
+        def run(context: typer.Context, **values: Any) -> int | None:
+            common = Store(**{key: values.pop(key) for key in _COMMON})
+            return function(common.over(context.obj or Store()), **values)
+
+        _set_signature(run, own)
+        run.__name__, run.__doc__ = function.__name__, function.__doc__
+        app.command(name, **options)(run)
+        return function
+
+    return decorate
+
+
+def root(app: typer.Typer) -> None:
+    """Let the common options stand before the command, and add ``--version``."""
+
+    def run(context: typer.Context, version: bool, **values: Any) -> None:
+        if version:
+            from importlib.metadata import version as version_of
+
+            typer.echo(f"statecache {version_of('statecache')}")
+            raise typer.Exit
+        context.obj = Store(**values)
+        if context.invoked_subcommand is None:
+            typer.echo(context.get_help())
+
+    version = Annotated[bool, typer.Option("--version", help="Print the version.")]
+    parameter = inspect.Parameter("version", inspect.Parameter.KEYWORD_ONLY, annotation=version, default=False)
+    _set_signature(run, [parameter])
+    app.callback(invoke_without_command=True)(run)
+
+
+def _set_signature(run: Callable[..., Any], own: list[inspect.Parameter]) -> None:
+    """Typer reads a command's parameters from its signature: the context, the command's own, the common ones."""
+    kind = inspect.Parameter.KEYWORD_ONLY
+    parameters = [inspect.Parameter("context", kind, annotation=typer.Context)]
+    parameters += [parameter.replace(kind=kind) for parameter in own]
+    parameters += [
+        inspect.Parameter(name, kind, annotation=annotation, default=False if name == "as_json" else None)
+        for name, annotation in _COMMON.items()
+    ]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
