@@ -32,6 +32,21 @@ from tests.model.world import World
 
 
 def steps(world: World, state: State) -> Steps:
+    for text, after in _steps(world, state):
+        yield text, _forget_copies(after)
+
+
+def _forget_copies(state: State) -> State:
+    """A copy that nothing can go back to any more only makes states different."""
+    budget = state.budget
+    if state.disk is not None and not budget.restart and not budget.detour:
+        state = state._replace(disk=None)
+    if state.backup is not None and not budget.restore:
+        state = state._replace(backup=None)
+    return state
+
+
+def _steps(world: World, state: State) -> Steps:
     budget = state.budget
     if budget.save and state.disk != state.redis.parts:
         yield "Redis is saved", state._replace(disk=state.redis.parts, budget=budget._replace(save=budget.save - 1))
@@ -51,8 +66,7 @@ def _new_identity(state: State) -> int:
 
 
 def _losses(world: World, state: State, budget: Budget) -> Steps:
-    saved = state.disk
-    assert saved is not None
+    saved = state.disk or ()
     if budget.restart:
         after = _lose(world, state, saved, budget._replace(restart=budget.restart - 1), new=True, cache=False, due=True)
         yield "Redis restarts as it was saved", after

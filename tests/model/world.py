@@ -93,6 +93,10 @@ class Op:
     retry: bool = False
 
 
+ALL = frozenset({*(f"P{n}" for n in range(1, 13)), "P9 exact"})
+"""What is asserted: the promises, and that reports never count more as lost than was."""
+
+
 @dataclass(frozen=True, slots=True)
 class World:
     """One configuration: rules, scope, and where the exploration starts."""
@@ -107,7 +111,7 @@ class World:
     trim: bool = True
     batches: tuple[int, ...] = (0,)
     fold_cache: bool = False
-    asserted: frozenset[str] = frozenset(f"P{n}" for n in range(1, 13))
+    asserted: frozenset[str] = ALL
 
     @property
     def budget(self) -> Budget:

@@ -23,7 +23,6 @@ from statecache.durable import schema
 from statecache.durable.store import DurableStore
 from statecache.engine import verify as verification
 from statecache.engine.flusher import Flusher
-from statecache.engine.handle import MachineHandle
 from statecache.hot.store import HotStore
 from statecache.settings import Settings
 

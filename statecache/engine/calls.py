@@ -1,0 +1,135 @@
+"""What a machine's calls are made of: requests, flows and snapshots. Shared by the sync and the async handle; no I/O."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime, timedelta
+from typing import Any
+
+from statecache.core import codec, entry, errors, flows, fold, model, requests
+from statecache.core.machine import StateMachine
+from statecache.settings import Settings
+
+Start = model.Start | tuple[str, Mapping[str, Any] | None] | str
+Build = Callable[[int], flows.Request]
+
+
+class Calls:
+    """The calls of one machine. Thread-safe."""
+
+    def __init__(self, machine: type[StateMachine], settings: Settings, ids: codec.TransitionIds) -> None:
+        self.machine = machine
+        self.definition = machine.definition
+        self.name = machine.definition.name
+        self.door = requests.Door(
+            machine.definition, machine.guards, settings.partition_count, settings.limits, ids, self.snapshot
+        )
+
+    def starts(self, starts: Iterable[Start], actor: str | None) -> tuple[list[Any], Build]:
+        """The ids of many starts, and what builds the request of each."""
+        wanted = [_as_start(start) for start in starts]
+
+        def build(index: int) -> flows.Request:
+            one = wanted[index]
+            return self.door.start(
+                one.id, one.data, actor=one.actor or actor, reason=one.reason, transition_id=one.transition_id,
+                occurred_at=one.occurred_at,
+            )  # fmt: skip
+
+        return [one.id for one in wanted], build
+
+    def moves(self, moves: Iterable[model.Move]) -> tuple[list[Any], Build]:
+        """The ids of many moves, and what builds the request of each."""
+        wanted = list(moves)
+        # A move sent again is answered only after history was asked; what follows it must not overtake it meanwhile.
+        repeatable = {move.id for move in wanted if move.transition_id is not None}
+
+        def build(index: int) -> flows.Request:
+            request = self.door.transition(wanted[index])
+            request.own_id = request.own_id or request.item.id in repeatable
+            return request
+
+        return [move.id for move in wanted], build
+
+    def get(self, id: str) -> flows.Flow:
+        """The flow that reads an instance."""
+        self.door.check_id(id)
+        return flows.snapshot(self.door.partition_of(id), self.name, id, self.snapshot)
+
+    def history(self, id: str) -> flows.Flow:
+        """The flow that reads an instance's history."""
+        self.door.check_id(id)
+        return flows.history(self.door.partition_of(id), self.name, id)
+
+    def at(
+        self, id: str, rows: Sequence[model.Transition], version: int | None, when: datetime | None
+    ) -> model.Snapshot:
+        """The instance as it was, from its history."""
+        if (version is None) == (when is None):
+            raise errors.InvalidDataError("at() wants either a version or a moment (when=)")
+        if version is not None:
+            kept = [row for row in rows if row.version <= version]
+            if not kept or kept[-1].version != version:
+                raise errors.NotFoundError(f"{self.name}:{id} has no version {version}; it has 1 to {rows[-1].version}")
+        else:
+            assert when is not None
+            limit_ms = model.ms_of(when)
+            kept = [row for row in rows if row.at_ms <= limit_ms]
+            if not kept:
+                raise errors.NotFoundError(
+                    f"{self.name}:{id} did not exist at {when.isoformat()}: it began at {rows[0].at}"
+                )
+        return self._folded(kept)
+
+    def find_bound(self, state: str | None, older_than: timedelta | None) -> int | None:
+        """Check the arguments of ``find``; returns the time before which instances must have changed last."""
+        if state is not None and state not in self.definition.states:
+            raise errors.InvalidDataError(
+                f"state {state!r} is refused: machine {self.name!r} has {', '.join(self.definition.states)}"
+            )
+        return None if older_than is None else int((time.time() - older_than.total_seconds()) * 1000)
+
+    def found(self, rows: Sequence[model.Checkpoint]) -> list[model.Snapshot]:
+        """Checkpoints as snapshots."""
+        return [self.snapshot(row.id, flows.hash_of(model.Lookup(entry.ZERO, row)), "durable") for row in rows]
+
+    def snapshot(self, id: str, fields: Mapping[bytes, bytes], source: str) -> model.Snapshot:
+        """An instance from the fields of its hash."""
+        own = fields.get(b"@")
+        if own is None:
+            raise errors.IntegrityError(
+                f"{self.name}:{id}: its key in Redis holds something that statecache did not write; run 'statecache verify'"
+            )
+        state, version, entry_id, created, machine_version, updated, *flags = own.decode().split(" ")
+        data = {name.decode(): text for name, text in fields.items() if name not in (b"@", b"@r")}
+        return model.Snapshot(
+            self.name, id, state, int(version), data, entry_id=entry_id, created_ms=int(created), updated_ms=int(updated),
+            machine_version=int(machine_version), final=state in self.definition.finals,
+            available_events=self.definition.available_events(state), source=source, parked=flags == ["p"],
+        )  # fmt: skip
+
+    def _folded(self, rows: Sequence[model.Transition]) -> model.Snapshot:
+        data: dict[str, Any] = {}
+        for row in rows:
+            fold.apply_transition(data, row)
+        first, last = rows[0], rows[-1]
+        return model.Snapshot(
+            self.name, last.id, last.to_state, last.version, fold.texts(data), entry_id=last.entry_id,
+            created_ms=first.at_ms, updated_ms=last.at_ms, machine_version=last.machine_version,
+            final=last.to_state in self.definition.finals,
+            available_events=self.definition.available_events(last.to_state),
+            source="durable" if last.durable else "hot",
+        )  # fmt: skip
+
+
+def _as_start(start: model.Start | tuple[str, Mapping[str, Any] | None] | str) -> model.Start:
+    if isinstance(start, model.Start):
+        return start
+    return model.Start(start) if isinstance(start, str) else model.Start(*start)
+
+
+def _as_start(start: model.Start | tuple[str, Mapping[str, Any] | None] | str) -> model.Start:
+    if isinstance(start, model.Start):
+        return start
+    return model.Start(start) if isinstance(start, str) else model.Start(*start)
