@@ -41,7 +41,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     try:
         code = typer.main.get_command(app)(words, prog_name="statecache", standalone_mode=False)
     except _CommandLineError as error:
-        output.error(errors.ConfigurationError(_sentence(error)), as_json=as_json)
+        output.error(errors.StateCacheError(_sentence(error)), as_json=as_json, kind="UsageError")
         return exits.USAGE
     except (KeyboardInterrupt, typer.Abort):
         return exits.INTERRUPTED

@@ -75,7 +75,7 @@ class Store:
         if is_embedded(settings) and not create and not (settings.data_dir / "statecache.db").exists():
             raise errors.ConfigurationError(
                 f"there is no store in the folder {settings.data_dir}: name another one (--data-dir), a server "
-                "(--redis-url and --database-url), or begin one with 'statecache up', 'start' or 'import'"
+                "(--redis-url and --database-url), or begin one with 'statecache up', 'machine register' or 'import'"
             )
         return StateCache.open(settings, flusher=flusher)
 

@@ -45,10 +45,10 @@ def say(text: str = "") -> None:
     sys.stdout.flush()
 
 
-def error(problem: BaseException, *, as_json: bool) -> None:
-    """Print what ended the command."""
+def error(problem: BaseException, *, as_json: bool, kind: str = "") -> None:
+    """Print what ended the command; ``kind`` takes the place of the error's type."""
     if as_json:
-        told: dict[str, Any] = {"type": type(problem).__name__, "message": message_of(problem)}
+        told: dict[str, Any] = {"type": kind or type(problem).__name__, "message": message_of(problem)}
         if isinstance(problem, errors.DurabilityTimeout) and problem.receipt is not None:
             told["receipt"] = receipt_document(problem.receipt)
         sys.stderr.write(json.dumps({"error": told}) + "\n")

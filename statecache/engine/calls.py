@@ -127,9 +127,3 @@ def _as_start(start: model.Start | tuple[str, Mapping[str, Any] | None] | str) -
     if isinstance(start, model.Start):
         return start
     return model.Start(start) if isinstance(start, str) else model.Start(*start)
-
-
-def _as_start(start: model.Start | tuple[str, Mapping[str, Any] | None] | str) -> model.Start:
-    if isinstance(start, model.Start):
-        return start
-    return model.Start(start) if isinstance(start, str) else model.Start(*start)

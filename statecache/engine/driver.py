@@ -19,6 +19,7 @@ from statecache.engine.admission import Admission
 from statecache.hot.store import HotStore
 
 CHUNK_ITEMS = 125
+_UNFINISHED_MAX = 1000
 _UNREACHABLE = ("LOST", "UNSENT")
 _PAUSE_SECONDS_MIN, _PAUSE_SECONDS_MAX = 0.001, 0.1
 
@@ -100,18 +101,26 @@ class Driver:
             for chunk in _chunks(lanes):
                 yield [self._begin(lane, begin, results) for lane in chunk]
 
-        for lanes_answered in self._apply_chunks(started(), results):
-            unfinished += [lane for lane in lanes_answered if lane]
-        left = sum(map(len, unfinished))
-        while unfinished:
-            if patience_seconds is not None and (now_left := sum(map(len, unfinished))) < left:
+        for answered in self._apply_chunks(started(), results):
+            unfinished += [lane for lane in answered if lane]
+            if sum(map(len, unfinished)) >= _UNFINISHED_MAX:  # the brake is on: do not pile up more
+                self._finish(unfinished, results, deadline, patience_seconds)
+                unfinished = []
+        self._finish(unfinished, results, deadline, patience_seconds)
+
+    def _finish(
+        self, lanes: list[list[Running]], results: list[Any], deadline: float, patience_seconds: float | None
+    ) -> None:
+        """Run lanes to their end, round by round: first what is no item, then the items of the lanes that want no more."""
+        left = sum(map(len, lanes)) + 1
+        while lanes:
+            if patience_seconds is not None and (now_left := sum(map(len, lanes))) < left:
                 left, deadline = now_left, time.monotonic() + patience_seconds
-            self._answer_others(unfinished, results, deadline)
-            unfinished = [lane for lane in unfinished if lane]
-            willing = [lane for lane in unfinished if all(type(one.wish) is items.Item for one in lane)]
+            self._answer_others(lanes, results, deadline)
+            willing = [lane for lane in lanes if lane and all(type(one.wish) is items.Item for one in lane)]
             for _ in self._apply_chunks(_chunks(willing), results):
                 pass
-            unfinished = [lane for lane in unfinished if lane]
+            lanes = [lane for lane in lanes if lane]
 
     def _begin(self, lane: Sequence[int], begin: Callable[[int], flows.Flow], results: list[Any]) -> list[Running]:
         running = []

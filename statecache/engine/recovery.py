@@ -155,6 +155,7 @@ class _Attempt:
         self.started_ms = _now_ms()
         self.beat_at = self.started
         self.stamp = scripts.NEVER
+        self.strays: dict[int, list[str]] | None = None
 
     def run(self) -> Report:
         self.row = self.durable.identity()
@@ -232,7 +233,9 @@ class _Attempt:
         kind, last = self._classify(row, probed, new and not fenced.existed, identity)
         watermark, mend = row.watermark, mending.Mend([], [], [], [], [], 0, 0, [])
         dropped = 0
-        if kind in (WIPED, TAIL_LOST):
+        if probed.last == entry.ZERO:
+            dropped = self._drop_strays(row, fenced)
+        elif kind in (WIPED, TAIL_LOST):
             dropped = self._drop_above(row, fenced, last)
         elif kind in (SQL_BEHIND, DIVERGED):
             watermark, mend = self._rewrite(row, fenced, probed, kind, identity)
@@ -306,6 +309,22 @@ class _Attempt:
             dropped += len(page)
             self._beat()
         return dropped
+
+    def _drop_strays(self, row: PartitionRow, fenced: Fenced) -> int:
+        """Where there is no log there should be no hash either: drop what there is, found in Redis, so that the cost is
+        that of Redis' keys (none, after a wipe) and not that of SQL's checkpoints."""
+        if self.strays is None:
+            self.strays = {}
+            for page in self.hot.instances():
+                for address in page:
+                    partition = self.hot.keyspace.partition_of(*address)
+                    self.strays.setdefault(partition, []).append(":".join(address))
+        names = self.strays.get(row.partition, [])
+        if row.watermark > entry.ZERO or names:
+            self._drop(row.partition, fenced, row.watermark, [])
+        for start in range(0, len(names), _DROP_PAGE):
+            self._drop(row.partition, fenced, row.watermark, names[start : start + _DROP_PAGE])
+        return len(names)
 
     def _drop(self, partition: int, fenced: Fenced, evicted_to: entry.EntryId, names: list[str]) -> None:
         if self.dry_run:
@@ -417,7 +436,6 @@ class _Attempt:
             limit=self.backlog_limit,
             new=part.kind == NEW,
             report=msgspec.json.encode(part).decode(),
-            backlog=part.unflushed,
         )
         if not code.startswith("OK"):
             raise Superseded(f"partition {part.partition}: {code} while it was opened")

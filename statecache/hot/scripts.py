@@ -21,6 +21,8 @@ from importlib import resources
 from statecache.hot import resp
 
 NAMES = ("admit", "apply", "drop", "evict", "fence", "find", "flushed", "hydrate", "park", "probe", "read", "ready")
+NEEDS_MEMORY = ("apply", "hydrate")
+"""Refused when memory is full. The others read or relieve (flush, evict, recover): refused, they would block the relief."""
 _INCLUDE = re.compile(r"^--@include (\w+)$", re.MULTILINE)
 _CODE = re.compile(r"^-- {1,5}([A-Z]{2,}(?: \| [A-Z]{2,})*)\b", re.MULTILINE)
 
@@ -87,7 +89,7 @@ def stamped(name: str, stamp: Stamp, emulated: bool) -> Script:
     """Return the script as it reads under a stamp."""
     if not re.fullmatch(r"[A-Za-z0-9_-]*", stamp.owner):
         raise ValueError(f"an owner token is letters, digits, '_' and '-', not {stamp.owner!r}")
-    shebang = "" if emulated else "#!lua\n"
+    shebang = "" if emulated else "#!lua\n" if name in NEEDS_MEMORY else "#!lua flags=allow-oom\n"
     text = f"{shebang}local EPOCH, OWNER = '{stamp.epoch}', '{stamp.owner}'\n{_expanded(name, emulated)}"
     sha = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
     return Script(name, text, sha, resp.bulk("EVALSHA") + resp.bulk(sha))

@@ -425,10 +425,9 @@ class HotStore:
         limit: int,
         new: bool,
         report: str,
-        backlog: int,
     ) -> str:
         """End a recovery's work on a partition: it serves again; the reply's code and the mark's id."""
-        arguments = (identity, str(watermark), limit, "0" if new else "", report, backlog)
+        arguments = (identity, str(watermark), limit, "0" if new else "", report)
         return self._call("ready", [self._pair_keys[partition]], 2, *arguments, stamp=stamp)
 
     def configuration(self, *names: str) -> dict[str, str] | None:

@@ -35,7 +35,7 @@ class Lab:
         """Fence a partition and make it ready, as a recovery does."""
         self.fence(partition, stamp)
         code = self.store.ready(
-            partition, stamp, identity=self.identity, watermark=entry.ZERO, limit=limit, new=new, report="{}", backlog=0
+            partition, stamp, identity=self.identity, watermark=entry.ZERO, limit=limit, new=new, report="{}"
         )
         assert code.startswith("OK"), code
 

@@ -63,7 +63,7 @@ FENCED_CALLS: dict[str, Callable[[Any], str]] = {
     "drop": lambda lab: lab.store.drop(0, NEXT, lab.identity, entry.EntryId(1, 1), ["order:1"]),
     "probe": lambda lab: lab.store.probe(0, NEXT, lab.identity, entry.ZERO)[0],
     "ready": lambda lab: lab.store.ready(
-        0, NEXT, identity=lab.identity, watermark=entry.ZERO, limit=10, new=False, report="{}", backlog=0
+        0, NEXT, identity=lab.identity, watermark=entry.ZERO, limit=10, new=False, report="{}"
     ),
 }
 """Calls of the recovery ``NEXT``."""

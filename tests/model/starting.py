@@ -128,3 +128,28 @@ def _saved(seed: Seed, entries: tuple[Entry, ...], ring: int) -> Saved:
     )
     entry_id = entries[len(seed.saved) - 1].id if seed.saved else ZERO
     return Saved(history, seed.saved, seed.saved[-ring:], entry_id, letters)
+
+
+def rolled_back(now: State, older: State) -> State:
+    """The state after a restart that lost what Redis had since ``older``; its script cache is empty."""
+    redis = older.redis._replace(identity=now.redis.identity + 1, cache=frozenset())
+    untrue = tuple(True for _ in redis.parts)
+    clients = tuple(client._replace(due=True) for client in now.clients)
+    ghost = now.ghost._replace(untrue=untrue, losses=now.ghost.losses + 1)
+    return now._replace(redis=redis, clients=clients, ghost=ghost)
+
+
+def sql_restored(now: State, older: State) -> State:
+    """The state after SQL was restored to what it was in ``older``."""
+    restored = tuple(True for _ in now.redis.parts)
+    return now._replace(sql=older.sql, ghost=now.ghost._replace(restored=restored, restores=now.ghost.restores + 1))
+
+
+def backed_up(now: State, older: State) -> State:
+    """The same state, with ``older`` as SQL's backup."""
+    return now._replace(backup=older.sql)
+
+
+def saved_on_disk(now: State, older: State) -> State:
+    """The same state, with ``older`` as what Redis goes back to."""
+    return now._replace(disk=older.redis.parts)

@@ -81,7 +81,7 @@ def _read(world: World, state: State, number: int, flusher: Flusher) -> Steps:
         return
     for size in sorted({size or len(kept) for size in world.batches}):
         batch = tuple(kept[:size])
-        parked = () if world.rules.parked_read_in_flush else _parked(world, state)
+        parked = () if world.rules.parked_read_in_flush else _flagged(state, flusher.part)
         after = flusher._replace(pc="read", entries=batch, tail=last, parked=parked)
         yield f"reads {', '.join(map(entry_text, batch))}", _put(state, number, after)
 
@@ -93,8 +93,9 @@ def _untold(world: World, state: State, flusher: Flusher) -> bool:
     return behind or (world.trim and bool(part.log) and part.log[0].id < flusher.watermark)
 
 
-def _parked(world: World, state: State) -> tuple[int, ...]:
-    return tuple(inst for inst, saved in enumerate(state.sql.saved) if saved.letters)
+def _flagged(state: State, p: int) -> tuple[int, ...]:
+    """Who is parked by the flags in Redis (H12a off): they come later than the letters, and may be lost."""
+    return tuple(inst for inst, copy in enumerate(state.redis.parts[p].hashes) if copy is not None and copy.parked)
 
 
 def _check_hole(world: World, state: State, flusher: Flusher, entry: Entry) -> None:

@@ -32,7 +32,7 @@ def steps(world: World, state: State) -> Steps:
         if me.pc == "ended":
             continue
         for text, after in _STEPS[me.pc](world, state, number, me):
-            yield f"recovery {me.who or '?'}: {text}", after
+            yield f"recovery {number + 1}: {text}", after
         if me.pc == "unused":
             return  # they begin in order
 

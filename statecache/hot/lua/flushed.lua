@@ -19,8 +19,8 @@ for p = 1, #KEYS / 2 do
     lines[p] = code
   else
     local m = redis.call('HMGET', meta, 'watermark', 'prev', 'carry')
+    if id_above(trim_to, watermark) then trim_to = watermark end -- SQL's watermark: what is above it is not in SQL
     if m[1] and id_above(m[1], watermark) then watermark = m[1] end
-    if id_above(trim_to, watermark) then trim_to = watermark end
     local trimmed = redis.call('XTRIM', log, 'MINID', '=', trim_to)
     redis.call('HSET', meta, 'watermark', watermark, 'limit', limit, 'kept', kept(log, watermark, m[2], m[3]))
     lines[p] = 'OK ' .. trimmed

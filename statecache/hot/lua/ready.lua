@@ -6,7 +6,6 @@
 --      3 limit of the backlog, entries
 --      4 cold: '0' for a store that has just been made, '' = leave it
 --      5 a copy of the report
---      6 entries behind the watermark
 --
 -- Reply  one string:
 --   OK mark_id                      the partition serves
@@ -18,13 +17,14 @@
 local meta, log, watermark = KEYS[1], KEYS[2], ARGV[2]
 local code = refusal(meta, identity(), ARGV[1])
 if code then return code end
-local m = redis.call('HMGET', meta, 'watermark', 'cold', 'evicted_to')
+local m = redis.call('HMGET', meta, 'watermark', 'cold', 'evicted_to', 'prev', 'carry')
 if m[1] and id_above(m[1], watermark) then watermark = m[1] end
 local time, prev = redis.call('TIME'), last_id(log)
+local carry = redis.call('XLEN', log) - kept(log, watermark, m[4], m[5])
 local at = time[1] .. string.format('%03d', math.floor(time[2] / 1000))
 local mark = redis.call('XADD', log, EPOCH .. '-0', 'e',
   table.concat({ '', '', '0', '@epoch', prev, '', at, OWNER, '', '', '', '', '', '', '0' }, '\31'))
-redis.call('HSET', meta, 'identity', ARGV[1], 'watermark', watermark, 'limit', ARGV[3], 'prev', prev, 'carry', ARGV[6],
+redis.call('HSET', meta, 'identity', ARGV[1], 'watermark', watermark, 'limit', ARGV[3], 'prev', prev, 'carry', carry,
   'cold', ARGV[4] == '0' and '0' or (m[2] or '1'), 'evicted_to', m[3] or '0-0', 'report', ARGV[5],
-  'kept', kept(log, watermark, prev, ARGV[6]), 'status', 'ready')
+  'kept', kept(log, watermark, prev, carry), 'status', 'ready')
 return 'OK ' .. mark

@@ -31,10 +31,11 @@ local function incremented(key, increments)
 end
 
 -- A broken rule about the number of fields, or nil. Counts names exactly only when the cheap bound is passed.
-local function too_many(key, fields)
+local function too_many(key, fields, unset)
   local count = call('HLEN', key) - 2 + #fields / 2
   if count <= fields_max then return nil end
   for n = 1, #fields, 2 do count = count - call('HEXISTS', key, fields[n]) end
+  for n = 1, unset and #unset or 0 do count = count - call('HEXISTS', key, unset[n]) end
   return count > fields_max and ('fields ' .. count) or nil
 end
 
@@ -92,7 +93,7 @@ local function apply(item, move)
     for n = 1, #results do fields[#fields + 1] = results[n] end
     increments = text
   end
-  local rule = #fields > 0 and too_many(key, fields)
+  local rule = #fields > 0 and too_many(key, fields, extras and extras[3])
   if rule then return 'DATA ' .. rule end
   return write(p, item, move, key, state, to, version + 1, created, sub(ring .. token, -64), increments)
 end

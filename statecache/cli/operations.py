@@ -1,0 +1,302 @@
+"""``status``, ``recover``, ``verify``, ``db``: for whoever runs a store."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from statecache.cli import exits, options, output
+from statecache.core import errors
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from statecache.engine.cache import StateCache
+    from statecache.engine.recovery import Report
+    from statecache.engine.status import Status
+
+_PARTITIONS_SHOWN_MAX = 20
+_LOOK_SECONDS = 0.5
+"""How long a command that only looks waits for a Redis that is not ready."""
+
+
+def register(app: typer.Typer) -> None:
+    options.command(app, "status")(status)
+    options.command(app, "recover")(recover)
+    options.command(app, "verify")(verify)
+    database = typer.Typer(help="The database's tables: upgrade, check.", rich_markup_mode=None)
+    app.add_typer(database, name="db")
+    options.command(database, "upgrade")(db_upgrade)
+    options.command(database, "check")(db_check)
+
+
+# --- status ------------------------------------------------------------------------------------------------------------
+
+
+def status(
+    store: options.Store,
+    watch: Annotated[bool, typer.Option("--watch", help="Again and again until Ctrl-C; with --json a document a line.")] = False,
+    interval: Annotated[float, typer.Option("--interval", metavar="SECONDS", help="Of --watch.", min=0.1)] = 1.0,
+    recoveries: Annotated[int, typer.Option("--recoveries", metavar="N", help="How many of the last ones.", min=0)] = 5,
+) -> int:
+    """How the store is doing: epoch, backlog and lag, machines and counts, the last recoveries.
+
+    It never recovers: exit code 1 when Redis waits for that, 3 when it is away.
+    """
+    from statecache.engine import status as engine_status
+
+    with _open_to_look(store) as cache:
+        if not watch:
+            found = engine_status.status(cache, recoveries)
+            _print_status(store, cache, found)
+            codes = {engine_status.READY: exits.DONE, engine_status.NOT_READY: exits.FOUND}
+            return codes.get(found.redis, exits.UNAVAILABLE)
+        _watch(store, cache, interval, recoveries)
+        return exits.DONE
+
+
+def _open_to_look(store: options.Store) -> StateCache:
+    return store.open(auto_recover=False, call_timeout_seconds=_LOOK_SECONDS)
+
+
+def _watch(store: options.Store, cache: StateCache, interval: float, recoveries: int) -> None:
+    from statecache.engine import status as engine_status
+
+    out = output.console()
+    pause = threading.Event()
+    try:
+        if store.as_json or not out.is_terminal:
+            while True:
+                _print_status(store, cache, engine_status.status(cache, recoveries))
+                pause.wait(interval)
+        from rich.live import Live
+
+        with Live(console=out, screen=True, auto_refresh=False) as live:
+            while True:
+                live.update(_status_view(cache, engine_status.status(cache, recoveries)), refresh=True)
+                pause.wait(interval)
+    except KeyboardInterrupt:
+        return
+
+
+def _print_status(store: options.Store, cache: StateCache, found: Status) -> None:
+    if store.as_json:
+        output.emit(_status_document(cache, found))
+    else:
+        output.console().print(_status_view(cache, found))
+
+
+def _status_document(cache: StateCache, found: Status) -> dict[str, Any]:
+    import msgspec
+
+    from statecache.settings import redact
+
+    document: dict[str, Any] = msgspec.to_builtins(found)
+    for one in document["recoveries"]:
+        one["started_at"], one["finished_at"] = output.iso(one.pop("started_ms")), output.iso(one.pop("finished_ms"))
+    head = {
+        "namespace": cache.settings.namespace, "redis_url": redact(cache.redis_url),
+        "database_url": redact(cache.database_url), "at": output.iso(int(time.time() * 1000)),
+    }  # fmt: skip
+    return head | document
+
+
+def _status_view(cache: StateCache, found: Status) -> RenderableType:
+    from rich.console import Group
+
+    from statecache.settings import redact
+
+    backlog = None if found.backlog is None else output.counted(found.backlog, "transition")
+    parts: list[RenderableType] = [
+        output.facts(
+            [
+                ("redis", f"{redact(cache.redis_url)}: {found.redis}"),
+                ("", found.redis_problem or None),
+                ("database", redact(cache.database_url)),
+                ("namespace", cache.settings.namespace),
+                ("epoch", found.epoch),
+                ("backlog", backlog),
+                ("lag", None if found.lag_seconds is None else output.seconds(found.lag_seconds)),
+            ]
+        )
+    ]
+    worst = sorted(found.partitions, key=lambda one: (-(one.backlog or 0), one.partition))[:_PARTITIONS_SHOWN_MAX]
+    rows = [
+        (one.partition, one.watermark, one.tail, one.backlog, output.seconds(one.lag_seconds) if one.backlog else None)
+        for one in sorted(worst, key=lambda one: one.partition)
+    ]
+    columns = ["partition", "watermark", "tail", "backlog", "lag"]
+    parts.append(output.table(columns, rows, right=columns))
+    machines = [
+        (one.name, one.version, output.count(one.instances), ", ".join(f"{state} {n:,}" for state, n in one.counts.items()))
+        for one in found.machines
+    ]
+    parts.append(output.table(["machine", "version", "instances", "by state"], machines, right=["version", "instances"]))
+    past = [
+        (
+            one.epoch, output.moment(one.started_ms), one.classes or "under way", one.lost_at_least,
+            "possible" if one.loss_possible else "no",
+        )
+        for one in found.recoveries
+    ]  # fmt: skip
+    columns = ["epoch", "recovered", "found", "lost at least", "more lost"]
+    parts.append(output.table(columns, past, right=["epoch", "lost at least"]))
+    return Group(*parts)
+
+
+# --- recover -----------------------------------------------------------------------------------------------------------
+
+
+def recover(
+    store: options.Store,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what it would find and do.")] = False,
+) -> int:
+    """Reconcile Redis with SQL and open it for a new epoch.
+
+    Exit code 0 when it is done, whatever was lost; with --dry-run 1 when anything is not intact or may be lost.
+    """
+    with _open_to_look(store) as cache:
+        show = output.say if not store.as_json and output.console().is_terminal else lambda text: None
+        report = cache.recover(dry_run=dry_run, progress=show)
+    if store.as_json:
+        output.emit(report_document(report))
+    else:
+        output.console().print(report_view(report))
+    clean = set(report.kinds) <= {"intact", "new"} and not report.lost_at_least and not report.loss_possible
+    return exits.FOUND if dry_run and not clean else exits.DONE
+
+
+def report_document(report: Report) -> dict[str, Any]:
+    """A recovery's report as JSON."""
+    import msgspec
+
+    document: dict[str, Any] = msgspec.to_builtins(report)
+    document["started_at"] = output.iso(document.pop("started_ms"))
+    return document | {
+        "kinds": report.kinds, "dropped": report.dropped, "lost_at_least": report.lost_at_least,
+        "loss_possible": report.loss_possible,
+    }  # fmt: skip
+
+
+def report_view(report: Report) -> RenderableType:
+    """A recovery's report for people."""
+    from rich.console import Group
+
+    found = ", ".join(f"{count} {kind}" for kind, count in report.kinds.items())
+    lost = output.counted(report.lost_at_least, "acknowledged transition") if report.lost_at_least else "none known"
+    head: list[tuple[str, object]] = [
+        ("recovered" if not report.dry_run else "would recover", f"to epoch {report.epoch}, in {output.seconds(report.seconds)}"),
+        ("partitions", found),
+        ("kept, to be flushed", output.counted(sum(part.unflushed for part in report.partitions), "entry")),
+        ("dropped, to come back from SQL", output.counted(report.dropped, "instance")),
+        ("lost at least", lost),
+        ("more may be lost", "since the tails were last seen" if report.loss_possible else "no"),
+    ]
+    head[2] = (head[2][0], str(head[2][1]).replace("entrys", "entries"))
+    rows = [
+        (
+            part.partition, part.kind, part.watermark, part.last, part.unflushed, part.dropped, part.lost_at_least,
+            output.moment(part.tail_seen_ms or None), "; ".join(part.findings),
+        )
+        for part in report.partitions
+        if part.kind not in ("intact", "new") or part.lost_at_least or part.loss_possible or part.findings
+    ]  # fmt: skip
+    columns = ["partition", "found", "watermark", "last entry", "kept", "dropped", "lost >=", "tail seen", "findings"]
+    numbers = ["partition", "watermark", "last entry", "kept", "dropped", "lost >="]
+    return Group(output.facts(head), *([output.table(columns, rows, right=numbers)] if rows else []))
+
+
+# --- verify ------------------------------------------------------------------------------------------------------------
+
+
+def verify(
+    store: options.Store,
+    machine: Annotated[str | None, typer.Option("--machine", metavar="NAME", help="Only this machine's instances.")] = None,
+) -> int:
+    """Compare Redis, the log and SQL with each other, and every history with versions 1..n. Changes nothing.
+
+    Exit code 1 on any finding; with --json the findings are a machine-readable diff.
+    """
+    from statecache.engine import verify as engine_verify
+
+    with _open_to_look(store) as cache:
+        if machine is not None:
+            cache.machine(machine)
+        found = engine_verify.verify(cache, machine)
+    if store.as_json:
+        import msgspec
+
+        output.emit(msgspec.to_builtins(found))
+    else:
+        if found.findings:
+            rows = [(one.kind, one.address, one.detail) for one in found.findings]
+            output.console().print(output.table(["kind", "address", "what is wrong"], rows))
+        output.say(
+            f"{output.counted(found.instances, 'instance')}, {output.counted(found.transitions, 'transition')}: "
+            + (output.counted(len(found.findings), "finding") if found.findings else "nothing wrong")
+        )
+    return exits.FOUND if found.findings else exits.DONE
+
+
+# --- db ----------------------------------------------------------------------------------------------------------------
+
+
+def db_upgrade(
+    store: options.Store,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what it would do.")] = False,
+) -> int:
+    """Bring the tables to this version's schema; a database without any gets them. With --dry-run 1 if there is work."""
+    from statecache.durable import migrate
+
+    url, before = _revision(store)
+    if not dry_run and before != migrate.HEAD:
+        migrate.upgrade(url)
+    done = before == migrate.HEAD
+    _tell_revision(store, url, before, migrate.HEAD if not dry_run else before)
+    return exits.FOUND if dry_run and not done else exits.DONE
+
+
+def db_check(store: options.Store) -> int:
+    """Tell the tables' schema version; exit code 1 unless it is this version's."""
+    from statecache.durable import migrate
+
+    url, found = _revision(store)
+    _tell_revision(store, url, found, found)
+    return exits.DONE if found == migrate.HEAD else exits.FOUND
+
+
+def _revision(store: options.Store) -> tuple[str, str | None]:
+    """The database's URL and its tables' schema version."""
+    from statecache.durable import engine, migrate
+    from statecache.engine.embedded import EmbeddedServer
+
+    settings = store.settings()
+    url = settings.database_url
+    if url is None:
+        if not settings.data_dir.is_dir():
+            raise errors.ConfigurationError(f"there is no folder {settings.data_dir}: name the database (--database-url)")
+        url = EmbeddedServer(settings.data_dir).database_url
+    database = engine.open_database(url)
+    try:
+        return url, migrate.revision(database)
+    finally:
+        database.close()
+
+
+def _tell_revision(store: options.Store, url: str, before: str | None, now: str | None) -> None:
+    from statecache.durable import migrate
+    from statecache.settings import redact
+
+    if store.as_json:
+        output.emit({"database_url": redact(url), "before": before, "now": now, "wanted": migrate.HEAD})
+        return
+    was = f"schema version {before}" if before else "no tables of statecache"
+    if before != now:
+        output.say(f"{redact(url)}: {was}, upgraded to {now}")
+    else:
+        output.say(f"{redact(url)}: {was}, this version of statecache needs {migrate.HEAD}" + (
+            "" if now == migrate.HEAD else ": run 'statecache db upgrade'"
+        ))

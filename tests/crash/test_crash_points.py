@@ -1,0 +1,375 @@
+"""Every point between two I/O steps of the flusher, of recovery and of ``dead-letters``, in each situation: die there, be
+started again, and end where an undisturbed run ends (P3, P5, P8, P9, P10).
+
+The situation is made once and frozen (a copy of Redis' keys and of the SQLite file); each death begins from that copy. What
+must be the same afterwards: history, checkpoints, letters and counts in SQL, what a reader sees, and what the reports say was
+lost, all recoveries together. Then every instance goes on, and no fork shows.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import pytest
+import sqlalchemy as sa
+
+from statecache import StateCache, errors
+from statecache.durable import recoveries
+from statecache.engine import admission, letters
+from tests.crash import points
+from tests.support import worlds
+
+REFUSED = "SQL refuses this"
+_TRIGGER = (
+    "CREATE TRIGGER refuse BEFORE INSERT ON statecache_transitions WHEN NEW.reason = '" + REFUSED + "' "
+    "BEGIN SELECT RAISE(ABORT, 'refused'); END"
+)
+
+
+class Scenario(NamedTuple):
+    """``prepare`` makes the situation, ``run`` is what dies; ``repeat`` is what an operator does again after it."""
+
+    prepare: Callable[[worlds.World], None]
+    run: Callable[[StateCache], object]
+    repeat: Callable[[worlds.World], object] = lambda world: None
+
+
+# --- situations --------------------------------------------------------------------------------------------------------
+
+
+def some(world: worlds.World, prefix: str, moves: tuple[str, ...] = ()) -> list[str]:
+    """Start two orders in each partition."""
+    made = []
+    for partition in (0, 1):
+        ids = world.ids(partition, prefix)
+        for _ in range(2):
+            made.append(next(ids))
+            world.start(made[-1], moves, amount=1)
+    return made
+
+
+def refuse(world: worlds.World) -> None:
+    with world.durable.database.writer.begin() as connection:
+        connection.exec_driver_sql(_TRIGGER)
+
+
+def accept(world: worlds.World) -> None:
+    with world.durable.database.writer.begin() as connection:
+        connection.exec_driver_sql("DROP TRIGGER refuse")
+
+
+def mixed_batch(world: worlds.World) -> None:
+    """In SQL: some. In the log: starts, moves of both, several of one instance, an entry that SQL refuses, two behind it."""
+    old = some(world, "old")
+    world.flush()
+    some(world, "new", ("pay",))
+    for id in old:
+        world.orders.transition(id, "pay", {"method": "card"}, increment={"tries": 1}, unset=["amount"])
+        world.orders.transition(id, "ship")
+    world.orders.transition(old[0], "note", reason=REFUSED)
+    world.orders.transition(old[0], "note")
+    world.orders.transition(old[1], "deliver")
+    world.orders.transition(old[0], "note")
+    refuse(world)
+
+
+def with_letters(world: worlds.World) -> None:
+    """One instance is parked behind an entry that SQL would take now; another one's very start was refused."""
+    mixed_batch(world)
+    world.orders.start(world.id(1, "first"), reason=REFUSED)
+    world.flush()
+    accept(world)
+
+
+def intact(world: worlds.World) -> None:
+    """The server was restarted; some of the log is not in SQL."""
+    mixed_batch(world)
+    world.disown()
+
+
+def wiped(world: worlds.World) -> None:
+    """Everything in Redis is gone: flushed, unflushed and a dead letter's hash."""
+    with_letters(world)
+    some(world, "unflushed")
+    world.wipe()
+
+
+def seen_but_not_flushed(world: worlds.World) -> None:
+    """Write on, and let a flusher take two entries and see the tail: what is behind them is known to have existed."""
+    some(world, "seen", ("pay", "ship"))
+    world.flusher(batch_entries=2).step()
+
+
+def tail_lost(world: worlds.World) -> None:
+    """Redis comes back older than SQL: moves, starts and a letter are known to SQL alone; some are known to nobody."""
+    old = some(world, "old", ("pay",))
+    world.flush()
+    saved = world.redis_copy()
+    for id in old[:2]:
+        world.orders.transition(id, "ship")
+    some(world, "later")
+    world.orders.transition(old[3], "note", reason=REFUSED)
+    refuse(world)
+    world.flush()
+    accept(world)
+    seen_but_not_flushed(world)
+    world.redis_back(saved)
+
+
+def sql_behind(world: worlds.World) -> None:
+    """SQL comes back older, and the log does not reach back: one instance goes on in the log, one is cold."""
+    old = some(world, "old", ("pay",))
+    world.flush()
+    saved = world.sql_copy()
+    for id in old:
+        world.orders.transition(id, "ship", {"carrier": "x"})
+    some(world, "later", ("pay",))
+    world.flush()
+    assert world.evict(old[3]) == "OK"
+    world.orders.transition(old[0], "note", {"late": True})
+    world.sql_back(saved)
+
+
+def diverged(world: worlds.World) -> None:
+    """Redis lost its tail, nobody noticed, and the lost ids were given again: two lines of history (H13)."""
+    old = some(world, "old", ("pay",))
+    world.flush()
+    saved = world.redis_copy()
+    for id in old:
+        world.orders.transition(id, "ship")
+    world.flush()
+    identity = world.meta()["identity"]
+    world.redis_back(saved, detour=True)
+    for partition in (0, 1):
+        world.client.hset(world.keyspace.meta(partition), "identity", identity)
+    for id in old[:3]:
+        world.orders.transition(id, "cancel")
+    some(world, "fork")
+
+
+def parked_id(world: worlds.World) -> str:
+    return world.id(0, "old")
+
+
+def refused_start(world: worlds.World) -> str:
+    return world.id(1, "first")
+
+
+def again(act: Callable[[StateCache, str, str], object], id_of: Callable[[worlds.World], str]) -> Callable[..., None]:
+    def repeat(world: worlds.World) -> None:
+        try:
+            act(world.cache, "order", id_of(world))
+        except errors.NotFoundError:  # it was done before the death
+            assert world.durable.letters("order", id_of(world)) == []
+
+    return repeat
+
+
+def _ids(id_of: Callable[[Any], str]) -> Callable[[StateCache], str]:
+    class Named:
+        """Enough of a world to choose an id."""
+
+        def __init__(self, cache: StateCache) -> None:
+            self.keyspace = cache.hot.keyspace
+
+        partition_of = worlds.World.partition_of
+        ids = worlds.World.ids
+        id = worlds.World.id
+
+    return lambda cache: id_of(Named(cache))
+
+
+def once(act: Callable[[StateCache, str, str], object], id_of: Callable[[Any], str]) -> Callable[[StateCache], object]:
+    return lambda cache: act(cache, "order", _ids(id_of)(cache))
+
+
+SCENARIOS = {
+    "flush": Scenario(mixed_batch, lambda cache: cache.flush()),
+    "recover intact": Scenario(intact, lambda cache: cache.recover()),
+    "recover wiped": Scenario(wiped, lambda cache: cache.recover()),
+    "recover tail lost": Scenario(tail_lost, lambda cache: cache.recover()),
+    "recover SQL behind": Scenario(sql_behind, lambda cache: cache.recover()),
+    "recover diverged": Scenario(diverged, lambda cache: cache.recover()),
+    "retry letters": Scenario(with_letters, once(letters.retry, parked_id), again(letters.retry, parked_id)),
+    "discard letters": Scenario(with_letters, once(letters.discard, parked_id), again(letters.discard, parked_id)),
+    "discard a start": Scenario(with_letters, once(letters.discard, refused_start), again(letters.discard, refused_start)),
+}
+
+
+# --- freezing and thawing ----------------------------------------------------------------------------------------------
+
+
+class Frozen:
+    """A situation, to begin from as often as one likes."""
+
+    def __init__(self, redis_url: str, folder: Path, namespace: str, scenario: Scenario) -> None:
+        self.redis_url = redis_url
+        self.folder = folder
+        self.namespace = namespace
+        self.scenario = scenario
+        self._file = folder / "frozen.db"
+        self._number = 0
+        with worlds.World(redis_url, f"sqlite:///{self._file}", namespace) as world:
+            scenario.prepare(world)
+            self._redis = world.redis_copy()
+
+    def thaw(self) -> str:
+        """Make the situation anew; returns the URL of its database."""
+        self._number += 1
+        copy = self.folder / f"thawed{self._number}.db"
+        shutil.copy(self._file, copy)
+        with worlds.redis.Redis.from_url(self.redis_url) as client:
+            for key in client.scan_iter(match=f"{{{self.namespace}:*", count=1000):
+                client.delete(key)
+            for key, dumped in self._redis.items():
+                client.restore(key, 0, dumped)
+        return f"sqlite:///{copy}"
+
+    def die(self, database_url: str, die_before: int | None) -> points.Points:
+        """Run the scenario in a process that dies at a point; what it did."""
+        watch = points.Points(die_before)
+        cache = StateCache.connect(
+            redis_url=self.redis_url, database_url=database_url, namespace=self.namespace, auto_recover=False
+        )
+        cache.machine(worlds.Order)
+        try:
+            with points.watched(cache, watch):
+                self.scenario.run(cache)
+        except points.Died:
+            assert die_before is not None
+        else:
+            assert die_before is None or die_before == len(watch.names) + 1
+        finally:
+            cache.close()
+        return watch
+
+    def outcome(self, database_url: str) -> dict[str, Any]:
+        """What there is after another process has taken over and gone on to the end."""
+        with worlds.World(self.redis_url, database_url, self.namespace) as world:
+            self.scenario.repeat(world)
+            world.flush()
+            world.verify()
+            found = facts(world)
+            go_on(world)
+            return found
+
+
+@pytest.fixture(autouse=True)
+def _dead_recoveries_are_superseded_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(admission, "HEARTBEAT_STALE_MS", -1)
+
+
+def facts(world: worlds.World) -> dict[str, Any]:
+    """What must not depend on where anybody died."""
+    found = world.sql_dump()
+    history, checkpoints, kept = (
+        [dict(zip(columns, row, strict=True)) for row in found[name]]
+        for name, columns in (
+            ("statecache_transitions", worlds.schema.transitions.columns.keys()),
+            ("statecache_checkpoints", worlds.schema.checkpoints.columns.keys()),
+            ("statecache_dead_letters", worlds.schema.dead_letters.columns.keys()),
+        )
+    )
+    for row in [*history, *kept]:
+        if row["event"] == "@reconciled":  # named after the recovery that wrote it
+            row["transition_id"] = "reconciled"
+    for row in kept:
+        row["error"] = row["noted_ms"] = None
+    ids = sorted({row["id"] for row in [*history, *kept]})
+    reports = [row for row in recoveries.recoveries(world.durable) if row.finished_ms is not None]
+    parts = [part for row in reports for part in msgspec.json.decode(row.report)["partitions"]]
+    return {
+        "history": history,
+        "checkpoints": checkpoints,
+        "letters": sorted(kept, key=repr),
+        "counts": {row for row in found["statecache_state_counts"] if row[-1]},
+        "read": [seen(world, id) for id in ids],
+        "lost at least": sum(part["lost_at_least"] for part in parts),
+        "loss possible": any(part["loss_possible"] for part in parts),
+    }
+
+
+def seen(world: worlds.World, id: str) -> tuple[Any, ...]:
+    try:
+        snapshot = world.orders.get(id)
+    except errors.StateCacheError as error:
+        return id, type(error).__name__
+    # A parked instance's hash may be ahead of its checkpoint, or dropped and hydrated: SQL says who is parked.
+    if world.durable.letters("order", id):
+        return id, "has letters"
+    return id, snapshot.state, snapshot.version, snapshot.data, snapshot.parked
+
+
+def go_on(world: worlds.World) -> None:
+    """Move everything that is not parked or final once more, and look again: a fork would show now."""
+    for kept in list(world.durable.iterate_checkpoints(machine="order")):
+        if world.durable.letters("order", kept.id):
+            with pytest.raises(errors.ParkedError):
+                world.orders.transition(kept.id, "note")
+        elif kept.state in ("placed", "paid", "shipped"):
+            assert world.orders.transition(kept.id, "note").version == kept.version + 1
+    world.flush()
+    world.verify()
+
+
+# --- the walk ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=SCENARIOS)
+def frozen(request: pytest.FixtureRequest, redis_url: str, tmp_path: Path, namespace: str) -> Iterator[Frozen]:
+    yield Frozen(redis_url, tmp_path, namespace, SCENARIOS[request.param])
+
+
+def test_dying_between_any_two_steps(frozen: Frozen) -> None:
+    """Die before the first call, before the second ... and after the last: the end is always the same."""
+    database_url = frozen.thaw()
+    watch = frozen.die(database_url, None)
+    wanted = frozen.outcome(database_url)
+    assert len(watch.names) > 5
+    for die_before in range(1, len(watch.names) + 1):
+        database_url = frozen.thaw()
+        frozen.die(database_url, die_before)
+        place = f"died before {watch.names[die_before - 1]} (point {die_before} of {len(watch.names)})"
+        try:
+            found = frozen.outcome(database_url)
+        except (errors.StateCacheError, AssertionError) as error:
+            raise AssertionError(f"{place}: {error}") from error
+        assert found == wanted, place
+
+
+def test_dying_twice(frozen: Frozen) -> None:
+    """The process that takes over dies too, one step later each time, until one has nothing left to do."""
+    database_url = frozen.thaw()
+    watch = frozen.die(database_url, None)
+    wanted = frozen.outcome(database_url)
+    database_url = frozen.thaw()
+    for die_before in range(1, len(watch.names) + 1, 3):
+        try:
+            frozen.die(database_url, die_before)
+        except errors.NotFoundError:  # letters: done by an earlier one
+            break
+        except AssertionError:
+            break  # it had less to do than the first one
+    assert frozen.outcome(database_url) == wanted
+
+
+def test_every_kind_of_call_is_a_point(redis_url: str, tmp_path: Path) -> None:
+    """The walk would prove nothing if calls went past the counter."""
+    names: set[str] = set()
+    for number, scenario in enumerate(SCENARIOS.values()):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        frozen = Frozen(redis_url, folder, f"points{number}", scenario)
+        names |= set(frozen.die(frozen.thaw(), None).names)
+    expected = {f"hot.{name}" for name in points.HOT} - {"hot.find", "hot.admit"} | {"hot.admit"}
+    expected |= {f"transaction.{name}" for name in points.TRANSACTION}
+    expected |= {f"recoveries.{name}" for name in points.RECOVERIES} - {"recoveries.heartbeat"}
+    assert expected - names == set()
+    assert {"BEGIN", "COMMIT"} <= names
+
+
+_ = sa

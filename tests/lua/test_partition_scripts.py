@@ -1,0 +1,426 @@
+"""The scripts of flusher, cold tier and recovery in detail; what the store sends with them; full memory."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+
+from statecache.core import codec, entry, keys
+from statecache.hot import scripts, wire
+from statecache.hot.store import HotStore
+from tests.support import servers, worlds
+
+NEXT = scripts.Stamp(2, "owner-2")
+ID = entry.EntryId
+
+
+# --- what the wrapper sends -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """Every command that goes over a wire."""
+    commands: list[bytes] = []
+    original = wire.Wire.send
+
+    def send(self: wire.Wire, packed: bytes) -> None:
+        commands.append(packed)
+        original(self, packed)
+
+    monkeypatch.setattr(wire.Wire, "send", send)
+    return commands
+
+
+def _keys_of(packed: bytes) -> list[str]:
+    """The keys of an EVAL or EVALSHA in RESP."""
+    parts = re.findall(rb"\$\d+\r\n(.*?)\r\n(?=\$|\Z)", packed, re.DOTALL)
+    count = int(parts[2])
+    return [part.decode() for part in parts[3 : 3 + count]]
+
+
+KEYS = {
+    "admit": ["meta 0", "meta 1"],
+    "apply": ["meta 1", "log 1", "meta 0", "log 0"],
+    "drop": ["meta 0"],
+    "evict": ["meta 1", "meta 0"],
+    "fence": ["meta 0"],
+    "find": ["meta 0", "log 0"],
+    "flushed": ["meta 1", "log 1", "meta 0", "log 0"],
+    "hydrate": ["meta 1", "meta 0"],
+    "park": ["meta 1", "meta 0"],
+    "probe": ["meta 0", "log 0"],
+    "read": ["meta 1", "log 1", "meta 0", "log 0"],
+    "ready": ["meta 0", "log 0"],
+}
+"""The keys of a call that touches partition 1 first, then 0, where a script takes several partitions."""
+
+
+@pytest.mark.parametrize("name", scripts.NAMES)
+def test_keys_are_those_of_the_header(fake_lab: Any, sent: list[bytes], name: str) -> None:
+    """All of a partition's keys that a script names are declared, in the header's order; the header says how many."""
+    lab = fake_lab
+    store = lab.store
+    pairs = "pairs" in scripts.header(name)
+    row = ("order:1", "paid 2 1-0 1 1 2", "", "1-0", [])
+    sent.clear()
+    match name:
+        case "admit":
+            store.admit(scripts.Stamp(1, "owner-1"), load=False)
+        case "apply":
+            lab.apply(lab.item(lab.START, partition=1), lab.item(lab.START, "2"), lab.item(lab.START, "3", partition=1))
+        case "drop":
+            store.drop(0, NEXT, "", ID(1, 1), ["order:1"])
+        case "evict":
+            store.evict([(1, "order:1", 1, "1-1", 0), (0, "order:1", 1, "1-1", 0), (1, "order:2", 1, "1-1", 0)])
+        case "fence":
+            store.fence(0, NEXT, "deployment", 1)
+        case "find":
+            store.find(0, "order", "1")
+        case "flushed":
+            store.flushed([(1, ID(1, 1), ID(1, 1), 9), (0, ID(1, 1), ID(1, 1), 9)])
+        case "hydrate":
+            store.hydrate([(1, *row), (0, *row), (1, *row)])
+        case "park":
+            store.park([(1, "order:1"), (0, "order:1")])
+        case "probe":
+            store.probe(0, NEXT, "", entry.ZERO)
+        case "read":
+            store.read([(1, entry.ZERO), (0, entry.ZERO)], entries=1, bytes_max=1)
+        case "ready":
+            store.ready(0, NEXT, identity="", watermark=ID(1, 1), limit=1, new=False, report="")
+    wanted = [getattr(lab, kind)(int(number)) for kind, number in (one.split(" ") for one in KEYS[name])]
+    assert _keys_of(sent[0]) == wanted
+    assert pairs == (name in ("apply", "flushed", "read"))
+
+
+@pytest.mark.parametrize("name", scripts.NAMES)
+def test_header_tells_keys_arguments_reply_and_cost(name: str) -> None:
+    header = scripts.header(name)
+    assert "KEYS" in header
+    assert "Reply" in header
+    assert "Cost" in header
+    used = {int(number) for number in re.findall(r"ARGV\[(\d+)\]", scripts.stamped(name, NEXT, False).text)}
+    assert not used or "ARGV" in header
+
+
+def test_every_lua_file_is_loaded_or_included() -> None:
+    folder = Path(scripts.__file__).parent / "lua"
+    assert sorted(path.stem for path in folder.glob("*.lua")) == sorted(scripts.NAMES)
+    included = set(re.findall(r"@include (\w+)", "".join(path.read_text() for path in folder.rglob("*.lua"))))
+    assert {path.stem for path in (folder / "include").glob("*.lua")} == included | {"identity_emulated"}
+
+
+@pytest.mark.slow
+def test_scripts_are_in_the_wheel(tmp_path: Path) -> None:
+    """The wheel that is built from this source holds every Lua file, and its package reads them from a zip."""
+    root = Path(scripts.__file__).parents[2]
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(root)]
+    subprocess.run(command, cwd=root, capture_output=True, check=True, timeout=100)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        packed = {name for name in archive.namelist() if name.endswith(".lua")}
+    assert packed == {str(path.relative_to(root)) for path in (root / "statecache/hot/lua").rglob("*.lua")}
+    size = "sum(len(scripts.stamped(name, scripts.NEVER, False).text) for name in scripts.NAMES)"
+    look = f"from statecache.hot import scripts; print({size}, scripts.__file__)"
+    found = subprocess.run(
+        [sys.executable, "-c", look],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(wheel)},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    size, place = found.split()
+    assert place.startswith(str(wheel))
+    assert int(size) == sum(len(scripts.stamped(name, scripts.NEVER, False).text) for name in scripts.NAMES)
+
+
+@pytest.mark.parametrize("name", scripts.NAMES)
+def test_real_servers_get_the_shebang_and_emulated_ones_not(name: str) -> None:
+    """With ``#!lua`` a server refuses keys of other slots, and refuses before the first write when memory is full."""
+    flags = "" if name in ("apply", "hydrate") else " flags=allow-oom"
+    assert scripts.stamped(name, NEXT, False).text.startswith(f"#!lua{flags}\n")
+    assert "#!" not in scripts.stamped(name, NEXT, True).text
+
+
+def test_owner_that_could_end_the_stamp_is_refused() -> None:
+    with pytest.raises(ValueError, match="owner token"):
+        scripts.stamped("apply", scripts.Stamp(1, "' .. os.exit() --"), False)
+
+
+# --- full memory ----------------------------------------------------------------------------------------------------------
+
+
+def test_full_memory_refuses_before_the_first_write_and_trimming_relieves(small_server: servers.ValkeyServer) -> None:
+    """``maxmemory`` is passed in the middle of a load: a script is refused whole (hash and log stay equal), reads go on,
+    and a flush, which only trims, still works; then writes are accepted again."""
+    client = redis.Redis.from_url(small_server.url)
+    store = HotStore(keys.Keyspace("full", 2), url=small_server.url)
+    lab = _lab(store, client)
+    blob = ["blob", '"' + "x" * 10_000 + '"']
+    number = 0
+    while lab.apply(lab.item(lab.START, str(number), pairs=blob))[0].startswith("OK"):
+        number += 1
+    before = worlds.hot_dump(client, "full")
+    batch = [lab.item(lab.START, f"more{index}") for index in range(3)]
+    assert [outcome.code for outcome in store.apply(batch)] == ["OOM"] * 3
+    assert worlds.hot_dump(client, "full") == before
+    assert len([key for key in before if b":i:" in key]) == number == len(lab.entries())
+    read = store.read([(0, ID(1, 0))], entries=1000, bytes_max=2**24)[0]
+    assert len(read.lines) == number
+    assert store.flushed([(0, read.last, read.last, 1000)]) == ["OK"]
+    assert lab.apply(lab.item(lab.START, "again"))[0].startswith("OK")
+    store.close()
+    client.close()
+
+
+def _lab(store: HotStore, client: redis.Redis) -> Any:
+    from tests.lua import conftest
+
+    return conftest.Lab(store, client)
+
+
+# --- read, find -----------------------------------------------------------------------------------------------------------
+
+
+def test_read_shares_its_count_between_partitions_in_order(lab: Any) -> None:
+    for number in range(4):
+        lab.start(str(number), partition=0)
+        lab.start(str(number), partition=1)
+    replies = lab.store.read([(1, ID(1, 0)), (0, ID(1, 0))], entries=6, bytes_max=2**20)
+    assert [len(reply.lines) for reply in replies] == [4, 2]
+    assert [reply.last for reply in replies] == [ID(1, 4), ID(1, 4)]
+
+
+def test_read_gives_one_entry_whatever_its_size(lab: Any) -> None:
+    lab.start("1", pairs=["v", '"' + "x" * 5000 + '"'])
+    lab.start("2")
+    replies = lab.store.read([(0, ID(1, 0)), (1, entry.ZERO)], entries=100, bytes_max=10)
+    assert [len(reply.lines) for reply in replies] == [1, 0]
+    assert replies[1].last == ID(1, 0)
+
+
+def test_read_goes_on_beyond_its_page(lab: Any) -> None:
+    """The script reads in pages of 500; the count of the call may be more."""
+    lab.set_meta(limit="2000")
+    for start in range(0, 1100, 100):
+        lab.apply(*[lab.item(lab.START, str(start + index)) for index in range(100)])
+    reply = lab.store.read([(0, ID(1, 0))], entries=1050, bytes_max=2**20)[0]
+    assert [int(line.split("\x1f")[0].split("-")[1]) for line in reply.lines] == list(range(1, 1051))
+
+
+def test_read_gives_a_strangers_record_a_text_of_its_own(lab: Any) -> None:
+    """More fields, another field, a line break: told as ``?`` and not as entries, in one line each."""
+    lab.client.xadd(lab.log(), {"e": "x", "f": "y"}, id="1-1")
+    lab.client.xadd(lab.log(), {"g": "x"}, id="1-2")
+    lab.client.xadd(lab.log(), {"e": "a\nb"}, id="1-3")
+    reply = lab.store.read([(0, ID(1, 0))], entries=10, bytes_max=1000)[0]
+    assert reply.lines == ["1-1\x1f?", "1-2\x1f?", "1-3\x1f?"]
+
+
+def test_find_reads_behind_the_watermark_only_and_of_one_instance(lab: Any) -> None:
+    lab.start("1")
+    lab.start("11")
+    lab.note("1", times=3)
+    lab.store.flushed([(0, ID(1, 3), entry.ZERO, 1000)])
+    code, found = lab.store.find(0, "order", "1")
+    assert (code, [one.version for one in found]) == ("OK", [3, 4])
+
+
+# --- flushed --------------------------------------------------------------------------------------------------------------
+
+
+def test_watermark_only_grows_and_the_witness_stays(lab: Any) -> None:
+    lab.start()
+    lab.note(times=4)
+    assert lab.store.flushed([(0, ID(1, 4), ID(1, 4), 77)]) == ["OK"]
+    assert [str(one.entry_id) for one in lab.entries()] == ["1-4", "1-5"]
+    assert lab.store.flushed([(0, ID(1, 2), ID(1, 2), 78)]) == ["OK"]
+    meta: Any = lab.client.hgetall(lab.meta())
+    assert (meta[b"watermark"], meta[b"limit"], meta[b"kept"]) == (b"1-4", b"78", b"1")
+    assert [str(one.entry_id) for one in lab.entries()] == ["1-4", "1-5"]
+
+
+def test_nothing_above_the_watermark_given_is_trimmed(lab: Any) -> None:
+    """P11. A flusher whose memory is of a time before SQL was restored asks to trim to an id above SQL's watermark;
+    ``meta`` still has the higher watermark of that time. What SQL has not stays."""
+    lab.start()
+    lab.note(times=8)
+    assert lab.store.flushed([(0, ID(1, 8), ID(1, 2), 1000)]) == ["OK"]
+    assert lab.store.flushed([(0, ID(1, 4), ID(1, 8), 1000)]) == ["OK"]
+    assert [one.entry_id.seq for one in lab.entries()] == [4, 5, 6, 7, 8, 9]
+
+
+# --- evict, hydrate, park, drop ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("version", "watermark", "code"),
+    [(2, "1-2", "OK"), (1, "1-2", "KEPT"), (3, "1-2", "KEPT"), (2, "1-1", "KEPT"), (2, "2-0", "OK")],
+)
+def test_evict_wants_the_checkpoints_version_and_a_watermark(lab: Any, version: int, watermark: str, code: str) -> None:
+    """H8: by SQL's own version and watermark, whatever ``meta.watermark`` says."""
+    lab.start()
+    lab.note()
+    lab.set_meta(watermark="9-9")
+    assert lab.store.evict([(0, "order:1", version, watermark, 0)]) == [code]
+    assert bool(lab.client.exists(lab.key("1"))) == (code == "KEPT")
+    meta: Any = lab.client.hgetall(lab.meta())
+    assert (meta[b"cold"], meta[b"evicted_to"]) == ((b"1", b"1-2") if code == "OK" else (b"0", b"0-0"))
+
+
+def test_evicted_to_is_the_highest_of_several(lab: Any) -> None:
+    lab.start("1")
+    lab.start("2")
+    rows = [(0, "order:2", 1, "1-2", 0), (0, "order:1", 1, "1-2", 0)]
+    assert lab.store.evict(rows) == ["OK", "OK"]
+    assert lab.client.hget(lab.meta(), "evicted_to") == b"1-2"
+
+
+def test_parked_hash_is_evicted_only_to_unpark_it(lab: Any) -> None:
+    """H8: a parked instance's entries are below the watermark and not in history; its hash stays until SQL has no letter."""
+    lab.start()
+    lab.note()
+    assert lab.store.park([(0, "order:1"), (0, "order:2")]) == ["OK 1-2", "GONE"]
+    assert lab.store.evict([(0, "order:1", 2, "1-2", 0)]) == ["KEPT"]
+    assert lab.store.evict([(0, "order:1", 1, "1-1", 1)]) == ["KEPT"]
+    assert lab.store.evict([(0, "order:1", 1, "1-2", 1)]) == ["OK"]
+
+
+def test_parking_twice_is_parking_once(lab: Any) -> None:
+    lab.start()
+    lab.store.park([(0, "order:1")])
+    before = lab.dump()
+    assert lab.store.park([(0, "order:1")]) == ["OK 1-1"]
+    assert lab.dump() == before
+
+
+def test_unparking_leaves_a_hash_that_is_not_parked(lab: Any) -> None:
+    lab.start()
+    assert lab.store.evict([(0, "order:1", 7, "1-1", 1)]) == ["KEPT"]
+
+
+def test_hydrated_hash_is_the_one_that_was_evicted(lab: Any) -> None:
+    lab.start(pairs=["a", "1", "b", '"x"'])
+    lab.note()
+    before = lab.hash("1")
+    row = (0, "order:1", before["@"], before["@r"], "1-2", ["a", "1", "b", '"x"'])
+    lab.store.evict([(0, "order:1", 2, "1-2", 0)])
+    assert lab.store.hydrate([row]) == ["OK"]
+    assert lab.hash("1") == before
+    assert lab.store.hydrate([row]) == ["EXISTS"]
+
+
+def test_hydration_takes_as_many_fields_as_an_instance_may_have(lab: Any) -> None:
+    pairs = [part for number in range(256) for part in (f"field_{number}", str(number))]
+    assert lab.store.hydrate([(0, "order:1", "placed 1 1-0 1 1 1", codec.token_of("a"), "1-0", pairs)]) == ["OK"]
+    assert len(lab.hash("1")) == 258
+
+
+def test_drop_marks_cold_even_without_a_name(lab: Any) -> None:
+    """H3: the start itself may have been in the lost tail: there is nothing to drop, and the partition is cold all the same."""
+    lab.fence(0, NEXT)
+    assert lab.store.drop(0, NEXT, lab.identity, ID(1, 7), []) == "OK 0"
+    meta: Any = lab.client.hgetall(lab.meta())
+    assert (meta[b"cold"], meta[b"evicted_to"]) == (b"1", b"1-7")
+    assert lab.store.drop(0, NEXT, lab.identity, ID(1, 3), []) == "OK 0"
+    assert lab.client.hget(lab.meta(), "evicted_to") == b"1-7"
+
+
+# --- fence, ready ---------------------------------------------------------------------------------------------------------
+
+
+def test_fence_leaves_what_ready_must_judge(lab: Any) -> None:
+    """H15: recorded identity, watermark, ``cold`` and ``evicted_to`` stay as the last true Redis left them."""
+    lab.set_meta(identity="recorded", watermark="1-7", cold="1", evicted_to="1-5")
+    before: Any = lab.client.hgetall(lab.meta())
+    code, fenced = lab.store.fence(0, NEXT, "deployment", 1)
+    assert code == "OK"
+    assert (fenced.existed, fenced.epoch, fenced.owner) == (True, 1, "owner-1")
+    assert (fenced.recorded_identity, fenced.watermark, fenced.cold, fenced.evicted_to) == (
+        "recorded",
+        ID(1, 7),
+        "1",
+        ID(1, 5),
+    )
+    after: Any = lab.client.hgetall(lab.meta())
+    changed = {name for name in {*before, *after} if before.get(name) != after.get(name)}
+    assert changed == {b"epoch", b"owner", b"status"}
+
+
+@pytest.mark.parametrize("stamp", [scripts.Stamp(1, "other"), scripts.Stamp(2, "owner-2"), scripts.Stamp(2, "other")])
+def test_fence_never_goes_back_nor_twice(lab: Any, stamp: scripts.Stamp) -> None:
+    """H4d, H14: refused unless the epoch in ``meta`` is lower."""
+    lab.fence(0, NEXT)
+    before = lab.dump()
+    code, fenced = lab.store.fence(0, stamp, "deployment", 1)
+    assert (code, fenced) == ("NEWER 2 owner-2", None)
+    assert lab.dump() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [(("deployment", 2), "protocol 1"), (("other", 1), "deployment deployment")],
+)
+def test_fence_refuses_a_partition_of_others(lab: Any, arguments: tuple[str, int], what: str) -> None:
+    assert lab.store.fence(0, NEXT, *arguments)[0] == f"FOREIGN {what}"
+
+
+def test_fence_refuses_another_partition_count(lab: Any) -> None:
+    lab.set_meta(partitions="16")
+    assert lab.store.fence(0, NEXT, "deployment", 1)[0] == "FOREIGN partitions 16"
+
+
+def test_dry_fence_writes_nothing(lab: Any) -> None:
+    before = lab.dump()
+    code, fenced = lab.store.fence(0, NEXT, "deployment", 1, dry_run=True)
+    assert (code, fenced.epoch) == ("OK", 1)
+    assert lab.dump() == before
+
+
+def test_ready_writes_the_mark_as_the_epochs_first_entry(lab: Any) -> None:
+    """H5: ``e-0`` with the id before it and the owner. From then on the stream itself refuses an entry of epoch 1."""
+    lab.start()
+    lab.open(0, NEXT, new=False)
+    last = lab.client.xrevrange(lab.log(), count=1)[0]
+    mark = entry.parse(ID.parse(last[0].decode()), last[1][b"e"].decode())
+    assert (mark.entry_id, mark.is_mark, mark.prev, mark.transition_id) == (ID(2, 0), True, ID(1, 1), "owner-2")
+    with pytest.raises(redis.ResponseError, match="equal or smaller"):
+        lab.client.xadd(lab.log(), {"e": "stale"}, id="1-*")
+
+
+def test_ready_never_lowers_the_watermark_nor_warms_a_cold_partition(lab: Any) -> None:
+    lab.start()
+    lab.set_meta(watermark="1-1", cold="1", evicted_to="1-1")
+    lab.open(0, NEXT, new=False)
+    meta: Any = lab.client.hgetall(lab.meta())
+    assert (meta[b"watermark"], meta[b"cold"], meta[b"evicted_to"], meta[b"status"]) == (b"1-1", b"1", b"1-1", b"ready")
+
+
+@pytest.mark.parametrize("recoveries", [1, 2, 3, 4])
+def test_backlog_is_counted_right_over_any_number_of_epochs(lab: Any, recoveries: int) -> None:
+    """P11. Nothing is flushed while Redis is recovered again and again, and every epoch adds entries: the limit counts
+    all of them, those of epochs before the last one too."""
+    total = 1  # the first epoch's mark
+    for epoch in range(2, recoveries + 2):
+        for number in range(3):
+            lab.start(f"{epoch}-{number}")
+        total += 3
+        stamp = scripts.Stamp(epoch, "owner-n")
+        lab.fence(0, stamp)
+        lab.store.ready(0, stamp, identity=lab.identity, watermark=entry.ZERO, limit=1000, new=False, report="")
+        total += 1
+        lab.fence(1, stamp)
+        lab.store.ready(1, stamp, identity=lab.identity, watermark=entry.ZERO, limit=1000, new=False, report="")
+        lab.store.adopt(epoch, "owner-n")
+        lab.store.admit(stamp)
+    lab.set_meta(limit=str(total + 2))
+    replies = [lab.apply(lab.item(lab.START, f"z{number}"))[0].split(" ")[0] for number in range(3)]
+    assert replies == ["OK", "OK", "FULL"]

@@ -1,0 +1,259 @@
+"""The worlds: one per hole, with its rule off, and those with every rule on.
+
+A hole's world is the smallest scope found in which its violation appears; the same scope with all rules on must be free of
+violations. Names begin with the hole of ``protocol.md``; ``M`` are mistakes of this trade that have no number there, ``F``
+are findings of this model, each told at its place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tests.model.starting import Seed, backed_up, rolled_back, saved_on_disk, sql_restored, start
+from tests.model.state import Budget, State, put_hash, put_part
+from tests.model.world import ALL, Op, Rules, World
+
+START = Op("start", 0, "a")
+MOVE = Op("move", 0, "b")
+NEXT = Op("move", 0, "c")
+NONE = Seed()
+V1 = Seed(("a",))
+V2 = Seed(("a", "b"))
+U1 = Seed((), ("a",))
+INEXACT = ALL - {"P9 exact"}
+
+
+@dataclass(frozen=True, slots=True)
+class Hole:
+    """A rule that is off, the promise that breaks, and where."""
+
+    promise: str
+    world: World
+
+    @property
+    def name(self) -> str:
+        return self.world.name
+
+
+def hole(promise: str, name: str, at: State, *clients: tuple[Op, ...], off: dict[str, Any], **scope: Any) -> Hole:
+    return Hole(promise, World(name, at, clients, rules=Rules(**off), **scope))
+
+
+def mended(one: Hole) -> World:
+    """The same scope with every rule on."""
+    return replace(one.world, name=f"{one.name}, all rules on", rules=Rules())
+
+
+def _older(now: Seed, older: Seed, budget: Budget, **processes: Any) -> tuple[State, State]:
+    """The same store with two histories of x."""
+    return start(budget, seeds=(now,), **processes), start(budget, seeds=(older,))
+
+
+def holes() -> list[Hole]:
+    return [*_epochs(), *_redis_steps(), *_crossing(), *_sql_behind(), *_cold(), *_letters(), *_identity(), *_reports(), *_mistakes(), *_findings()]
+
+
+def _epochs() -> list[Hole]:
+    one = start(Budget(restart=1), flushers=1, recoverers=1)
+    return [
+        hole("P6", "H1 epoch compared in another row", one, (START,), off={"epoch_in_partition_rows": False}),
+        hole(
+            "P3", "H2 entries read before the fence", one, (START,), off={"log_read_admitted": False}, asserted=INEXACT,
+        ),
+        hole("P3", "H3 a drop leaves cold = 0", one, (START,), off={"drop_sets_cold": "never"}, asserted=INEXACT),
+        hole(
+            "P3", "H3 only `ready` sets cold",
+            backed_up(start(Budget(restart=1, restore=1), seeds=(V1,), flushers=1, recoverers=2), start(Budget(), seeds=(V1,))),
+            (MOVE,), off={"drop_sets_cold": "ready"}, asserted=INEXACT,
+        ),
+    ]  # fmt: skip
+
+
+def _redis_steps() -> list[Hole]:
+    one = start(Budget(restart=1), flushers=1, recoverers=1)
+    unguarded = {"ready_guards_meta": False, "ready_guards_identity": False}
+    behind = rolled_back(
+        start(Budget(restart=1, save=1), seeds=(V2,), recoverers=1), start(Budget(), seeds=(V1,))
+    )
+    two = start(Budget(), recoverers=2, clients=0)
+    return [
+        hole("P8", "H4a `ready` without its guard", one, (START,), off=unguarded, asserted=INEXACT),
+        hole("P8", "H4b `ready` blesses another server", behind, (NEXT,), off={"ready_guards_identity": False}, asserted=INEXACT),
+        hole("P6", "H4d the fence goes back", two, off={"fence_only_raises": False}),
+        hole("P9", "H15 the fence overwrites the identity", start(Budget(restart=1), recoverers=2), (START,),
+             off={"fence_keeps_identity": False}),
+        hole("P6", "H14 no owner", start(Budget(restore=1), recoverers=2, clients=0), off={"owner_token": False}),
+    ]  # fmt: skip
+
+
+def _crossing() -> list[Hole]:
+    return [
+        hole("P3", "H5 an epoch begins at 0 behind anything", start(Budget(restore=1), flushers=1, recoverers=2),
+             (START, MOVE), off={"marks": False}),
+        hole("P3", "H17 *intact* by order of ids", start(Budget(restart=1, restore=1), flushers=1, recoverers=2),
+             (START,), off={"mark_behind_watermark": False}, asserted=INEXACT),
+    ]  # fmt: skip
+
+
+def _sql_behind() -> list[Hole]:
+    three, two = Seed(("a", "b", "c")), Seed(("a", "b", "c"), hot=False)
+    hot = sql_restored(
+        start(Budget(), seeds=(three,), retained=False, clients=0, flushers=1, recoverers=2), start(Budget(), seeds=(V1,))
+    )
+    cold = sql_restored(
+        start(Budget(), seeds=(two,), retained=False, clients=0, flushers=1, recoverers=1), start(Budget(), seeds=(V1,))
+    )
+    trim = start(Budget(restore=1), flushers=1, recoverers=1)
+    return [
+        hole("P3", "H6a reconciled in the log", hot, off={"reconcile_in_sql": False}),
+        hole("P3", "H6c watermark and rows apart", hot, off={"reconcile_one_tx": False}, asserted=INEXACT - {"P9"}),
+        hole("P3", "H6d cold instances forgotten", cold, off={"reconcile_cold": False}),
+        hole("P11", "H7 a late trim", trim, (START, MOVE), off={"trim_stamped": False}),
+    ]
+
+
+def _cold() -> list[Hole]:
+    stale = sql_restored(
+        start(Budget(), seeds=(V2,), clients=0, evictors=1, recoverers=1), start(Budget(), seeds=(V1,))
+    )
+    later = backed_up(
+        start(Budget(restore=1), seeds=(V2,), clients=0, evictors=1, recoverers=1), start(Budget(), seeds=(V1,))
+    )
+    evicted, older = _older(Seed(("a", "b"), hot=False), Seed(("a",), hot=False), Budget(restore=1))
+    both = start(Budget(), seeds=(Seed(("a",), hot=False),), clients=2, flushers=1, evictors=1)
+    slow = backed_up(
+        start(Budget(restore=1), seeds=(V1,), clients=1, flushers=1, evictors=1), start(Budget(), seeds=(V1,))
+    )
+    return [
+        hole("P11", "H8a evicted by meta.watermark", stale, off={"evict_by": "meta watermark"}),
+        hole("P11", "H8b evicted by SQL's watermark", start(Budget(), seeds=(V1,), flushers=1, evictors=1), (MOVE,),
+             off={"evict_by": "sql watermark"}, poison=frozenset("b")),
+        hole("P11", "H8c eviction without stamp", later, off={"evict_stamped": False}),
+        hole("P3", "H9 hydrated from an older SQL", backed_up(evicted, older), (NEXT,), off={"evicted_to": False}),
+        hole("P3", "H9 checkpoint first, watermark second", both, (MOVE,), (NEXT,),
+             off={"lookup_snapshot": "checkpoint first"}),
+        hole("P3", "H9 watermark first, checkpoint second", slow, (MOVE, NEXT),
+             off={"lookup_snapshot": "watermark first"}),
+        hole("P3", "H10 hydrate overwrites", both, (MOVE,), (NEXT,), off={"hydrate_only_absent": False}),
+        hole("P7", "H11 durable by comparing ids", start(Budget(restart=1), flushers=1, recoverers=1),
+             (replace(START, durable=True),), off={"durable_by_row": False}, asserted=INEXACT),
+    ]  # fmt: skip
+
+
+def _letters() -> list[Hole]:
+    poison = {"poison": frozenset("b")}
+    plain = start(Budget(), seeds=(V1,), flushers=1)
+    two = start(Budget(), seeds=(V1,), flushers=2)
+    lost = start(Budget(restart=1, save=1), seeds=(V1,), flushers=1, recoverers=1)
+    wiped = start(Budget(wipe=1), seeds=(V1,), flushers=1, recoverers=1)
+    mending = start(Budget(), seeds=(V1,), flushers=1, operator=1)
+    return [
+        hole("P3", "H12a waiting entries are skipped", plain, (MOVE, NEXT), off={"letters_with_flush": False}, **poison),
+        hole("P3", "H12a parked by what Redis says", two, (MOVE, NEXT), off={"parked_read_in_flush": False}, batches=(1,), **poison),
+        hole("P3", "H12b recovery forgets letters", lost, (MOVE,), off={"recovery_counts_letters": False}, asserted=INEXACT,
+             **poison),
+        hole("P3", "H12c hydrated without its letters", wiped, (MOVE, NEXT), off={"hydrate_parks": False}, asserted=INEXACT,
+             **poison),
+        hole("P3", "H12d mended too early", mending, (MOVE, NEXT), off={"letters_wait": False}, batches=(1,), **poison),
+        hole("P3", "H12e half a queue discarded", mending, (MOVE, NEXT), off={"letters_whole_queue": False}, **poison),
+        hole("P10", "M one bad record stops all", plain, (MOVE,), off={"poison_stops_one": False}, **poison),
+    ]  # fmt: skip
+
+
+def _identity() -> list[Hole]:
+    detour = start(Budget(detour=1), recoverers=1)
+    empty = start(Budget())
+    return [
+        hole("P8", "H13a a detour within the interval", detour, (START, MOVE), off={"detour_takes_longer": False}),
+        hole("P8", "H13b the first call does not ask", _flushed_cache(saved_on_disk(start(Budget(restart=1), seeds=(U1,)), empty)),
+             (replace(START, tid="c"),), off={"first_call_checks": False}),
+        hole("P3", "H13 *intact* without comparing content",
+             start(Budget(detour=1), flushers=1, recoverers=1), (START, Op("start", 0, "c")),
+             off={"detour_takes_longer": False, "intact_by_content": False}, asserted=INEXACT - {"P8", "P9"}),
+    ]  # fmt: skip
+
+
+def _flushed_cache(state: State) -> State:
+    """The server's scripts were flushed: NOSCRIPT without any other fault."""
+    return state._replace(redis=state.redis._replace(cache=frozenset()))
+
+
+def _reports() -> list[Hole]:
+    late = start(Budget(lost_reply=1), seeds=(V1,), clients=2, ring=1)
+    return [
+        hole("P4", "H16 the ring has moved on", late, (MOVE,), (NEXT,), off={"old_answer": False}, ring=1),
+        hole("P9", "H18 a loss with class *intact*", start(Budget(restart=1), recoverers=1), (START,),
+             off={"loss_possible": False}),
+        hole("P9", "H18 report and reset apart", start(Budget(restart=1), flushers=1, recoverers=2), (START, MOVE),
+             off={"report_resets_tail": False}, batches=(1,)),
+    ]  # fmt: skip
+
+
+def _mistakes() -> list[Hole]:
+    return [
+        hole("P8", "M NOSCRIPT answered by a blind reload", start(Budget(restart=1)), (START, replace(START, tid="c")),
+             off={"noscript_asks": False, "first_call_checks": False}),
+        hole("P5", "M two flushers, no compare-and-set", start(Budget(), flushers=2), (START,),
+             off={"watermark_compared": False}),
+        hole("P3", "M cursor in a transaction of its own", start(Budget(kill=1), flushers=1), (START,),
+             off={"watermark_with_rows": False}),
+        hole("P4", "M duplicates are looked for outside", start(Budget(lost_reply=1), seeds=(V1,)), (MOVE,),
+             off={"ring_checked": False, "old_answer": False}),
+        hole("P4", "M hydrated without its ring", start(Budget(lost_reply=1), seeds=(V1,), flushers=1, evictors=1), (MOVE,),
+             off={"hydrate_brings_ring": False, "old_answer": False}),
+    ]  # fmt: skip
+
+
+def _findings() -> list[Hole]:
+    trim = start(Budget(restore=1), flushers=1, recoverers=1)
+    evicting = backed_up(
+        start(Budget(restore=1), seeds=(V2,), clients=0, evictors=1, recoverers=1), start(Budget(), seeds=(V1,))
+    )
+    cold = Seed(("a",), hot=False)
+    thawing = backed_up(
+        start(Budget(restore=1, wipe=1), seeds=(cold,), flushers=1, recoverers=1), start(Budget())
+    )
+    again = replace(MOVE, retry=True)
+    repeated = start(Budget(), seeds=(Seed(("a",), ("b", "c")),), recoverers=1, ring=1)
+    restored = sql_restored(start(Budget(), seeds=(Seed(("a", "b", "c")),), ring=1), start(Budget(), seeds=(V1,)))
+    untold = start(Budget(), seeds=(Seed(("a",), letters=("b", "c")),), ring=1)
+    untold = _unflagged(untold)
+    reopened = sql_restored(
+        start(Budget(), seeds=(Seed(tuple("abcd")),), retained=False, clients=0, flushers=1, recoverers=1),
+        start(Budget(), seeds=(Seed(("a",), letters=("b",)),)),
+    )
+    pair, home = (V2, NONE), (0, 0)
+    split = saved_on_disk(
+        start(Budget(detour=1), seeds=pair, home=home, flushers=1, recoverers=1),
+        start(Budget(), seeds=(V1, NONE), home=home),
+    )
+    other = Seed(("d",))
+    forgotten = sql_restored(
+        start(Budget(), seeds=(Seed(("a", "b"), hot=False), other), home=home, retained=False, clients=0, recoverers=1),
+        start(Budget(), seeds=(Seed(("a",), hot=False), NONE), home=home),
+    )
+    return [
+        hole("P11", "F1 one stamp for all threads: trim", trim, (START, MOVE), off={"stamp_held": False}),
+        hole("P11", "F1 one stamp for all threads: evict", evicting, off={"stamp_held": False}),
+        hole("P3", "F1 one stamp for all threads: hydrate", thawing, (MOVE,), off={"stamp_held": False}, asserted=INEXACT),
+        hole("P4", "F2 a refused look-up taken for 'not found'", repeated, (again,), off={"find_refusal_restarts": False}, ring=1),
+        hole("P4", "F3 looked for behind meta.watermark", restored, (again,), off={"find_from_sql_watermark": False}, ring=1),
+        hole("P4", "F4 letters not looked at", untold, (again,), off={"find_in_letters": False}, ring=1,
+             poison=frozenset("b")),
+        hole("P3", "F5 *SQL behind* does not count letters", reopened, off={"reconcile_counts_letters": False}),
+        hole("P3", "F6 *diverged* keeps a hash that SQL is ahead of", split, (Op("start", 1, "d"),), home=home,
+             off={"detour_takes_longer": False, "diverged_drops_stale": False}, asserted=INEXACT - {"P8"}),
+        hole("P9", "F7 *SQL behind* reports no loss", forgotten, off={"behind_says_loss": False}, home=home),
+    ]  # fmt: skip
+
+
+def _unflagged(state: State) -> State:
+    """The flusher died before it marked the parked hash."""
+    part = state.redis.parts[0]
+    copy = part.hashes[0]
+    assert copy is not None
+    return state._replace(redis=put_part(state.redis, 0, put_hash(part, 0, copy._replace(parked=False))))
+
+
+__all__ = ["Hole", "hole", "holes", "mended", "saved_on_disk"]
