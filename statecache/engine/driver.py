@@ -16,6 +16,7 @@ from typing import Any
 from statecache.core import entry, errors, failpoints, flows, items, model
 from statecache.durable.store import DurableStore
 from statecache.engine.admission import Admission
+from statecache.engine.batcher import Batcher
 from statecache.hot.store import HotStore
 
 CHUNK_ITEMS = 125
@@ -45,6 +46,7 @@ class Driver:
         self.durable = durable
         self.admission = admission
         self._revive = revive
+        self._batcher = Batcher(hot.apply)
         self.closing = threading.Event()
 
     # --- one flow ----------------------------------------------------------------------------------------------------
@@ -65,7 +67,7 @@ class Driver:
 
     def _answer(self, wish: Any, deadline: float) -> Any:
         if type(wish) is items.Item:
-            return self.hot.apply((wish,))[0]
+            return self._batcher.apply(wish)
         return self._patiently([wish], deadline)[0]
 
     def _patiently(self, wishes: Sequence[Any], deadline: float) -> Sequence[Any]:

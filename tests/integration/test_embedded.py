@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,7 +22,7 @@ import redis
 import sqlalchemy
 
 from statecache.core import errors
-from statecache.engine import embedded, lifeline
+from statecache.engine import embedded, lifeline, lockfile
 from tests.support import processes, waiting
 
 Embed = Callable[[Path], embedded.EmbeddedServer]
@@ -511,3 +512,28 @@ def test_folder_locked_for_too_long(embed: Embed, data_folder: Path, monkeypatch
         with pytest.raises(errors.UnavailableError, match="locked by another process for too long"):
             embed(data_folder).start()
         holder.communicate()
+
+
+def test_lock_of_a_file_that_was_replaced_meanwhile_does_not_count(tmp_path: Path) -> None:
+    """A waits for the lock that B holds; the file is deleted, C makes and locks it anew; B lets go. A must wait for C."""
+    path = tmp_path / "lock"
+    a, b, c = (lockfile.LockFile(path) for _ in range(3))
+    soon = time.monotonic() + 5.0
+    b.share(soon)
+    a_has_it = threading.Event()
+
+    def wait_for_it() -> None:
+        with a.held(time.monotonic() + 60.0):
+            a_has_it.set()
+
+    waiter = threading.Thread(target=wait_for_it)
+    waiter.start()
+    waiting.wait_until(lambda: a._file is not None, "A to have opened the first file")
+    path.unlink()
+    c.share(soon)
+    b.release()
+    assert not a_has_it.wait(0.1)
+    c.release()
+    waiter.join()
+    assert a_has_it.is_set()
+    a.close()

@@ -109,7 +109,7 @@ def _sql_behind() -> list[Hole]:
         hole("P3", "H6a reconciled in the log", hot, off={"reconcile_in_sql": False}),
         hole("P3", "H6c watermark and rows apart", hot, off={"reconcile_one_tx": False}, asserted=INEXACT - {"P9"}),
         hole("P3", "H6d cold instances forgotten", cold, off={"reconcile_cold": False}),
-        hole("P11", "H7 a late trim", trim, (START, MOVE), off={"trim_stamped": False}),
+        hole("P11", "H7 a late trim", trim, (START, MOVE), off={"trim_stamped": False}, asserted=INEXACT - {"P9"}),
     ]
 
 
@@ -237,7 +237,8 @@ def _findings() -> list[Hole]:
         hole("P11", "F1 one stamp for all threads: trim", trim, (START, MOVE), off={"stamp_held": False}),
         hole("P11", "F1 one stamp for all threads: evict", evicting, off={"stamp_held": False}),
         hole("P3", "F1 one stamp for all threads: hydrate", thawing, (MOVE,), off={"stamp_held": False}, asserted=INEXACT),
-        hole("P4", "F2 a refused look-up taken for 'not found'", repeated, (again,), off={"find_refusal_restarts": False}, ring=1),
+        hole("P4", "F2 a refused look-up taken for 'not found'", repeated, (again,), 
+             off={"find_refusal_restarts": False, "refusal_forgets_pin": False}, ring=1),
         hole("P4", "F3 looked for behind meta.watermark", restored, (again,), off={"find_from_sql_watermark": False}, ring=1),
         hole("P4", "F4 letters not looked at", untold, (again,), off={"find_in_letters": False}, ring=1,
              poison=frozenset("b")),

@@ -269,7 +269,8 @@ def ready(world: World, redis: Redis, p: int, stamp: Stamp, look: Look) -> Reply
     if rules.marks:
         if part.last >= (stamp[0], 0):
             raise Violation("P6", f"the mark of epoch {stamp[0]} meets a log that is at {part.last}")
-        mark = Entry((stamp[0], 0), MARK, 0, "", part.last, stamp[1])
+        prev = max(part.last, look.watermark) if rules.mark_names_watermark else part.last
+        mark = Entry((stamp[0], 0), MARK, 0, "", prev, stamp[1])
         part = part._replace(log=(*part.log, mark), last=mark.id)
     return Reply("OK", put_part(redis, p, part._replace(meta=meta)))
 

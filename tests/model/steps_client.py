@@ -71,7 +71,10 @@ def _apply(world: World, state: State, number: int, client: Client, op: Op) -> S
     wish = f"{op.kind} {name(op.inst)} '{op.tid}'"
     if reply.code in scripts.ADMISSION:
         due = client.due if reply.code == "NOSCRIPT" or not world.rules.first_call_checks else False
-        yield f"{wish}: {reply.code}", put_client(state, number, _refused(client)._replace(due=due))
+        after = _refused(client)._replace(due=due)
+        if not world.rules.refusal_forgets_pin:
+            after = after._replace(expected=client.expected)
+        yield f"{wish}: {reply.code}", put_client(state, number, after)
         return
     client = client._replace(due=False)
     if reply.code == "OK":
@@ -136,7 +139,8 @@ def _load(world: World, state: State, number: int, client: Client, op: Op) -> St
 
 def _loaded(world: World, state: State, number: int, client: Client, pair: Stamp) -> State:
     redis = state.redis._replace(cache=state.redis.cache | {pair})
-    client = _again(client)._replace(stamp=pair, due=world.rules.first_call_checks)
+    pin = 0 if world.rules.refusal_forgets_pin else client.expected
+    client = _again(client)._replace(stamp=pair, due=world.rules.first_call_checks, expected=pin)
     return put_client(state._replace(redis=redis), number, client)
 
 

@@ -24,6 +24,7 @@ class Rules:
     probe_fenced: bool = True  # H4c: the recovery's reads are guarded
     ready_guards_meta: bool = True  # H4a: `ready` refuses unless meta is as the fence left it
     ready_guards_identity: bool = True  # H4b: ... and the server is the one that the fence met
+    mark_names_watermark: bool = True  # F8: a mark names the higher of the log's last id and SQL's watermark
     marks: bool = True  # H5: an epoch begins with a mark that names the id before it
 
     # Admission
@@ -65,6 +66,7 @@ class Rules:
     ring_checked: bool = True  # P4: duplicates are looked for inside the script
     old_answer: bool = True  # H16
     find_refusal_restarts: bool = True  # F2: a refused look-up of the log is no "not found"
+    refusal_forgets_pin: bool = True  # F2: nor is the version that it was pinned to kept over an admission
     find_from_sql_watermark: bool = True  # F3: meta.watermark may be above SQL's
     find_in_letters: bool = True  # F4
     durable_by_row: bool = True  # H11

@@ -1,0 +1,96 @@
+"""Natural batching for threads: calls that arrive while a script call is in flight leave together in the next one.
+
+Leader and followers, without a thread of its own, a timer or a knob. The first caller leads: it sends what is queued (at first
+only its own item). Who arrives meanwhile queues and sleeps. When the reply is there the leader hands leadership to the first in
+the queue BEFORE it wakes its followers, so that the server is never idle while Python distributes answers. A lone caller pays
+for two uncontended locks.
+
+Order: the queue is first in, first out, and a caller waits for its answer, so the order of one caller's calls is kept.
+Measured against a sender thread: twice as fast for one caller, a sixth faster for sixteen (docs/performance.md).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from statecache.core import items
+
+BATCH_ITEMS_MAX = 250
+BATCH_BYTES_MAX = 1_000_000
+
+
+class _Waiter:
+    __slots__ = ("error", "item", "outcome", "woken")
+
+    def __init__(self, item: items.Item) -> None:
+        self.item = item
+        self.outcome: items.Outcome | None = None
+        self.error: BaseException | None = None
+        self.woken = threading.Lock()
+        self.woken.acquire()
+
+
+class Batcher:
+    """Sends items of many threads in shared script calls."""
+
+    def __init__(self, apply: Callable[[Sequence[items.Item]], list[items.Outcome]]) -> None:
+        self._apply = apply
+        self._lock = threading.Lock()
+        self._queue: deque[_Waiter] = deque()
+        self._led = False
+
+    def apply(self, item: items.Item) -> items.Outcome:
+        """Apply one item, in company if there is any. Raises what the script call raises."""
+        with self._lock:
+            if not self._led:
+                self._led = True
+                mine = None
+            else:
+                mine = _Waiter(item)
+                self._queue.append(mine)
+        if mine is None:
+            return self._lead(item, ())
+        mine.woken.acquire()  # until answered, or made the leader
+        if mine.outcome is not None:
+            return mine.outcome
+        if mine.error is not None:
+            raise mine.error
+        with self._lock:
+            company = self._taken(mine)
+        return self._lead(mine.item, company)
+
+    def _taken(self, leader: _Waiter) -> list[_Waiter]:
+        """Those of the queue that travel with its first: as many as fit, none that wants another confirmation."""
+        size = len(leader.item.tail)
+        taken: list[_Waiter] = []
+        while self._queue and len(taken) + 1 < BATCH_ITEMS_MAX:
+            waiter = self._queue[0]
+            size += len(waiter.item.tail)
+            if size > BATCH_BYTES_MAX or waiter.item.confirm != leader.item.confirm:
+                break
+            taken.append(self._queue.popleft())
+        return taken
+
+    def _lead(self, item: items.Item, company: Sequence[_Waiter]) -> items.Outcome:
+        try:
+            outcomes = self._apply([item, *[waiter.item for waiter in company]])
+        except BaseException as error:
+            self._hand_over()
+            for waiter in company:
+                waiter.error = error
+                waiter.woken.release()
+            raise
+        self._hand_over()
+        for waiter, outcome in zip(company, outcomes[1:], strict=True):
+            waiter.outcome = outcome
+            waiter.woken.release()
+        return outcomes[0]
+
+    def _hand_over(self) -> None:
+        with self._lock:
+            heir = self._queue.popleft() if self._queue else None
+            self._led = heir is not None
+        if heir is not None:
+            heir.woken.release()

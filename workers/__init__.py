@@ -1,0 +1,1 @@
+"""The processes of a deployment: the flusher, and what else runs beside the programs that use a store."""

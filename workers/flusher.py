@@ -1,0 +1,119 @@
+"""The flusher as a process: the loop of ``engine/flusher.py``, what it says of its progress, and how it is stopped.
+
+SIGTERM or SIGINT: finish the batch under way, then stop. A second one: stop now; the transaction under way is rolled back,
+and whoever flushes next begins where SQL stands (P5). A SIGKILL at any moment does no harm either.
+
+Several may run at once: SQL's compare-and-set lets one win each batch, so the others only cost.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from statecache.core import errors
+from statecache.engine.cache import StateCache
+from statecache.engine.flusher import Step
+
+_log = logging.getLogger(__name__)
+_TELL_SECONDS = 5.0
+_ONCE_SECONDS = 5.0
+
+Told = Callable[[int, float, int], None]
+"""Receives how many entries were flushed in how many seconds, and how many since the start."""
+
+
+class StopNow(KeyboardInterrupt):
+    """The second signal. ``number`` is the signal's."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+@contextmanager
+def stopping(wake: Callable[[], None] = lambda: None) -> Iterator[threading.Event]:
+    """Turn the first SIGTERM or SIGINT into an event, and the second into ``StopNow`` in the main thread.
+
+    ``wake`` is called when the event is set. A handler runs between any two instructions of the main thread, which may hold
+    the very lock that an event or the log needs: so all it does is start a thread.
+    """
+    stop = threading.Event()
+    received: list[int] = []
+
+    def begin() -> None:
+        stop.set()
+        wake()
+        _log.info("stopping when the batch under way is done; signal again to stop now")
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        if len(received) > 1:
+            raise StopNow(number)
+        threading.Thread(target=begin, name="statecache-stopping", daemon=True).start()
+
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(number, handle) for number in numbers]
+    try:
+        yield stop
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+class Progress:
+    """Adds up steps, and tells of them every few seconds while there is something to tell."""
+
+    def __init__(self, tell: Told) -> None:
+        self._tell = tell
+        self._entries = 0
+        self._since = time.monotonic()
+        self.total = 0
+
+    def step(self, step: Step) -> None:
+        """Count a step of the flusher."""
+        self._entries += step.entries
+        self.total += step.entries
+        for hole in step.stopped.values():
+            _log.error("%s; its partition waits for 'statecache recover'", hole)
+        if time.monotonic() - self._since >= _TELL_SECONDS:
+            self.tell()
+
+    def tell(self) -> None:
+        now = time.monotonic()
+        if self._entries:
+            self._tell(self._entries, now - self._since, self.total)
+        self._entries, self._since = 0, now
+
+
+def log_progress(entries: int, seconds: float, total: int) -> None:
+    _log.info("flushed %d transitions in %.1f s, %d since the start", entries, seconds, total)
+
+
+def run(cache: StateCache, tell: Told = log_progress) -> int:
+    """Flush until a signal; returns how many entries were flushed. Raises ``StopNow`` at the second signal."""
+    progress = Progress(tell)
+    with stopping(cache.flusher.wake.set) as stop:
+        _log.info("flushing")
+        try:
+            cache.flusher.run(stop, progress.step)
+        finally:
+            progress.tell()
+    _log.info("stopped")
+    return progress.total
+
+
+def once(cache: StateCache) -> None:
+    """Flush what is there now. Raises ``IntegrityError`` for a hole, ``UnavailableError`` when a server is away."""
+    with stopping() as stop:
+        while not stop.is_set():
+            try:
+                cache.flush(timeout=_ONCE_SECONDS)
+                return
+            except errors.DurabilityTimeout as error:
+                _log.info("still flushing: %s", error)
