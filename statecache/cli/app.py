@@ -60,7 +60,7 @@ def _sentence(error: Any) -> str:
     """What is wrong with the command line, and where to look."""
     context = getattr(error, "ctx", None)
     path = context.command_path if context is not None else "statecache"
-    return f"{error.format_message()} (see '{path} --help')"
+    return f"{str(error.format_message()).rstrip('.')} (see '{path} --help')"
 
 
 def _silence(stream: TextIO) -> None:

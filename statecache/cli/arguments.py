@@ -31,7 +31,9 @@ def duration(option: str, text: str) -> timedelta:
     try:
         return timedelta(seconds=float(found.group(1)) * _UNIT_SECONDS[found.group(2) or "s"])
     except OverflowError:
-        raise errors.InvalidDataError(f"{option} {text!r} is refused: it is longer than any time counted here") from None
+        raise errors.InvalidDataError(
+            f"{option} {text!r} is refused: it is longer than any time counted here"
+        ) from None
 
 
 def data(document: str | None, pairs: Sequence[str]) -> dict[str, Any]:

@@ -20,8 +20,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from statecache.cli import exits, operations, output
-from statecache.cli.demo_ledger import Ledger, Order, Verdict, Writers, gaps_of, judge, rows_of, send
+from statecache.cli.demo_ledger import (
+    WAVE_ORDERS,
+    Call,
+    Ledger,
+    Order,
+    Verdict,
+    Writers,
+    calls_of,
+    gaps_of,
+    judge,
+    rows_of,
+    send,
+)
 from statecache.core import errors, model
 from statecache.engine import status as engine_status
 from statecache.engine import verify as engine_verify
@@ -75,7 +89,7 @@ class Stage:
         if not self.as_json:
             from rich.padding import Padding
 
-            self._out.print(Padding(thing, (0, 0, 0, 3)))
+            self._out.print(Padding(thing, (0, 0, 0, 3), expand=False))
 
     def claims(self, claims: Claims) -> None:
         for claim, ok in claims.held:
@@ -94,7 +108,9 @@ def run(*, as_json: bool, orders: int, keep: bool, folder: Path | None) -> int:
         stage.scene("A server and a database of their own")
         with StateCache.embedded(place, flusher=False) as cache:
             facts = cache.hot.server_facts()
-            server = f"{facts.get('server_name', 'redis')} {facts.get('valkey_version', facts.get('redis_version', ''))}"
+            server = (
+                f"{facts.get('server_name', 'redis')} {facts.get('valkey_version', facts.get('redis_version', ''))}"
+            )
             stage.say(f"{server}, its append-only file on: {cache.redis_url}")
             stage.say(f"SQLite: {cache.database_url}")
             _play(stage, cache, orders, claims, figures)
@@ -106,7 +122,9 @@ def run(*, as_json: bool, orders: int, keep: bool, folder: Path | None) -> int:
     else:
         stage.say("")
         kept = f"; the folder is {place}" if keep else ""
-        stage.say(f"{len(claims.held)} claims checked in {figures['seconds']} s: {'all hold' if ok else 'SOME ARE BROKEN'}{kept}")
+        stage.say(
+            f"{len(claims.held)} claims checked in {figures['seconds']} s: {'all hold' if ok else 'SOME ARE BROKEN'}{kept}"
+        )
     return exits.DONE if ok else exits.FOUND
 
 
@@ -123,7 +141,7 @@ def _fresh_folder(parent: Path | None, keep: bool) -> Iterator[Path]:
 def _play(stage: Stage, cache: StateCache, orders: int, claims: Claims, figures: dict[str, Any]) -> None:
     ledger = Ledger()
     before = _quiet_load(stage, cache, ledger, orders, figures)
-    watermarks, oldest_ms = _crash(stage, cache, ledger, orders, figures)
+    watermarks, bound_ms = _crash(stage, cache, ledger, orders, figures)
     report = _recover(stage, cache, figures)
     verdict = _compare(stage, cache, ledger, watermarks, figures)
     stage.scene("What was claimed")
@@ -132,7 +150,7 @@ def _play(stage: Stage, cache: StateCache, orders: int, claims: Claims, figures:
         f"order:{_SHOWN} is where it was, read from SQL now: {survivor.state}, version {survivor.version}",
         survivor == before and survivor.source == "durable", before, survivor,
     )  # fmt: skip
-    _check(claims, verdict, report, oldest_ms)
+    _check(claims, verdict, report, bound_ms)
     repeated = _go_on(cache, ledger, verdict, claims, figures)
     _check_end(cache, ledger, claims, figures)
     stage.claims(claims)
@@ -143,11 +161,12 @@ def _play(stage: Stage, cache: StateCache, orders: int, claims: Claims, figures:
 # --- before the crash --------------------------------------------------------------------------------------------------
 
 
-def _quiet_load(stage: Stage, cache: StateCache, ledger: Ledger, orders: int, figures: dict[str, Any]) -> model.Snapshot:
+def _quiet_load(
+    stage: Stage, cache: StateCache, ledger: Ledger, orders: int, figures: dict[str, Any]
+) -> model.Snapshot:
     """Push orders through and show one of them."""
     stage.scene(f"{output.counted(orders, 'order')} from placed to delivered")
-    with _client(cache) as client:
-        writers = Writers(client, ledger)
+    with _client(cache) as client, Writers(client, ledger) as writers:
         began = time.monotonic()
         writers.begin(range(1, orders + 1))
         _follow(writers, ledger, orders)
@@ -203,16 +222,15 @@ def _crash(
 ) -> tuple[dict[int, EntryId], int]:
     """Kill the server while writers write, and delete its data.
 
-    Returns the watermarks last committed, and the time of the oldest transition that was not in SQL just before.
+    Returns the watermarks last committed, and a time before which everything was in SQL when the server was killed.
     """
     stage.scene("More orders - and mid-stream a SIGKILL for Valkey, and its data deleted")
-    with _client(cache) as client:
-        writers = Writers(client, ledger)
+    with _client(cache) as client, Writers(client, ledger) as writers:
         known = len(ledger.acknowledged)
         writers.begin(range(orders + 1, orders + 1_000_000), timeout=1.0)
         while len(ledger.acknowledged) < known + _MID_STREAM_CALLS and writers.busy:
             time.sleep(0.01)
-        before = _unflushed(client)
+        before, bound_ms = _unflushed(client)
         pid = cache.server.pid if cache.server else None
         assert pid is not None
         os.kill(pid, signal.SIGKILL)
@@ -224,23 +242,24 @@ def _crash(
     # The client is closed and its flusher has ended: what SQL has now is what it had at the end.
     watermarks = {row.partition: row.watermark for row in cache.durable.partitions()}
     lag = before.lag_seconds or 0.0
-    now_ms = int(time.time() * 1000)
     figures |= {"lag_ms": round(lag * 1000), "backlog": before.backlog, "in_flight": len(ledger.unanswered)}
     stage.say(
-        f"just before: {output.counted(before.backlog or 0, 'transition')} not in SQL yet, the oldest {output.seconds(lag)} old: "
-        "that is what the crash may cost"
+        f"just before: {output.counted(before.backlog or 0, 'transition')} not in SQL yet, "
+        f"the oldest {output.seconds(lag)} old: that is what the crash may cost"
     )
     stage.say(f"in flight: {output.counted(len(ledger.unanswered), 'call')} without an answer, applied or not")
-    return watermarks, min((one.at_ms for one in _behind(ledger, watermarks)), default=now_ms)
+    return watermarks, bound_ms
 
 
-def _unflushed(client: StateCache) -> engine_status.Status:
-    """The store's status at a moment when something is not flushed yet."""
+def _unflushed(client: StateCache) -> tuple[engine_status.Status, int]:
+    """The store's status at a moment when something is not flushed yet, and a time before which all is in SQL."""
     deadline = time.monotonic() + _BACKLOG_PATIENCE_SECONDS
     while True:
+        began_ms = int(time.time() * 1000)
         found = engine_status.status(client)
         if (found.backlog or 0) >= _BACKLOG_WANTED or time.monotonic() > deadline:
-            return found
+            oldest = [one.oldest_ms for one in found.partitions if one.oldest_ms is not None]
+            return found, min([began_ms, *oldest])
 
 
 def _wait_until_dead(cache: StateCache) -> None:
@@ -250,3 +269,122 @@ def _wait_until_dead(cache: StateCache) -> None:
         except errors.UnavailableError:
             return
         time.sleep(0.005)
+
+
+# --- after the crash ---------------------------------------------------------------------------------------------------
+
+
+def _recover(stage: Stage, cache: StateCache, figures: dict[str, Any]) -> Report:
+    stage.scene("Recovery: an empty server, and SQL")
+    assert cache.server is not None
+    cache.server.ensure_running()
+    report = cache.recover()
+    figures["recovery"] = operations.report_document(report)
+    stage.show(operations.report_summary(report))
+    return report
+
+
+def _compare(
+    stage: Stage, cache: StateCache, ledger: Ledger, watermarks: dict[int, EntryId], figures: dict[str, Any]
+) -> Verdict:
+    stage.scene("What came back: every acknowledged transition compared with SQL, row by row")
+    verdict = judge(ledger, rows_of(cache), watermarks)
+    figures |= {
+        "acknowledged": verdict.acknowledged, "flushed": verdict.flushed, "survived": verdict.survived,
+        "lost": len(verdict.lost), "unanswered_applied": verdict.unanswered_applied,
+    }  # fmt: skip
+    stage.show(
+        output.facts(
+            [
+                ("acknowledged", output.count(verdict.acknowledged)),
+                ("of them in SQL before the crash", output.count(verdict.flushed)),
+                ("back, with the same content", output.count(verdict.survived)),
+                ("lost", output.count(len(verdict.lost))),
+                ("not acknowledged, applied all the same", output.count(verdict.unanswered_applied)),
+            ]
+        )
+    )
+    return verdict
+
+
+def _check(claims: Claims, verdict: Verdict, report: Report, bound_ms: int) -> None:
+    lost, unflushed = len(verdict.lost), verdict.acknowledged - verdict.flushed
+    claims.check(
+        f"all {verdict.flushed:,} transitions that were in SQL are there, none of them changed",
+        not verdict.missing_but_flushed and not verdict.different and verdict.survived == verdict.flushed,
+        *verdict.missing_but_flushed, *verdict.different,
+    )  # fmt: skip
+    claims.check(
+        f"all {lost:,} that are lost were made after everything up to then was in SQL: the lag shown bounds the loss",
+        all(one.at_ms >= bound_ms for one in verdict.lost),
+        *[one for one in verdict.lost if one.at_ms < bound_ms],
+    )
+    claims.check(
+        f"the report is right: at least {report.lost_at_least:,} lost, and {lost:,} were, of {unflushed:,} not yet in SQL",
+        report.lost_at_least <= lost + verdict.in_flight and lost <= unflushed and (report.loss_possible or not lost),
+        f"reported {report.lost_at_least}, lost {lost}, in flight {verdict.in_flight}, unflushed {unflushed}",
+    )
+    claims.check("nothing came back that nobody had sent", not verdict.foreign, *verdict.foreign)
+    claims.check(
+        "every history is versions 1..n, each move beginning where the last one ended", not verdict.gaps, *verdict.gaps
+    )
+
+
+def _go_on(cache: StateCache, ledger: Ledger, verdict: Verdict, claims: Claims, figures: dict[str, Any]) -> str:
+    """Make the calls of all orders under way at the crash again, under the same transition ids, up to their ends."""
+    lost = {one.transition_id for one in verdict.lost}
+    seen = sorted({int(call.id) for call in ledger.calls if int(call.id) > figures["orders"]})
+    wrong: list[str] = []
+    counts = {"there": 0, "again": 0, "new": 0}
+    with _client(cache) as client:
+        handle = client.machine(Order)
+        for start in range(0, len(seen), WAVE_ORDERS):
+            lives = [calls_of(number) for number in seen[start : start + WAVE_ORDERS]]
+            for step in range(max(map(len, lives))):
+                calls = [life[step] for life in lives if step < len(life)]
+                for call, result in zip(calls, send(handle, calls, timeout=20.0), strict=True):
+                    wrong += _judge_repetition(ledger, call, result, call.transition_id in lost, counts)
+        client.flush(timeout=60.0)
+    figures["repeated"] = counts
+    claims.check("every call made again, under its transition id, was applied exactly once in all", not wrong, *wrong)
+    return (
+        f"The writers made their calls of the last orders again: {counts['there']:,} were there, {counts['again']:,} that were "
+        f"lost or unanswered were applied now, {counts['new']:,} followed."
+    )
+
+
+def _judge_repetition(
+    ledger: Ledger, call: Call, result: model.Receipt | errors.StateCacheError, was_lost: bool, counts: dict[str, int]
+) -> list[str]:
+    known = ledger.acknowledged.get(call.transition_id)
+    if not isinstance(result, model.Receipt):
+        return [f"{call.id} {call.event}: {result}"]
+    if known is not None and not was_lost:
+        counts["there"] += 1
+        return [] if result == msgspec.structs.replace(known[1], duplicate=True) else [f"{known[1]} became {result}"]
+    unanswered = call.transition_id in ledger.unanswered
+    counts["there" if result.duplicate else "again" if was_lost or unanswered else "new"] += 1
+    ledger.acknowledged[call.transition_id] = (call, result)
+    return [f"{call.id} {call.event} was there already"] if result.duplicate and not unanswered else []
+
+
+def _check_end(cache: StateCache, ledger: Ledger, claims: Claims, figures: dict[str, Any]) -> None:
+    """At the end every order of the ledger is where it should be, and the stores agree."""
+    rows = rows_of(cache)
+    verdict = judge(ledger, rows, {row.partition: row.watermark for row in cache.durable.partitions()})
+    gaps = gaps_of(rows)
+    claims.check(
+        f"all {verdict.acknowledged:,} transitions are in SQL in the end, gap-free",
+        verdict.survived == verdict.acknowledged == len(rows) and not gaps, *verdict.different, *gaps,
+    )  # fmt: skip
+    counts = cache.machine(Order).counts()
+    figures["counts"] = counts
+    claims.check(
+        "every order has come to its end: " + ", ".join(f"{state} {count:,}" for state, count in counts.items()),
+        set(counts) == {"delivered", "cancelled"} and sum(counts.values()) == len({id for id, _ in rows}), counts,
+    )  # fmt: skip
+    found = engine_verify.verify(cache)
+    claims.check(
+        f"verify finds nothing wrong in {found.instances:,} instances and {found.transitions:,} transitions",
+        not found.findings, *found.findings,
+    )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import pydantic
 
@@ -80,7 +80,6 @@ class Ledger:
     acknowledged: dict[str, tuple[Call, model.Receipt]] = field(default_factory=dict)
     unanswered: dict[str, Call] = field(default_factory=dict)
     calls: list[Call] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def note(self, calls: Sequence[Call], results: Sequence[model.Receipt | errors.StateCacheError]) -> None:
@@ -95,7 +94,10 @@ class Ledger:
 
 
 class Writers:
-    """Threads that send waves of orders, each wave step by step, until all are sent or they are stopped."""
+    """Threads that send waves of orders, each wave step by step, until all are sent or they are stopped.
+
+    A context manager: whatever ends its block stops them.
+    """
 
     def __init__(self, cache: StateCache, ledger: Ledger, threads: int = 2) -> None:
         self._orders = cache.machine(Order)
@@ -138,6 +140,12 @@ class Writers:
         for thread in self._running:
             thread.join()
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()
+
     @property
     def busy(self) -> bool:
         return any(thread.is_alive() for thread in self._running)
@@ -167,6 +175,7 @@ class Verdict:
     different: list[str]
     missing_but_flushed: list[str]
     lost: list[model.Receipt]
+    in_flight: int
     unanswered_applied: int
     foreign: list[str]
     gaps: list[str]
@@ -203,7 +212,7 @@ def judge(
     foreign = sorted(by_id - sent)
     return Verdict(
         len(ledger.acknowledged), flushed, survived, different, missing, lost,
-        len(by_id & ledger.unanswered.keys()), foreign, gaps_of(rows),
+        len(ledger.unanswered), len(by_id & ledger.unanswered.keys()), foreign, gaps_of(rows),
     )  # fmt: skip
 
 

@@ -20,7 +20,9 @@ File = Annotated[Path, typer.Argument(metavar="FILE", help="The event log: .csv 
 Id = Annotated[str, typer.Option("--id", metavar="COL", help="Column of the case: the instance's id.")]
 Event = Annotated[str, typer.Option("--event", metavar="COL", help="Column of the activity: the event.")]
 At = Annotated[str, typer.Option("--at", metavar="COL", help="Column of the time.")]
-Format = Annotated[str | None, typer.Option("--format", metavar="KIND", help="csv or jsonl, if the name does not tell.")]
+Format = Annotated[
+    str | None, typer.Option("--format", metavar="KIND", help="csv or jsonl, if the name does not tell.")
+]
 Delimiter = Annotated[str | None, typer.Option("--delimiter", metavar="CHAR", help="Between CSV fields (a comma).")]
 Encoding = Annotated[str, typer.Option("--encoding", metavar="NAME", help="Of the file.")]
 
@@ -62,7 +64,9 @@ def import_(
     refused: Annotated[
         Path | None, typer.Option("--refused", metavar="PATH", help="Where refused rows go (FILE.refused.jsonl).")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check every row against the machine; write nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check every row against the machine; write nothing.")
+    ] = False,
     flush: Annotated[bool, typer.Option("--flush/--no-flush", help="End only when everything is in SQL.")] = True,
     patience: Annotated[
         float, typer.Option("--patience", metavar="SECONDS", help="Give up when nothing has moved for so long.", min=0)
@@ -149,18 +153,25 @@ def _tell(store: options.Store, counts: Counts, survey: Survey, side_file: str |
     if survey.disordered:
         output.say(f"{output.counted(len(survey.disordered), 'case')} not in order of time: sorted by it")
     if counts.started_over:
-        output.say(f"Redis lost data meanwhile and was recovered: compared anew {output.counted(counts.started_over, 'time')}")
+        output.say(
+            f"Redis lost data meanwhile and was recovered: compared anew {output.counted(counts.started_over, 'time')}"
+        )
     rows: list[tuple[str, object]] = [
         ("rows", output.count(counts.rows)),
         ("starts", output.count(counts.starts)),
         ("transitions", output.count(counts.transitions)),
-        ("there already", f"{output.counted(counts.duplicates, 'row')}, {output.counted(counts.starts_found, 'start')}"),
+        (
+            "there already",
+            f"{output.counted(counts.duplicates, 'row')}, {output.counted(counts.starts_found, 'start')}",
+        ),
         ("refused", output.count(counts.refused)),
     ]
     output.console().print(output.facts(rows))
     if counts.reasons:
         reasons = sorted(counts.reasons.items(), key=lambda item: -item[1])[:10]
-        output.console().print(output.table(["rows", "why refused"], [(n, reason) for reason, n in reasons], right=["rows"]))
+        output.console().print(
+            output.table(["rows", "why refused"], [(n, reason) for reason, n in reasons], right=["rows"])
+        )
     if side_file:
         output.say(f"refused rows: {side_file}")
     if dry_run:

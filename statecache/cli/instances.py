@@ -22,7 +22,9 @@ TransitionId = Annotated[
 Durability = Annotated[
     str | None, typer.Option("--durability", metavar="LEVEL", help="hot, fsync, replica or durable.")
 ]
-Timeout = Annotated[float | None, typer.Option("--timeout", metavar="SECONDS", help="How long to try and to wait.", min=0)]
+Timeout = Annotated[
+    float | None, typer.Option("--timeout", metavar="SECONDS", help="How long to try and to wait.", min=0)
+]
 
 
 def register(app: typer.Typer) -> None:

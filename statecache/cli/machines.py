@@ -30,7 +30,9 @@ class View(StrEnum):
 
 
 def register(app: typer.Typer) -> None:
-    machine = typer.Typer(help="Machines: learn one from an event log, show, check, register, list.", rich_markup_mode=None)
+    machine = typer.Typer(
+        help="Machines: learn one from an event log, show, check, register, list.", rich_markup_mode=None
+    )
     app.add_typer(machine, name="machine")
     options.command(machine, "learn")(learn)
     options.command(machine, "show")(show)
@@ -105,7 +107,9 @@ def show(
     store: options.Store,
     machine: Annotated[str, typer.Argument(metavar="MACHINE", help="A YAML file, or a registered name.")],
     view: Annotated[View, typer.Option("--format", help="How to draw it.", case_sensitive=False)] = View.TABLE,
-    highlight: Annotated[str | None, typer.Option("--highlight", metavar="STATE", help="A state to fill (mermaid).")] = None,
+    highlight: Annotated[
+        str | None, typer.Option("--highlight", metavar="STATE", help="A state to fill (mermaid).")
+    ] = None,
 ) -> None:
     """Show a machine: a table, its YAML, a Mermaid or a Graphviz diagram. With --json its parts."""
     from statecache.core import diagram, document
@@ -169,7 +173,12 @@ def register_(store: options.Store, file: MachineFile) -> None:
         cache.machine(machine)
     if store.as_json:
         output.emit(
-            {"machine": machine.spec.name, "version": machine.spec.version, "fingerprint": machine.fingerprint, "new": not known}
+            {
+                "machine": machine.spec.name,
+                "version": machine.spec.version,
+                "fingerprint": machine.fingerprint,
+                "new": not known,
+            }
         )
     else:
         done = "was registered already" if known else "registered"

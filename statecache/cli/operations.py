@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from typing import TYPE_CHECKING, Annotated, Any
@@ -38,13 +39,17 @@ def register(app: typer.Typer) -> None:
 
 def status(
     store: options.Store,
-    watch: Annotated[bool, typer.Option("--watch", help="Again and again until Ctrl-C; with --json a document a line.")] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Again and again until Ctrl-C; with --json a document a line.")
+    ] = False,
     interval: Annotated[float, typer.Option("--interval", metavar="SECONDS", help="Of --watch.", min=0.1)] = 1.0,
-    recoveries: Annotated[int, typer.Option("--recoveries", metavar="N", help="How many of the last ones.", min=0)] = 5,
+    recoveries: Annotated[
+        int, typer.Option("--recoveries", metavar="N", help="How many of the last ones to look at.", min=0)
+    ] = 20,
 ) -> int:
     """How the store is doing: epoch, backlog and lag, machines and counts, the last recoveries.
 
-    It never recovers: exit code 1 when Redis waits for that, 3 when it is away.
+    It recovers no server: exit code 1 when Redis waits for that, 3 when it is away.
     """
     from statecache.engine import status as engine_status
 
@@ -58,7 +63,17 @@ def status(
         return exits.DONE
 
 
-def _open_to_look(store: options.Store) -> StateCache:
+def _open_to_look(store: options.Store, *, start: bool = True) -> StateCache:
+    """Open a store without recovering it.
+
+    With ``start`` an embedded one is recovered all the same, as every start of its server needs that: nobody else may have
+    been running it.
+    """
+    logging.getLogger("statecache.engine.cache").setLevel(
+        logging.ERROR
+    )  # a Redis that is not ready is part of the answer
+    if start and options.is_embedded(store.settings()):
+        return store.open()
     return store.open(auto_recover=False, call_timeout_seconds=_LOOK_SECONDS)
 
 
@@ -131,16 +146,24 @@ def _status_view(cache: StateCache, found: Status) -> RenderableType:
     columns = ["partition", "watermark", "tail", "backlog", "lag"]
     parts.append(output.table(columns, rows, right=columns))
     machines = [
-        (one.name, one.version, output.count(one.instances), ", ".join(f"{state} {n:,}" for state, n in one.counts.items()))
+        (
+            one.name,
+            one.version,
+            output.count(one.instances),
+            ", ".join(f"{state} {n:,}" for state, n in one.counts.items()),
+        )
         for one in found.machines
     ]
-    parts.append(output.table(["machine", "version", "instances", "by state"], machines, right=["version", "instances"]))
+    parts.append(
+        output.table(["machine", "version", "instances", "by state"], machines, right=["version", "instances"])
+    )
     past = [
         (
             one.epoch, output.moment(one.started_ms), one.classes or "under way", one.lost_at_least,
             "possible" if one.loss_possible else "no",
         )
-        for one in found.recoveries
+        for place, one in enumerate(found.recoveries)
+        if place == 0 or one.classes not in ("intact", "new") or one.lost_at_least
     ]  # fmt: skip
     columns = ["epoch", "recovered", "found", "lost at least", "more lost"]
     parts.append(output.table(columns, past, right=["epoch", "lost at least"]))
@@ -158,7 +181,7 @@ def recover(
 
     Exit code 0 when it is done, whatever was lost; with --dry-run 1 when anything is not intact or may be lost.
     """
-    with _open_to_look(store) as cache:
+    with _open_to_look(store, start=False) as cache:
         show = output.say if not store.as_json and output.console().is_terminal else lambda text: None
         report = cache.recover(dry_run=dry_run, progress=show)
     if store.as_json:
@@ -181,32 +204,39 @@ def report_document(report: Report) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def report_view(report: Report) -> RenderableType:
-    """A recovery's report for people."""
-    from rich.console import Group
-
+def report_summary(report: Report) -> RenderableType:
+    """The sums of a recovery's report for people."""
     found = ", ".join(f"{count} {kind}" for kind, count in report.kinds.items())
     lost = output.counted(report.lost_at_least, "acknowledged transition") if report.lost_at_least else "none known"
     head: list[tuple[str, object]] = [
-        ("recovered" if not report.dry_run else "would recover", f"to epoch {report.epoch}, in {output.seconds(report.seconds)}"),
+        (
+            "recovered" if not report.dry_run else "would recover",
+            f"to epoch {report.epoch}, in {output.seconds(report.seconds)}",
+        ),
         ("partitions", found),
-        ("kept, to be flushed", output.counted(sum(part.unflushed for part in report.partitions), "entry")),
+        ("kept, to be flushed", output.counted(sum(part.unflushed for part in report.partitions), "transition")),
         ("dropped, to come back from SQL", output.counted(report.dropped, "instance")),
         ("lost at least", lost),
         ("more may be lost", "since the tails were last seen" if report.loss_possible else "no"),
     ]
-    head[2] = (head[2][0], str(head[2][1]).replace("entrys", "entries"))
+    return output.facts(head)
+
+
+def report_view(report: Report) -> RenderableType:
+    """A recovery's report for people, with the partitions where something was amiss."""
+    from rich.console import Group
+
     rows = [
         (
             part.partition, part.kind, part.watermark, part.last, part.unflushed, part.dropped, part.lost_at_least,
             output.moment(part.tail_seen_ms or None), "; ".join(part.findings),
         )
         for part in report.partitions
-        if part.kind not in ("intact", "new") or part.lost_at_least or part.loss_possible or part.findings
+        if part.kind not in ("intact", "new") or part.lost_at_least or part.findings
     ]  # fmt: skip
     columns = ["partition", "found", "watermark", "last entry", "kept", "dropped", "lost >=", "tail seen", "findings"]
     numbers = ["partition", "watermark", "last entry", "kept", "dropped", "lost >="]
-    return Group(output.facts(head), *([output.table(columns, rows, right=numbers)] if rows else []))
+    return Group(report_summary(report), *([output.table(columns, rows, right=numbers)] if rows else []))
 
 
 # --- verify ------------------------------------------------------------------------------------------------------------
@@ -214,7 +244,9 @@ def report_view(report: Report) -> RenderableType:
 
 def verify(
     store: options.Store,
-    machine: Annotated[str | None, typer.Option("--machine", metavar="NAME", help="Only this machine's instances.")] = None,
+    machine: Annotated[
+        str | None, typer.Option("--machine", metavar="NAME", help="Only this machine's instances.")
+    ] = None,
 ) -> int:
     """Compare Redis, the log and SQL with each other, and every history with versions 1..n. Changes nothing.
 
@@ -277,7 +309,9 @@ def _revision(store: options.Store) -> tuple[str, str | None]:
     url = settings.database_url
     if url is None:
         if not settings.data_dir.is_dir():
-            raise errors.ConfigurationError(f"there is no folder {settings.data_dir}: name the database (--database-url)")
+            raise errors.ConfigurationError(
+                f"there is no folder {settings.data_dir}: name the database (--database-url)"
+            )
         url = EmbeddedServer(settings.data_dir).database_url
     database = engine.open_database(url)
     try:
@@ -297,6 +331,7 @@ def _tell_revision(store: options.Store, url: str, before: str | None, now: str 
     if before != now:
         output.say(f"{redact(url)}: {was}, upgraded to {now}")
     else:
-        output.say(f"{redact(url)}: {was}, this version of statecache needs {migrate.HEAD}" + (
-            "" if now == migrate.HEAD else ": run 'statecache db upgrade'"
-        ))
+        output.say(
+            f"{redact(url)}: {was}, this version of statecache needs {migrate.HEAD}"
+            + ("" if now == migrate.HEAD else ": run 'statecache db upgrade'")
+        )

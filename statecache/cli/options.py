@@ -8,6 +8,7 @@ SQLite file, whatever URLs the environment has; a URL given beside it takes the 
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -27,9 +28,12 @@ _COMMON: dict[str, Any] = {
     "redis_url": Annotated[str | None, typer.Option("--redis-url", metavar="URL", help="Redis or Valkey server.")],
     "database_url": Annotated[str | None, typer.Option("--database-url", metavar="URL", help="SQL database.")],
     "data_dir": Annotated[
-        Path | None, typer.Option("--data-dir", metavar="FOLDER", help="Folder of the embedded server and its database.")
+        Path | None,
+        typer.Option("--data-dir", metavar="FOLDER", help="Folder of the embedded server and its database."),
     ],
-    "namespace": Annotated[str | None, typer.Option("--namespace", metavar="NAME", help="First part of the Redis keys.")],
+    "namespace": Annotated[
+        str | None, typer.Option("--namespace", metavar="NAME", help="First part of the Redis keys.")
+    ],
     "config": Annotated[Path | None, typer.Option("--config", metavar="FILE", help="TOML file with settings.")],
     "as_json": Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")],
 }
@@ -72,6 +76,8 @@ class Store:
         from statecache.engine.cache import StateCache
 
         settings = self.settings().model_copy(update=more)
+        if is_embedded(settings):  # every start of its server is a recovery: no news
+            logging.getLogger("statecache.engine.admission").setLevel(logging.ERROR)
         if is_embedded(settings) and not create and not (settings.data_dir / "statecache.db").exists():
             raise errors.ConfigurationError(
                 f"there is no store in the folder {settings.data_dir}: name another one (--data-dir), a server "

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
 _STEERING = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-_PIPE_WIDTH = 240
+_PIPE_WIDTH = 500
 """Columns of a table that is not for a terminal: nobody's ``grep`` should meet a line broken in two."""
 
 
@@ -142,7 +142,13 @@ def seconds(value: float | None) -> str:
         return f"{value * 1000:.0f} ms"
     if value < 120:
         return f"{value:.1f} s"
-    return f"{value / 60:.0f} min" if value < 7200 else f"{value / 3600:.1f} h" if value < 172_800 else f"{value / 86400:.0f} d"
+    return (
+        f"{value / 60:.0f} min"
+        if value < 7200
+        else f"{value / 3600:.1f} h"
+        if value < 172_800
+        else f"{value / 86400:.0f} d"
+    )
 
 
 def moment(ms: int | None) -> str | None:

@@ -90,7 +90,8 @@ def demo(
     orders: Annotated[int, typer.Option("--orders", metavar="N", help="Orders before the crash.", min=100)] = 10_000,
     keep: Annotated[bool, typer.Option("--keep", help="Keep the folder.")] = False,
     seed_folder: Annotated[
-        Path | None, typer.Option("--folder", metavar="FOLDER", help="Where to make the demo's folder (a temporary one).")
+        Path | None,
+        typer.Option("--folder", metavar="FOLDER", help="Where to make the demo's folder (a temporary one)."),
     ] = None,
 ) -> int:
     """Push orders through, kill Valkey with SIGKILL, delete its data, recover, and check every claim.

@@ -153,7 +153,7 @@ def transition(request: Request) -> Generator[Wish, Any, model.Receipt]:
     item = request.item
     item.retry = request.own_id
     attempt = 0
-    misses = 0
+    misses = vanished = 0
     verdict: errors.StateCacheError | None = None
     guard_wanted = request.guard is not None
     while True:
@@ -169,7 +169,11 @@ def transition(request: Request) -> Generator[Wish, Any, model.Receipt]:
                 entry_id, outcome.at_ms, item.transition_id,
             ))  # fmt: skip
         if code == "DUP":
-            return _confirmed(outcome, (yield from _duplicate(request, int(outcome.words[0]))))
+            found: model.Receipt | None = yield from _duplicate(request, int(outcome.words[0]), last=vanished > 0)
+            if found is not None:
+                return _confirmed(outcome, found)
+            vanished += 1  # a recovery came between: begin again
+            continue
         if code == "MISS":
             misses += 1
             attempt = yield from _miss(request, outcome, attempt, misses)
@@ -229,7 +233,7 @@ def _consult_guard(request: Request) -> Generator[Wish, Any, errors.StateCacheEr
     item, guard = request.item, request.guard
     assert guard is not None
     seen = yield from snapshot(item.partition, item.move.machine, item.id, guard.snapshot_of)
-    item.expected = seen.version
+    item.expected, item.pinned = seen.version, True
     predicate = guard.predicates.get(seen.state)
     if request.expect_version not in (None, seen.version):
         item.expected = NEVER_MATCHES
@@ -290,11 +294,13 @@ def _refusal(request: Request, outcome: items.Outcome) -> errors.StateCacheError
     )
 
 
-def _duplicate(request: Request, version: int) -> Generator[Wish, Any, model.Receipt]:
+def _duplicate(request: Request, version: int, *, last: bool) -> Generator[Wish, Any, model.Receipt | None]:
     """Complete the receipt of a transition that was applied before (P4). A ring's token is 48 bits of the id's hash, so
-    the full id is compared: a collision is an error, never a swallowed transition."""
+    the full id is compared: a collision is an error, never a swallowed transition. None: it is there no more."""
     item = request.item
     known = yield Find(item.partition, item.move.machine, item.id, version, None)
+    if known is None and not last:
+        return None
     if known is None:
         raise errors.IntegrityError(
             f"{request.address}: version {version} was applied before, but neither the log nor SQL has it; "
@@ -367,7 +373,7 @@ def _parked(request: Request) -> Generator[Wish, Any, None]:
     """Refuse, unless SQL holds no open letter any more: then the parked hash is stale and is dropped."""
     item = request.item
     found: model.Lookup = yield Lookup(item.partition, item.move.machine, item.id)
-    if found.letters or found.checkpoint is None:
+    if found.letters:
         raise _parked_error(request, found)
     code = yield Unpark(item.partition, item.move.machine, item.id, found)
     if code == "KEPT":
@@ -435,10 +441,11 @@ def hash_texts(found: model.Lookup) -> tuple[str, str, list[str]]:
 def history(partition: int, machine: str, id: str) -> Generator[Wish, Any, list[model.Transition]]:
     """All transitions of an instance, those too that are not in SQL yet.
 
-    SQL first, then the log: what was flushed in between is missing from the log, which shows as a gap, and SQL is read
-    again. No answer is given with a gap in it.
+    SQL first, then the log: what was flushed in between is missing from the log, which shows as a gap, or as a hash that is
+    further on than both; SQL is read again. No answer is given with a gap in it.
     """
     attempt = 0
+    before = -1
     while True:
         hot_version = yield Version(partition, machine, id)
         rows: list[model.Transition] = yield Recorded(machine, id)
@@ -450,6 +457,9 @@ def history(partition: int, machine: str, id: str) -> Generator[Wish, Any, list[
             continue
         version = rows[-1].version if rows else 0
         fresh = [record for record in entries if record.version > version]
+        if not fresh and hot_version is not None and hot_version > version > before:
+            before = version  # flushed between the two reads; else it is parked, or SQL would have gone on
+            continue
         if not fresh or fresh[0].version == version + 1:
             break
         if not (yield Pause(attempt, "GAP")):

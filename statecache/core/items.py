@@ -56,6 +56,8 @@ class Item(msgspec.Struct, gc=False):
     unset: list[str] = []
     increments: list[list[str]] = []
     confirm: Confirm | None = None
+    pinned: bool = False
+    """A guard has seen the version that it names: refused for its version it comes back, so nothing may be sent behind it."""
 
     def row(self, partition_index: int, move_index: int) -> list[object]:
         """The positional array that ``apply.lua`` reads."""

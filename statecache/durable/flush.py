@@ -54,6 +54,13 @@ _HOLD = (
 )
 
 
+_REPORT = (
+    sa.update(schema.recoveries)
+    .where(schema.recoveries.c.epoch == sa.bindparam("e"), schema.recoveries.c.owner == sa.bindparam("o"))
+    .values(report=sa.bindparam("text"))
+)
+
+
 def history_row(line: str) -> Row:
     """Split a line of ``insert_history`` into a row, NULL where a part is empty. Numbers stay text: SQLite converts."""
     return tuple([part or None for part in line.split(entry.SEPARATOR)])
@@ -160,6 +167,11 @@ class FlushTransaction:
         """Delete all open letters of an instance and return them, in ``schema.ENTRY_COLUMNS`` order, oldest first."""
         with self._guarded():
             return letters.take(self._connection, machine, id)
+
+    def report(self, epoch: int, owner: str, report_json: str) -> None:
+        """Note in a recovery's row what it has to report so far."""
+        with self._guarded():
+            self._connection.execute(_REPORT, {"e": epoch, "o": owner, "text": report_json})
 
     @contextlib.contextmanager
     def _guarded(self) -> Iterator[None]:

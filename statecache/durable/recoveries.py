@@ -139,11 +139,13 @@ def reconcile(
     deltas: Mapping[tuple[int, str, str], int],
     *,
     error: str = "",
+    report_json: str = "",
     now_ms: int = 0,
 ) -> None:
     """Mend one partition in ONE transaction: compare-and-set the watermark, then rows of all kinds (hole H6).
 
     ``transitions`` have all columns of ``schema.transitions``, ``letters`` those of an entry; ``error`` is the letters'.
+    ``report_json`` is what the recovery has to report so far: after a death the next one would find nothing wrong.
     Raises ``Superseded`` if epoch, owner or watermark are not those of ``move``.
     """
     try:
@@ -153,5 +155,6 @@ def reconcile(
             tx.upsert_checkpoints(checkpoints)
             tx.insert_letters(letters, error, False, now_ms)
             tx.adjust_counts(deltas)
+            tx.report(move.epoch, move.owner, report_json)
     except faults.Overtaken as overtaken:
         raise faults.Superseded(str(overtaken)) from overtaken

@@ -5,6 +5,9 @@ only its own item). Who arrives meanwhile queues and sleeps. When the reply is t
 the queue BEFORE it wakes its followers, so that the server is never idle while Python distributes answers. A lone caller pays
 for two uncontended locks.
 
+An interruption (a signal's handler raises in the main thread) ends only the caller that it meets. Followers of an interrupted
+leader are told that their call is lost, which they repeat with the same id; an interrupted heir hands leadership on.
+
 Order: the queue is first in, first out, and a caller waits for its answer, so the order of one caller's calls is kept.
 Measured against a sender thread: twice as fast for one caller, a sixth faster for sixteen (docs/performance.md).
 """
@@ -15,19 +18,19 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from statecache.core import items
+from statecache.core import errors, items
 
 BATCH_ITEMS_MAX = 250
 BATCH_BYTES_MAX = 1_000_000
 
 
 class _Waiter:
-    __slots__ = ("error", "item", "outcome", "woken")
+    __slots__ = ("item", "leads", "outcome", "woken")
 
     def __init__(self, item: items.Item) -> None:
         self.item = item
         self.outcome: items.Outcome | None = None
-        self.error: BaseException | None = None
+        self.leads = False
         self.woken = threading.Lock()
         self.woken.acquire()
 
@@ -42,7 +45,7 @@ class Batcher:
         self._led = False
 
     def apply(self, item: items.Item) -> items.Outcome:
-        """Apply one item, in company if there is any. Raises what the script call raises."""
+        """Apply one item, in company if there is any."""
         with self._lock:
             if not self._led:
                 self._led = True
@@ -52,14 +55,24 @@ class Batcher:
                 self._queue.append(mine)
         if mine is None:
             return self._lead(item, ())
-        mine.woken.acquire()  # until answered, or made the leader
-        if mine.outcome is not None:
-            return mine.outcome
-        if mine.error is not None:
-            raise mine.error
-        with self._lock:
-            company = self._taken(mine)
+        try:
+            mine.woken.acquire()  # until answered, or made the leader
+            if mine.outcome is not None:
+                return mine.outcome
+            with self._lock:
+                company = self._taken(mine)
+        except BaseException:
+            self._abandon(mine)
+            raise
         return self._lead(mine.item, company)
+
+    def _abandon(self, waiter: _Waiter) -> None:
+        """Leave the queue, or hand on the leadership that nobody will take up."""
+        with self._lock:
+            if waiter in self._queue:
+                self._queue.remove(waiter)
+        if waiter.leads:
+            self._hand_over()
 
     def _taken(self, leader: _Waiter) -> list[_Waiter]:
         """Those of the queue that travel with its first: as many as fit, none that wants another confirmation."""
@@ -78,8 +91,11 @@ class Batcher:
             outcomes = self._apply([item, *[waiter.item for waiter in company]])
         except BaseException as error:
             self._hand_over()
+            cause = errors.UnavailableError(
+                f"the call that this one travelled with was interrupted: {type(error).__name__}"
+            )
             for waiter in company:
-                waiter.error = error
+                waiter.outcome = items.Outcome("LOST", [], 0, cause)
                 waiter.woken.release()
             raise
         self._hand_over()
@@ -92,5 +108,7 @@ class Batcher:
         with self._lock:
             heir = self._queue.popleft() if self._queue else None
             self._led = heir is not None
+            if heir is not None:
+                heir.leads = True
         if heir is not None:
             heir.woken.release()

@@ -21,6 +21,7 @@ from statecache.hot.store import HotStore
 
 CHUNK_ITEMS = 125
 _UNFINISHED_MAX = 1000
+_LANE_ITEMS_MAX = 500
 _UNREACHABLE = ("LOST", "UNSENT")
 _PAUSE_SECONDS_MIN, _PAUSE_SECONDS_MAX = 0.001, 0.1
 
@@ -57,7 +58,7 @@ class Driver:
             wish = next(flow)
             while True:
                 try:
-                    answer = self._answer(wish, deadline)
+                    answer = self.answer(wish, deadline)
                 except errors.StateCacheError as error:
                     wish = flow.throw(error)
                 else:
@@ -65,7 +66,8 @@ class Driver:
         except StopIteration as end:
             return end.value
 
-    def _answer(self, wish: Any, deadline: float) -> Any:
+    def answer(self, wish: Any, deadline: float) -> Any:
+        """Do what one flow wants."""
         if type(wish) is items.Item:
             return self._batcher.apply(wish)
         return self._patiently([wish], deadline)[0]
@@ -119,7 +121,7 @@ class Driver:
             if patience_seconds is not None and (now_left := sum(map(len, lanes))) < left:
                 left, deadline = now_left, time.monotonic() + patience_seconds
             self._answer_others(lanes, results, deadline)
-            willing = [lane for lane in lanes if lane and all(type(one.wish) is items.Item for one in lane)]
+            willing = [lane for lane in lanes if _sendable(lane)]
             for _ in self._apply_chunks(_chunks(willing), results):
                 pass
             lanes = [lane for lane in lanes if lane]
@@ -142,7 +144,7 @@ class Driver:
 
         def packed() -> Iterator[list[items.Item]]:
             for lanes in chunks:
-                ones = [one for lane in lanes if all(type(one.wish) is items.Item for one in lane) for one in lane]
+                ones = [one for lane in lanes for one in _sendable(lane)]
                 sent.append((lanes, ones))
                 if ones:
                     yield [one.wish for one in ones]
@@ -208,9 +210,9 @@ class Driver:
             if any(wish.why in _UNREACHABLE for wish in wishes):
                 self._revive()
             return [self._pause(max(wish.attempt for wish in wishes), deadline)] * len(wishes)
-        return [self._alone(wish) for wish in wishes]
+        return [self._alone(wish, deadline) for wish in wishes]
 
-    def _alone(self, wish: Any) -> Any:
+    def _alone(self, wish: Any, deadline: float) -> Any:
         match wish:
             case flows.Where(partition):
                 return self._where(partition)
@@ -222,7 +224,7 @@ class Driver:
             case flows.Recorded(machine, id):
                 return self.durable.history(machine, id)
             case flows.Find():
-                return self._find(wish)
+                return self._find(wish, deadline)
             case flows.Unpark(partition, machine, id, found):
                 version = found.checkpoint.version if found.checkpoint else 0
                 return self.hot.evict([(partition, f"{machine}:{id}", version, str(found.watermark), 1)])[0]
@@ -237,13 +239,18 @@ class Driver:
             return "RECOVERING", True, entry.ZERO
         return "OK", position.cold, position.evicted_to
 
-    def _find(self, wish: flows.Find) -> model.Transition | None:
-        """The log first, then SQL: what leaves the log between the two reads is in SQL by then."""
+    def _find(self, wish: flows.Find, deadline: float) -> model.Transition | None:
+        """The log first, then SQL: what leaves the log between the two reads is in SQL by then.
+
+        A log that could not be read says nothing: taken for "not there", a repetition would be applied again.
+        """
         code, entries = self.hot.find(wish.partition, wish.machine, wish.id)
-        if code == "OK":
-            for record in entries:
-                if wish.transition_id in (None, record.transition_id) and wish.version in (None, record.version):
-                    return flows.transition_of(record)
+        while code != "OK":
+            self.admission.ensure(code, deadline)
+            code, entries = self.hot.find(wish.partition, wish.machine, wish.id)
+        for record in entries:
+            if wish.transition_id in (None, record.transition_id) and wish.version in (None, record.version):
+                return flows.transition_of(record)
         if wish.version is not None:
             return self.durable.transition(wish.machine, wish.id, wish.version)
         assert wish.transition_id is not None
@@ -265,9 +272,25 @@ class Driver:
         left = deadline - time.monotonic()
         if left <= 0 or self.closing.is_set():
             return False
-        wanted = min(_PAUSE_SECONDS_MAX, _PAUSE_SECONDS_MIN * 2 ** min(attempt, 10))
-        self.closing.wait(min(left, wanted * random.uniform(0.5, 1.0)))
+        self.closing.wait(min(left, pause_seconds(attempt) * random.uniform(0.5, 1.0)))
         return True
+
+
+def pause_seconds(attempt: int) -> float:
+    """How long to wait before the next attempt, before jitter."""
+    return min(_PAUSE_SECONDS_MAX, _PAUSE_SECONDS_MIN * 2.0 ** min(attempt, 10))
+
+
+def _sendable(lane: Sequence[Running]) -> list[Running]:
+    """The flows of a lane whose items may leave now: up to the first that wants something else, or may be sent again."""
+    ones: list[Running] = []
+    for one in lane:
+        if type(one.wish) is not items.Item:
+            break
+        ones.append(one)
+        if one.wish.pinned or len(ones) >= _LANE_ITEMS_MAX:
+            break
+    return ones
 
 
 def _chunks(lanes: Iterable[Any]) -> Iterator[list[Any]]:

@@ -13,7 +13,7 @@ from statecache.engine.calls import Build, Calls, Start
 if TYPE_CHECKING:
     from statecache.engine.cache import StateCache
 
-_CONFIRMED = (model.Durability.FSYNC, model.Durability.REPLICA)
+CONFIRMED = (model.Durability.FSYNC, model.Durability.REPLICA)
 
 
 class MachineHandle:
@@ -114,7 +114,7 @@ class MachineHandle:
     def _write(self, request: flows.Request, durability: str | None, timeout: float | None) -> model.Receipt:
         deadline = self._cache.deadline(timeout)
         level = self._cache.level(durability or self.machine.definition.durability)
-        if level in _CONFIRMED:
+        if level in CONFIRMED:
             request.item.confirm = self._cache.confirmation(level, deadline)
         receipt: model.Receipt = self._cache.driver.run(flows.transition(request), deadline)
         if level is model.Durability.DURABLE:
@@ -130,7 +130,7 @@ class MachineHandle:
     ) -> list[model.Receipt | errors.StateCacheError]:
         deadline = self._cache.deadline(timeout)
         level = self._cache.level(durability or self.machine.definition.durability)
-        confirm = self._cache.confirmation(level, deadline) if level in _CONFIRMED else None
+        confirm = self._cache.confirmation(level, deadline) if level in CONFIRMED else None
 
         def begin(index: int) -> flows.Flow:
             request = build(index)

@@ -51,7 +51,7 @@ def retry(cache: StateCache, machine: str, id: str) -> int:
         transaction.upsert_checkpoints(rows if before else [], new=[] if before else rows)
         transaction.adjust_counts(fold.count_deltas([(before, now)]))
     failpoints.hit("letters.moved")
-    _drop_hash(cache, machine, id, row)
+    _drop_hash(cache, machine, id, row.partition)
     return len(records)
 
 
@@ -71,7 +71,7 @@ def discard(cache: StateCache, machine: str, id: str) -> int:
         found = transaction.take_letters(machine, id)
         _require(found, machine, id)
     failpoints.hit("letters.moved")
-    _drop_hash(cache, machine, id, row)
+    _drop_hash(cache, machine, id, row.partition)
     return len(found)
 
 
@@ -82,9 +82,10 @@ def _require(found: list[tuple[object, ...]] | list[entry.Entry], machine: str, 
 
 def _quiet(cache: StateCache, machine: str, id: str) -> PartitionRow:
     """Flag the hash as parked and see that nothing of the instance is unflushed; returns its partition's row."""
-    if not cache.durable.letters(machine, id):
-        raise errors.NotFoundError(f"{machine}:{id} has no dead letters")
     partition = keys.partition_of(machine, id, cache.settings.partition_count)
+    if not cache.durable.letters(machine, id):
+        _drop_hash(cache, machine, id, partition)  # what an act that died before its end has left
+        raise errors.NotFoundError(f"{machine}:{id} has no dead letters")
     deadline = cache.deadline(None)
     while True:
         code, _, last = cache.hot.park([(partition, f"{machine}:{id}")])[0].partition(" ")
@@ -97,6 +98,7 @@ def _quiet(cache: StateCache, machine: str, id: str) -> PartitionRow:
         cache.flush()
 
 
-def _drop_hash(cache: StateCache, machine: str, id: str, row: PartitionRow) -> None:
-    watermark = cache.durable.partitions([row.partition])[0].watermark
-    cache.hot.evict([(row.partition, f"{machine}:{id}", 0, str(watermark), 1)])
+def _drop_hash(cache: StateCache, machine: str, id: str, partition: int) -> None:
+    """Drop a parked hash (no other: it has not version 0)."""
+    watermark = cache.durable.partitions([partition])[0].watermark
+    cache.hot.evict([(partition, f"{machine}:{id}", 0, str(watermark), 1)])

@@ -55,7 +55,7 @@ class LockFile:
             self._file = None
 
     def release(self) -> None:
-        """Unlock and close, for good: copies in forked children hold it no longer."""
+        """Unlock and close: a copy in a child (forked a moment ago, not at its exec yet) holds it no longer."""
         if self._file is not None:
             fcntl.flock(self._file, fcntl.LOCK_UN)
             self.close()

@@ -10,7 +10,8 @@ Five steps (DESIGN section 4), and what a death between any two of them leaves:
    this epoch and owner, and ``recovering`` (H4). Dead here: ``recovering``; the next recovery takes a higher epoch.
 3. *Classify*, with SQL's watermark W read after step 1, and mend. Nothing in Redis changes but drops of hashes that SQL knows
    better; they come back by hydration. Dead here: some are dropped already, and marked cold; the next one drops the rest.
-4. *Report*, in one transaction with the reset of the tails last seen (H18): a loss is counted once.
+4. *Report*, in one transaction with the reset of the tails last seen (H18): a loss is counted once. What step 3 wrote into SQL
+   was reported with it, in its own transaction: a recovery that died there leaves an unfinished report, which counts.
 5. *Ready.* One script appends the epoch's mark, stores the fence's identity and opens the partition.
 
 Two recoverers: the later one has the higher epoch; the earlier one's next step, on either side, is refused, and it gives up.
@@ -38,6 +39,7 @@ from statecache.hot import scripts
 from statecache.hot.store import Fenced, HotStore, Probed, parse_line
 
 NEW, INTACT, WIPED, TAIL_LOST, SQL_BEHIND, DIVERGED = "new", "intact", "wiped", "tail lost", "SQL behind", "diverged"
+_REWRITTEN = (SQL_BEHIND, DIVERGED)
 
 
 class PartitionReport(msgspec.Struct, frozen=True):
@@ -168,10 +170,7 @@ class _Attempt:
             parts.append(self._mend(row, fenced, new))
             failpoints.hit("recovery.mended")
             self._beat()
-        report = Report(
-            self.stamp.epoch, self.stamp.owner, self.dry_run, self.started_ms,
-            round(time.monotonic() - self.started, 4), tuple(parts),
-        )  # fmt: skip
+        report = self._report(parts)
         if self.dry_run:
             return report
         text = msgspec.json.encode(report).decode()
@@ -237,18 +236,21 @@ class _Attempt:
             dropped = self._drop_strays(row, fenced)
         elif kind in (WIPED, TAIL_LOST):
             dropped = self._drop_above(row, fenced, last)
-        elif kind in (SQL_BEHIND, DIVERGED):
-            watermark, mend = self._rewrite(row, fenced, probed, kind, identity)
+        elif kind in _REWRITTEN:
+            watermark, mend = self._planned(row, probed, kind, identity)
             dropped = len(mend.drops)
         gap = _entries_between(row.watermark, watermark) if kind == SQL_BEHIND else 0
         lost = _entries_between(max(last, row.watermark), row.tail) + max(0, gap - mend.covered)
         untrue = not fenced.existed or fenced.recorded_identity != fenced.identity or self._strange(fenced)
-        self.progress(f"partition {row.partition}: {kind}")
-        return PartitionReport(
+        part = PartitionReport(
             row.partition, kind, str(watermark), str(probed.last), _entries_between(watermark, probed.last), dropped,
-            len(mend.transitions), mend.parked, lost, (untrue and kind != NEW) or kind in (SQL_BEHIND, DIVERGED),
-            row.tail_seen_ms, tuple(mend.findings),
+            len(mend.transitions), mend.parked, lost, (untrue and kind != NEW) or kind in _REWRITTEN, row.tail_seen_ms,
+            tuple(mend.findings),
         )  # fmt: skip
+        if kind in _REWRITTEN and not self.dry_run:
+            self._rewrite(row, fenced, probed, mend, part)
+        self.progress(f"partition {row.partition}: {kind}")
+        return part
 
     def _probe(self, row: PartitionRow, identity: str) -> Probed:
         code, probed = self.hot.probe(row.partition, self.stamp, identity, row.watermark)
@@ -336,44 +338,54 @@ class _Attempt:
 
     # --- step 3, where SQL must be written ---------------------------------------------------------------------------
 
-    def _rewrite(
-        self, row: PartitionRow, fenced: Fenced, probed: Probed, kind: str, identity: str
+    def _planned(
+        self, row: PartitionRow, probed: Probed, kind: str, identity: str
     ) -> tuple[entry.EntryId, mending.Mend]:
-        """Mend *SQL behind* or *diverged*; returns the new watermark and what was written.
-
-        The hashes are read plainly: while the fence holds nobody writes them, and a last guarded look proves that it held
-        all the time. Hashes are dropped before SQL is written: dead in between, the next recovery finds the same class.
-        """
+        """What mends *SQL behind* or *diverged*: the new watermark and the rows. Nothing is written yet."""
         behind = kind == SQL_BEHIND
         entries = self._entries(row.partition, row.watermark if behind else entry.ZERO, identity)
         groups = fold.by_instance([record for record in entries if not record.is_mark])
         hashes = self._hashes(row.partition)
         known = self._known([*groups, *hashes])
-        if behind:
-            first = probed.behind
-            assert first is not None
-            watermark = first.prev if first.is_mark else entry.EntryId(first.entry_id.epoch, first.entry_id.seq - 1)
-            mend = mending.sql_behind(
-                row.partition, groups, hashes, known, watermark, self.finals, f"reconciled-{self.stamp.epoch}"
-            )
-        else:
-            watermark = probed.last
-            mend = mending.diverged(row.partition, groups, hashes, known, self._in_sql(groups))
-        if self.dry_run:
-            return watermark, mend
-        self._probe(row, identity)
+        if not behind:
+            return probed.last, mending.diverged(row.partition, groups, hashes, known, self._in_sql(groups))
+        first = probed.behind
+        assert first is not None
+        watermark = first.prev if first.is_mark else entry.EntryId(first.entry_id.epoch, first.entry_id.seq - 1)
+        return watermark, mending.sql_behind(
+            row.partition, groups, hashes, known, watermark, self.finals, f"reconciled-{self.stamp.epoch}"
+        )
+
+    def _rewrite(
+        self, row: PartitionRow, fenced: Fenced, probed: Probed, mend: mending.Mend, part: PartitionReport
+    ) -> None:
+        """Write what mends a partition.
+
+        The hashes were read plainly: while the fence holds nobody writes them, and a last guarded look proves that it held
+        all the time. Hashes are dropped before SQL is written: dead in between, the next recovery finds the same class.
+        Dead after it, the next one finds nothing wrong any more: so what was lost is reported in that same transaction.
+        """
+        watermark = entry.EntryId.parse(part.watermark)
+        self._probe(row, fenced.identity)
         self._drop(row.partition, fenced, watermark, [])
         for start in range(0, len(mend.drops), _DROP_PAGE):
             self._drop(row.partition, fenced, watermark, mend.drops[start : start + _DROP_PAGE])
         move = Advance(
             row.partition, self.stamp.epoch, self.stamp.owner, row.watermark, watermark, probed.last, _now_ms()
         )
+        self.rewritten.append(part)
         recoveries.reconcile(
             self.durable, move, mend.transitions, mend.checkpoints, mend.letters, fold.count_deltas(mend.moved),
-            error=f"{kind}: found by the recovery of epoch {self.stamp.epoch}", now_ms=_now_ms(),
+            error=f"{part.kind}: found by the recovery of epoch {self.stamp.epoch}",
+            report_json=msgspec.json.encode(self._report(self.rewritten)).decode(), now_ms=_now_ms(),
         )  # fmt: skip
         failpoints.hit("recovery.reconciled")
-        return watermark, mend
+
+    def _report(self, parts: Sequence[PartitionReport]) -> Report:
+        return Report(
+            self.stamp.epoch, self.stamp.owner, self.dry_run, self.started_ms,
+            round(time.monotonic() - self.started, 4), tuple(parts),
+        )  # fmt: skip
 
     def _entries(self, partition: int, cursor: entry.EntryId, identity: str) -> list[entry.Entry]:
         """All entries behind a cursor, read under the fence."""

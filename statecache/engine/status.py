@@ -22,13 +22,14 @@ _PAGE = 5000
 
 class PartitionStatus(msgspec.Struct, frozen=True):
     """One partition. ``lag_seconds`` is the age of the oldest unflushed transition (0 without one): what a crash of Redis
-    could cost right now. The last three are None while Redis is not ready."""
+    could cost right now; ``oldest_ms`` is when that was made. All but the watermark are None while Redis is not ready."""
 
     partition: int
     watermark: str
     tail: str | None
     backlog: int | None
     lag_seconds: float | None
+    oldest_ms: int | None = None
 
 
 class MachineStatus(msgspec.Struct, frozen=True):
@@ -101,7 +102,8 @@ def _partition(cache: StateCache, row: PartitionRow, now_ms: float) -> Partition
     oldest = next((record for line in reply.lines if not (record := parse_line(line)).is_mark), None)
     lag = 0.0 if oldest is None else max(0.0, (now_ms - oldest.at_ms) / 1000)
     backlog = _backlog(cache, row, reply.last) if oldest is not None else 0
-    return PartitionStatus(row.partition, str(row.watermark), str(reply.last), backlog, round(lag, 3))
+    oldest_ms = None if oldest is None else oldest.at_ms
+    return PartitionStatus(row.partition, str(row.watermark), str(reply.last), backlog, round(lag, 3), oldest_ms)
 
 
 def _backlog(cache: StateCache, row: PartitionRow, tail: entry.EntryId) -> int:

@@ -5,7 +5,7 @@ Three passes, each over everything:
 1. SQL: every history is versions 1..n, without gap and fork (a ``@reconciled`` row stands for the range it names), each
    transition begins where the one before it ended, and the checkpoint is the fold of them all;
 2. the logs: behind its watermark each goes on without a hole;
-3. Redis: every hot hash is its checkpoint with the unflushed entries of the log folded on.
+3. Redis: every hot hash is its checkpoint with its open dead letters and the unflushed entries of the log folded on.
 
 It reads while writers write: whatever looks wrong is looked at again, alone, before it is called a finding.
 """
@@ -212,7 +212,11 @@ def _hot_problem(cache: StateCache, machine: str, id: str) -> Problem:
         cache.admission.ensure(code, cache.deadline(None))
         return "hot", f"Redis was {code}"
     expected = _as_folded(cache.durable.checkpoint(machine, id))
-    for record in entries:
+    # A parked hash is ahead of its checkpoint by its letters, or was hydrated from the checkpoint alone.
+    letters = [letter.entry for letter in cache.durable.letters(machine, id)]
+    if letters and _difference(fields, expected) is None:
+        return None
+    for record in [*letters, *entries]:
         if record.version > expected.version:
             expected.follow(flows.transition_of(record))
     return ("log", expected.problem) if expected.problem else _difference(fields, expected)

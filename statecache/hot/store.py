@@ -142,13 +142,18 @@ class HotStore:
                 try:
                     if line is None:
                         line = self.wires.take()
-                    line.send(self._packed_apply(chunk, line))
+                    packed = self.packed_apply(chunk, line)
+                    in_flight.append(
+                        chunk
+                    )  # first: interrupted in the middle of sending, the wire must not be used again
+                    line.send(packed)
                 except (redis.RedisError, OSError) as error:
                     lost, line = line, None
+                    if lost is not None:
+                        in_flight.pop()
                     yield from self._all_lost(in_flight, error, lost)
                     yield chunk, [failures.outcome_of(error, sent=lost is not None)] * len(chunk)
                     continue
-                in_flight.append(chunk)
                 if len(in_flight) >= CHUNKS_IN_FLIGHT:
                     line = yield from self._receive(line, in_flight)
             while in_flight and line is not None:
@@ -166,16 +171,16 @@ class HotStore:
         """Read one reply; returns the wire, or None when it was lost."""
         assert line is not None
         chunk = in_flight[0]
-        confirm = _strictest(chunk)
+        confirm = strictest(chunk)
         outcomes: list[items.Outcome]
         try:
             try:
-                outcomes = _outcomes(line.read())
+                outcomes = outcomes_of(line.read())
             except redis.ResponseError as error:
                 self.wires.distrust(line)
                 outcomes = [failures.outcome_of(error, sent=True)] * len(chunk)
-            if confirm is not None and not _is_confirmed(line, confirm):
-                outcomes = [msgspec.structs.replace(outcome, confirmed=False) for outcome in outcomes]
+            if confirm is not None and not _read_confirmation(line, confirm):
+                outcomes = unconfirmed(outcomes)
         except (redis.RedisError, OSError) as error:
             yield from self._all_lost(in_flight, error, line)
             return None
@@ -184,15 +189,17 @@ class HotStore:
         return line
 
     def _all_lost(
-        self, in_flight: deque[Sequence[items.Item]], error: Exception, line: wire.Wire | None
+        self, in_flight: deque[Sequence[items.Item]], error: redis.RedisError | OSError, line: wire.Wire | None
     ) -> Iterator[Answered]:
         if line is not None:
             line.close()
+            self.wires.checked_at = 0.0  # whether it compared the identity is not known
         while in_flight:
             chunk = in_flight.popleft()
-            yield chunk, [items.Outcome("LOST", [], 0, error)] * len(chunk)
+            yield chunk, [failures.outcome_of(error, sent=True)] * len(chunk)
 
-    def _packed_apply(self, chunk: Sequence[items.Item], line: wire.Wire) -> bytes:
+    def packed_apply(self, chunk: Sequence[items.Item], line: wire.Checked) -> bytes:
+        """The bytes of one script call. Notes that this call compares the identity, if it is time to."""
         partitions: dict[int, int] = {}
         moves: dict[items.MoveSpec, int] = {}
         rows = []
@@ -206,7 +213,7 @@ class HotStore:
             rows.append(item.row(partition, move))
         key_count = 2 * len(partitions)
         due = self.wires.identity_due(line, self.identity_interval_seconds)
-        confirm = _strictest(chunk)
+        confirm = strictest(chunk)
         return b"".join(
             [
                 _HEADERS[7 + key_count],
@@ -230,14 +237,13 @@ class HotStore:
         """
         packed = [resp.command("HGETALL", self.keyspace.instance(*address)) for address in addresses]
         with self._exchange("HGETALL") as line:
-            results = []
-            sent = 0
+            replies: list[Any] = []
             for start in range(0, len(packed), 125):
                 line.send(b"".join(packed[start : start + 125]))
                 if start:
-                    results += [_hash_of(line.read()) for _ in range(125)]
-                    sent += 125
-            return results + [_hash_of(line.read()) for _ in range(len(packed) - sent)]
+                    replies += [_reply_or_error(line) for _ in range(125)]
+            replies += [_reply_or_error(line) for _ in range(len(packed) - len(replies))]
+            return [hash_of(reply) for reply in replies]
 
     def own_field(self, partition: int, machine: str, id: str) -> bytes | None:
         """The field ``@`` of an instance's hash, None if it is not hot."""
@@ -486,7 +492,7 @@ class HotStore:
             return reply.decode()
 
 
-def _strictest(chunk: Sequence[items.Item]) -> items.Confirm | None:
+def strictest(chunk: Sequence[items.Item]) -> items.Confirm | None:
     """What the items of one script call want confirmed; calls with one level travel together, so the first decides."""
     return next((item.confirm for item in chunk if item.confirm is not None), None)
 
@@ -497,15 +503,23 @@ def _confirm_command(confirm: items.Confirm) -> bytes:
     return resp.command("WAIT", confirm.replicas, confirm.timeout_ms)
 
 
-def _is_confirmed(line: wire.Wire, confirm: items.Confirm) -> bool:
-    """Read the answer: it gives counts, also when time ran out. An error reply confirms nothing."""
+def _read_confirmation(line: wire.Wire, confirm: items.Confirm) -> bool:
     try:
-        counts = line.read()
+        return is_confirmed(line.read(), confirm)
     except redis.ResponseError:
         return False
+
+
+def is_confirmed(counts: Any, confirm: items.Confirm) -> bool:
+    """Judge the answer of ``WAIT`` or ``WAITAOF``: it gives counts, also when time ran out."""
     if confirm.aof:
         return bool(counts[0] >= confirm.local and counts[1] >= confirm.replicas)
     return bool(counts >= confirm.replicas)
+
+
+def unconfirmed(outcomes: Sequence[items.Outcome]) -> list[items.Outcome]:
+    """The same outcomes, marked as not confirmed in time."""
+    return [msgspec.structs.replace(outcome, confirmed=False) for outcome in outcomes]
 
 
 def parse_line(line: str) -> entry.Entry:
@@ -522,13 +536,26 @@ def _optional_id(text: str) -> entry.EntryId | None:
     return None if text == "-" else entry.EntryId.parse(text)
 
 
-def _hash_of(reply: list[bytes] | dict[bytes, bytes]) -> dict[bytes, bytes]:
+def _reply_or_error(line: wire.Wire) -> Any:
+    """One of several replies: an error too, because those behind it must be read before the wire is used again."""
+    try:
+        return line.read()
+    except redis.ResponseError as error:
+        return error
+
+
+def hash_of(reply: list[bytes] | dict[bytes, bytes] | redis.ResponseError) -> dict[bytes, bytes]:
+    """The fields of a hash. A key that holds something else is a hash of no field of ours: only its reader fails."""
+    if isinstance(reply, redis.ResponseError):
+        if "WRONGTYPE" in str(reply):
+            return {b"?": b"WRONGTYPE"}
+        raise reply
     if isinstance(reply, dict):  # RESP3, as an emulated server speaks it
         return reply
     return dict(zip(reply[::2], reply[1::2], strict=True))
 
 
-def _outcomes(reply: bytes) -> list[items.Outcome]:
+def outcomes_of(reply: bytes) -> list[items.Outcome]:
     head, *lines = reply.decode().split("\n")
     at_ms = int(head.partition(" ")[0])
     make: Callable[..., items.Outcome] = items.Outcome

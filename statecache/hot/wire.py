@@ -13,13 +13,19 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, Protocol
 
 import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from statecache.core import errors
+
+
+class Checked(Protocol):
+    """A connection of either flavour, as far as identity checks go."""
+
+    fresh: bool
 
 
 class Wire:
@@ -100,7 +106,7 @@ class Wires:
         else:
             self._idle.append(wire)
 
-    def distrust(self, wire: Wire) -> None:
+    def distrust(self, wire: Checked) -> None:
         """Forget that this wire's call compared the identity: its script did not run."""
         wire.fresh = True
         self.checked_at = 0.0
@@ -126,7 +132,7 @@ class Wires:
         for wire in idle:
             wire.close()
 
-    def identity_due(self, wire: Wire, interval_seconds: float) -> bool:
+    def identity_due(self, wire: Checked, interval_seconds: float) -> bool:
         """Tell whether this call must compare the server's identity, and note that it does.
 
         The first call on a connection must, and every call later than the interval after the last check was *sent*: a

@@ -38,6 +38,7 @@ class Points:
     def __init__(self, die_before: int | None = None) -> None:
         self.die_before = die_before
         self.names: list[str] = []
+        self.died = False
 
     def reach(self, name: str) -> None:
         if self.die_before is not None and len(self.names) + 1 >= self.die_before:

@@ -233,16 +233,18 @@ class Frozen:
         """Run the scenario in a process that dies at a point; what it did."""
         watch = points.Points(die_before)
         cache = StateCache.connect(
-            redis_url=self.redis_url, database_url=database_url, namespace=self.namespace, auto_recover=False
+            redis_url=self.redis_url,
+            database_url=database_url,
+            namespace=self.namespace,
+            auto_recover=False,  # what dies is the scenario, not the connecting
+            call_timeout_seconds=0.05,
         )
         cache.machine(worlds.Order)
         try:
             with points.watched(cache, watch):
                 self.scenario.run(cache)
         except points.Died:
-            assert die_before is not None
-        else:
-            assert die_before is None or die_before == len(watch.names) + 1
+            watch.died = True
         finally:
             cache.close()
         return watch
@@ -280,8 +282,8 @@ def facts(world: worlds.World) -> dict[str, Any]:
     for row in kept:
         row["error"] = row["noted_ms"] = None
     ids = sorted({row["id"] for row in [*history, *kept]})
-    reports = [row for row in recoveries.recoveries(world.durable) if row.finished_ms is not None]
-    parts = [part for row in reports for part in msgspec.json.decode(row.report)["partitions"]]
+    reports = [row.report for row in recoveries.recoveries(world.durable, limit=1000) if row.report]
+    parts = [part for text in reports for part in msgspec.json.decode(text)["partitions"]]
     return {
         "history": history,
         "checkpoints": checkpoints,
@@ -309,7 +311,8 @@ def go_on(world: worlds.World) -> None:
     for kept in list(world.durable.iterate_checkpoints(machine="order")):
         if world.durable.letters("order", kept.id):
             with pytest.raises(errors.ParkedError):
-                world.orders.transition(kept.id, "note")
+                # Where the flag did not get into the hash any more, the move is taken, and waits with the letters.
+                world.cache.wait_durable(world.orders.transition(kept.id, "note"))
         elif kept.state in ("placed", "paid", "shipped"):
             assert world.orders.transition(kept.id, "note").version == kept.version + 1
     world.flush()
@@ -332,7 +335,7 @@ def test_dying_between_any_two_steps(frozen: Frozen) -> None:
     assert len(watch.names) > 5
     for die_before in range(1, len(watch.names) + 1):
         database_url = frozen.thaw()
-        frozen.die(database_url, die_before)
+        assert frozen.die(database_url, die_before).died
         place = f"died before {watch.names[die_before - 1]} (point {die_before} of {len(watch.names)})"
         try:
             found = frozen.outcome(database_url)
@@ -347,13 +350,12 @@ def test_dying_twice(frozen: Frozen) -> None:
     watch = frozen.die(database_url, None)
     wanted = frozen.outcome(database_url)
     database_url = frozen.thaw()
-    for die_before in range(1, len(watch.names) + 1, 3):
+    for die_before in itertools.count(1, 3):
         try:
-            frozen.die(database_url, die_before)
-        except errors.NotFoundError:  # letters: done by an earlier one
+            if not frozen.die(database_url, die_before).died:
+                break
+        except errors.NotFoundError:  # no letters: one that died had done it
             break
-        except AssertionError:
-            break  # it had less to do than the first one
     assert frozen.outcome(database_url) == wanted
 
 

@@ -109,7 +109,7 @@ def _sql_behind() -> list[Hole]:
         hole("P3", "H6a reconciled in the log", hot, off={"reconcile_in_sql": False}),
         hole("P3", "H6c watermark and rows apart", hot, off={"reconcile_one_tx": False}, asserted=INEXACT - {"P9"}),
         hole("P3", "H6d cold instances forgotten", cold, off={"reconcile_cold": False}),
-        hole("P11", "H7 a late trim", trim, (START, MOVE), off={"trim_stamped": False}, asserted=INEXACT - {"P9"}),
+        hole("P9", "H7 a late trim", trim, (START, MOVE), off={"trim_stamped": False}),
     ]
 
 
@@ -233,6 +233,13 @@ def _findings() -> list[Hole]:
         start(Budget(), seeds=(Seed(("a", "b"), hot=False), other), home=home, retained=False, clients=0, recoverers=1),
         start(Budget(), seeds=(Seed(("a",), hot=False), NONE), home=home),
     )
+    letter = Seed(("a",), letters=("b",))
+    discarding = start(Budget(restart=1), seeds=(letter, other), home=home, recoverers=1, operator=1)
+    discarding = _unflagged(discarding)
+    discarding = saved_on_disk(discarding, discarding)
+    tail_lost = start(Budget(restore=1), seeds=(V2,), flushers=1, recoverers=2)
+    losing = backed_up(rolled_back(tail_lost, start(Budget(), seeds=(V1,))), start(Budget(), seeds=(V1,)))
+    away = start(Budget(migrate=1, restart=1, back=1), seeds=(V1,))
     return [
         hole("P11", "F1 one stamp for all threads: trim", trim, (START, MOVE), off={"stamp_held": False}),
         hole("P11", "F1 one stamp for all threads: evict", evicting, off={"stamp_held": False}),
@@ -245,6 +252,11 @@ def _findings() -> list[Hole]:
         hole("P3", "F5 *SQL behind* does not count letters", reopened, off={"reconcile_counts_letters": False}),
         hole("P3", "F6 *diverged* keeps a hash that SQL is ahead of", split, (Op("start", 1, "d"),), home=home,
              off={"detour_takes_longer": False, "diverged_drops_stale": False}, asserted=INEXACT - {"P8"}),
+        hole("P3", "F8 a mark forgets what SQL had", losing, (NEXT,), off={"mark_names_watermark": False}, asserted=INEXACT),
+        hole("P3", "F8 *intact* with a hole behind the watermark", losing, (NEXT,), off={"intact_needs_next": False}, asserted=INEXACT),
+        hole("P3", "F9 a discarded transition comes back", discarding, (NEXT,), home=home, poison=frozenset("b"),
+             off={"recovery_drops_discarded": False}),
+        hole("P8", "F10 lost while the slot was away", away, (MOVE, NEXT), off={"away_loses_nothing": False}),
         hole("P9", "F7 *SQL behind* reports no loss", forgotten, off={"behind_says_loss": False}, home=home),
     ]  # fmt: skip
 

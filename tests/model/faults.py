@@ -15,6 +15,8 @@ migrate      kept        new            gone / kept  kept          slot migratio
                                                                    as it serves other partitions of the same stamp
 ===========  ==========  =============  ===========  ============  ==================================================
 
+``back``: the slot goes back to the server where it was at the start, which still knows its scripts and has its old identity.
+
 SQL: ``backup`` and ``restore`` of the whole database; a restore ends open transactions.
 """
 
@@ -57,6 +59,12 @@ def _steps(world: World, state: State) -> Steps:
         yield "the slot migrates, to a server that knows the scripts", state._replace(redis=redis, budget=spent)
         redis = redis._replace(cache=frozenset())
         yield "the slot migrates", state._replace(redis=redis, budget=spent)
+    if budget.back and state.redis.identity != world.start.redis.identity:
+        first = world.start.redis
+        redis = state.redis._replace(identity=first.identity, cache=first.cache)
+        spent = budget._replace(back=budget.back - 1)
+        if not world.rules.away_loses_nothing or not any(state.ghost.untrue):
+            yield "the slot migrates back", state._replace(redis=redis, budget=spent)
     yield from _sql(world, state, budget)
 
 

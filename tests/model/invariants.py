@@ -7,7 +7,7 @@ a partition is opened.
 
 Here, for every partition that is ready and, as far as the ghost knows, true, and whose SQL did not go back since:
 
-- P3, coherence ("verify"): an instance's line is its checkpoint, then its letters, then the log's entries behind the
+- P3, coherence ("verify"; a parked hash takes no writes and may be stale until it is dropped): an instance's line is its checkpoint, then its letters, then the log's entries behind the
   watermark. Versions go on one by one, and a hash's data are that line. An instance that SQL or the log knows and that has
   no hash is only possible where ``cold`` says so and, if entries of it are unflushed, hydration is refused (``evicted_to``).
 - P4: no transition id twice in a line.
@@ -48,6 +48,8 @@ def check(world: World, state: State) -> None:
         meta = part.meta
         if meta is None or not meta.ready or ghost.untrue[p]:
             continue
+        if ghost.restored[p] and meta.stamp != state.sql.stamp:
+            continue  # SQL went back to another epoch: whoever asks it next asks for a recovery
         tail = _unflushed(world, state, p)
         if tail is None:
             continue
@@ -62,11 +64,14 @@ def check(world: World, state: State) -> None:
 
 
 def _unflushed(world: World, state: State, p: int) -> list[Entry] | None:
-    """The log behind SQL's watermark; None where the log does not reach it (SQL went back, nobody has noticed yet)."""
+    """The log behind SQL's watermark; None where it has a hole (SQL went back): the flusher stops there and asks for a
+    recovery, and has a check of its own that this recovery can mend it."""
     part, watermark = state.redis.parts[p], state.sql.parts[p].watermark
     tail = [entry for entry in part.log if entry.id > watermark]
-    if state.ghost.restored[p] and tail and not scripts.follows(world.rules, tail[0], watermark):
-        return None
+    for entry in tail:
+        if not scripts.follows(world.rules, entry, watermark):
+            return None
+        watermark = entry.id
     return tail
 
 
@@ -94,7 +99,7 @@ def _coherent(saved: Saved, part: Part, meta: Meta, inst: int, tail: list[Entry]
             raise Violation("P3", f"{name(inst)} {chain_text(line)} has no hash and meta says that nothing is cold: a start would fork")
         if mine and meta.evicted_to < mine[-1].id:
             raise Violation("P3", f"{name(inst)} {chain_text(line)} has no hash, and an older one could be hydrated: {entry_text(mine[-1])}")
-    elif copy.chain != line and UNKNOWN not in line and not (copy.parked and copy.chain == saved.chain and not mine):
+    elif copy.chain != line and UNKNOWN not in line and not (copy.parked and not mine):
         raise Violation("P3", f"{name(inst)} is {chain_text(copy.chain)} in its hash, {chain_text(line)} in SQL and log: a fork")
 
 

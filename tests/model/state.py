@@ -103,26 +103,30 @@ class Letter(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What SQL knows of an instance: history, the checkpoint (its chain, ring and entry id) and open letters."""
+    """What SQL knows of an instance: history, the checkpoint (its chain, ring and entry id) and open letters.
+
+    ``discarded`` are the tombstones of letters that were discarded.
+    """
 
     history: tuple[Row, ...]
     chain: Chain
     ring: Chain
     entry_id: Id
     letters: tuple[Letter, ...]
+    discarded: tuple[Letter, ...] = ()
 
     @property
     def version(self) -> int:
         return len(self.chain)
 
     def knows(self, version: int, tid: str) -> bool:
-        """Is this transition in history, named by a reconciled range, or a letter?"""
+        """Is this transition in history, named by a reconciled range, a letter or the tombstone of one?"""
         return any(
             row.version == version and row.tid == tid or row.tid == RECONCILED and row.covers_from <= version <= row.version
             for row in self.history
         ) or any(
             (letter.version, letter.tid) == (version, tid) or (letter.kind == "incomplete" and version <= letter.version)
-            for letter in self.letters
+            for letter in self.letters + self.discarded
         )
 
 
@@ -239,6 +243,7 @@ class Budget(NamedTuple):
     flushall: int = 0
     detour: int = 0
     migrate: int = 0
+    back: int = 0
     backup: int = 0
     restore: int = 0
     lost_reply: int = 0
@@ -278,6 +283,7 @@ Steps = Iterator[Step]
 
 IDLE_FLUSHER = Flusher("idle", 0, NOBODY, ZERO, (), ZERO, (), ())
 IDLE_EVICTOR = Evictor("idle", 0, NOBODY, 0, ZERO)
+UNSEEN = Look(ZERO, 0, False, 0, NOBODY, 0, "", ZERO, (), None, 0, False)
 UNUSED_RECOVERER = Recoverer("unused", 0, NOBODY, NOBODY, 0, (), 0)
 
 

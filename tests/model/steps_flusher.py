@@ -15,6 +15,7 @@ from tests.model.state import (
     IDLE_FLUSHER,
     MARK,
     NOBODY,
+    UNSEEN,
     Entry,
     Flusher,
     State,
@@ -71,7 +72,8 @@ def _read(world: World, state: State, number: int, flusher: Flusher) -> Steps:
     cursor, kept = flusher.watermark, []
     for entry in entries:
         if not scripts.follows(world.rules, entry, cursor):
-            _check_hole(world, state, flusher, entry)
+            if not kept:
+                _check_hole(world, state, flusher, entry)
             break
         kept.append(entry)
         cursor = entry.id
@@ -99,13 +101,16 @@ def _flagged(state: State, p: int) -> tuple[int, ...]:
 
 
 def _check_hole(world: World, state: State, flusher: Flusher, entry: Entry) -> None:
-    """A hole where Redis is true and SQL did not go back: what stops here stops for ever."""
-    ghost, p = state.ghost, flusher.part
-    current = state.sql.parts[p].stamp == flusher.stamp and state.sql.parts[p].watermark == flusher.watermark
-    if current and not ghost.untrue[p] and not ghost.restored[p] and world.rules.log_read_admitted:
-        raise Violation(
-            "P3", f"{entry_text(entry)} does not follow {id_text(flusher.watermark)}: the flusher stops, nothing was lost since"
-        )
+    """The flusher asks for a recovery: one that found nothing to mend would leave it here for ever."""
+    p = flusher.part
+    row, part = state.sql.parts[p], state.redis.parts[p]
+    if row.watermark != flusher.watermark or row.stamp != flusher.stamp or state.ghost.untrue[p]:
+        return
+    look = UNSEEN._replace(watermark=row.watermark)
+    kind, _ = tables.classify(world, state.sql, look, p, part)
+    if kind == "intact" or not world.rules.reconcile_in_sql:
+        text = f"{entry_text(entry)} does not follow {id_text(row.watermark)}: the flusher stops, a recovery would mend nothing"
+        raise Violation("P3", text)
 
 
 def _begin(world: World, state: State, number: int, flusher: Flusher) -> Steps:

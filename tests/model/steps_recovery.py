@@ -11,9 +11,8 @@ from __future__ import annotations
 from tests.model import invariants, scripts, tables
 from tests.model.state import (
     NOBODY,
+    UNSEEN,
     UNUSED_RECOVERER,
-    ZERO,
-    Look,
     Recoverer,
     State,
     Steps,
@@ -85,7 +84,7 @@ def _take(world: World, state: State, number: int, me: Recoverer) -> Steps:
 
 
 def _rows(world: World, state: State, number: int, me: Recoverer) -> Steps:
-    looks = tuple(Look(row.watermark, 0, False, 0, NOBODY, 0, "", ZERO, (), None, 0, False) for row in state.sql.parts)
+    looks = tuple(UNSEEN._replace(watermark=row.watermark) for row in state.sql.parts)
     text = "reads the watermarks " + ", ".join(id_text(look.watermark) for look in looks)
     yield text, _put(state, number, me._replace(pc="fence", looks=looks))
 
@@ -132,7 +131,7 @@ def _judge(world: World, state: State, number: int, me: Recoverer) -> Steps:
         me, kind=kind, last=last, drop=dropped, view=keep, possible=possible and world.rules.loss_possible,
         lost=tables.entries_between(max(last, look.watermark), tail),
     )  # fmt: skip
-    pc = {"intact": "", "SQL behind": "mend", "diverged": "mend"}.get(kind, "drop")
+    pc = {"intact": "drop" if dropped else "", "SQL behind": "mend", "diverged": "mend"}.get(kind, "drop")
     after = me._replace(pc=pc) if pc else _next(me, "probe", "report")
     yield f"finds partition {p} {kind}", _put(state, number, after)
 
@@ -156,13 +155,13 @@ def _mend(world: World, state: State, number: int, me: Recoverer) -> Steps:
         yield f"mends partition {p}: SQL has changed", _end(state, number)
         return
     if look.kind == "SQL behind" and not world.rules.reconcile_one_tx:
-        sql = tables.move_watermark(sql, p, part)
+        sql = tables.move_watermark(sql, p, tables.gap(sql, p, part)[0])
         after = _look_at(me, watermark=sql.parts[p].watermark)._replace(pc="mend 2")
         yield f"moves the watermark to {id_text(sql.parts[p].watermark)}", _put(state._replace(sql=sql), number, after)
         return
     sql = tables.mend(world, sql, p, look, part)
     me = _look_at(me, watermark=sql.parts[p].watermark)
-    if look.kind == "diverged":
+    if look.kind == "diverged" or look.drop:
         me = me._replace(pc="drop")
     else:
         me = _next(_look_at(me, view=None), "probe", "report")
@@ -176,7 +175,9 @@ def _mend_2(world: World, state: State, number: int, me: Recoverer) -> Steps:
     if tables.superseded(state.sql, me):
         yield "writes reconciled rows: SQL has changed", _end(state, number)
         return
-    sql = tables.reconcile(world, state.sql, me.part, part)
+    before = me.looks[me.part].watermark
+    tail = [entry for entry in part.log if entry.id > before]
+    sql = tables.reconcile(world, state.sql, me.part, part, before, tail)
     me = _next(_look_at(me, view=None), "probe", "report")
     yield "writes reconciled rows", _put(state._replace(sql=sql), number, me)
 

@@ -10,6 +10,7 @@ from tests.model import scripts
 from tests.model.state import (
     MARK,
     RECONCILED,
+    ZERO,
     Chain,
     Entry,
     Id,
@@ -29,7 +30,7 @@ from tests.model.state import (
     put_row,
     put_saved,
 )
-from tests.model.world import World
+from tests.model.world import Rules, World
 
 
 def owns(world: World, sql: Sql, p: int, stamp: Stamp, old: Id) -> bool:
@@ -133,8 +134,12 @@ def classify(world: World, sql: Sql, look: Look, p: int, part: Part) -> tuple[st
     rules, watermark = world.rules, look.watermark
     for entry in part.log:
         if entry.id == watermark:
-            same = not rules.intact_by_content or _same(sql, entry)
-            return ("intact" if same else "diverged"), part.last
+            if rules.intact_by_content and not _same(rules, sql, entry):
+                return "diverged", part.last
+            behind = next((one for one in part.log if one.id > watermark), None)
+            if rules.intact_needs_next and behind is not None and not scripts.follows(rules, behind, watermark):
+                return "SQL behind", part.last
+            return "intact", part.last
     if part.last == (0, 0):
         return "wiped", part.last
     behind = next((entry for entry in part.log if entry.id > watermark), None)
@@ -151,10 +156,13 @@ def classify(world: World, sql: Sql, look: Look, p: int, part: Part) -> tuple[st
     return "SQL behind", part.last
 
 
-def _same(sql: Sql, entry: Entry) -> bool:
+def _same(rules: Rules, sql: Sql, entry: Entry) -> bool:
     if entry.inst == MARK:
         return (entry.id[0], entry.owner) in sql.recoveries
-    return sql.saved[entry.inst].knows(entry.version, entry.tid)
+    saved = sql.saved[entry.inst]
+    if not rules.recovery_drops_discarded:
+        saved = saved._replace(discarded=())
+    return saved.knows(entry.version, entry.tid)
 
 
 def _above(world: World, sql: Sql, p: int, last: Id) -> tuple[int, ...]:
@@ -168,18 +176,20 @@ def _above(world: World, sql: Sql, p: int, last: Id) -> tuple[int, ...]:
 
 
 def to_drop(world: World, sql: Sql, p: int, kind: str, last: Id, part: Part) -> tuple[int, ...]:
-    """The hashes that a recovery of this class drops."""
-    if kind in ("tail lost", "wiped"):
-        return _above(world, sql, p, last)
-    if kind != "diverged":
-        return ()
+    """The hashes that a recovery of this class drops: what SQL knows better."""
     dropped = []
+    above = _above(world, sql, p, last) if kind in ("tail lost", "wiped") else ()
     for inst, copy in enumerate(part.hashes):
-        if copy is None:
+        tombstone = max((letter.id for letter in sql.saved[inst].discarded), default=ZERO)
+        stale = copy is not None and copy.entry_id <= tombstone and world.rules.recovery_drops_discarded
+        if inst in above or stale:
+            dropped.append(inst)
             continue
-        mine = [entry for entry in part.log if entry.inst == inst and not sql.saved[inst].knows(entry.version, entry.tid)]
+        if copy is None or kind != "diverged":
+            continue
+        fresh = [entry for entry in part.log if entry.inst == inst and not sql.saved[inst].knows(entry.version, entry.tid)]
         stale = (copy.chain, copy.entry_id) != (sql.saved[inst].chain, sql.saved[inst].entry_id)
-        if mine or (stale and world.rules.diverged_drops_stale):
+        if fresh or (stale and world.rules.diverged_drops_stale):
             dropped.append(inst)
     return tuple(dropped)
 
@@ -189,8 +199,8 @@ def mend(world: World, sql: Sql, p: int, look: Look, part: Part) -> Sql:
     if look.kind == "SQL behind":
         if not world.rules.reconcile_in_sql:
             return sql
-        sql = reconcile(world, sql, p, part)
-        return move_watermark(sql, p, part)
+        before, tail = gap(sql, p, part)
+        return move_watermark(reconcile(world, sql, p, part, before, tail), p, before)
     for entry in part.log:
         if entry.inst == MARK or sql.saved[entry.inst].knows(entry.version, entry.tid):
             continue
@@ -201,22 +211,24 @@ def mend(world: World, sql: Sql, p: int, look: Look, part: Part) -> Sql:
     return put_row(sql, p, row._replace(watermark=max(row.watermark, part.last)))
 
 
-def move_watermark(sql: Sql, p: int, part: Part) -> Sql:
-    """Put the watermark to the id before the log's first."""
-    first = part.log[0]
-    before = first.prev if first.inst == MARK else (first.id[0], first.id[1] - 1)
+def gap(sql: Sql, p: int, part: Part) -> tuple[Id, list[Entry]]:
+    """The id before the log's first entry behind the watermark, and the entries from there on."""
+    tail = [entry for entry in part.log if entry.id > sql.parts[p].watermark]
+    first = tail[0]
+    return (first.prev if first.inst == MARK else (first.id[0], first.id[1] - 1)), tail
+
+
+def move_watermark(sql: Sql, p: int, before: Id) -> Sql:
     return put_row(sql, p, sql.parts[p]._replace(watermark=before))
 
 
-def reconcile(world: World, sql: Sql, p: int, part: Part) -> Sql:
+def reconcile(world: World, sql: Sql, p: int, part: Part, before: Id, tail: list[Entry]) -> Sql:
     """*SQL behind*: a row for the range that is missing before what the log, or the hash, goes on with."""
-    first = part.log[0]
-    before = first.prev if first.inst == MARK else (first.id[0], first.id[1] - 1)
     for inst, home in enumerate(world.home):
         if home != p:
             continue
         saved, copy = sql.saved[inst], part.hashes[inst]
-        logged = [entry.version for entry in part.log if entry.inst == inst]
+        logged = [entry.version for entry in tail if entry.inst == inst]
         if not logged and copy is None:
             continue
         if copy is None and not world.rules.reconcile_cold:
@@ -265,4 +277,5 @@ def discard_letters(world: World, sql: Sql, inst: int) -> tuple[Sql, tuple[Lette
     """Delete the letters of an instance (all, or with H12e off the first one); they are counted as lost."""
     saved = sql.saved[inst]
     gone = saved.letters if world.rules.letters_whole_queue else saved.letters[:1]
-    return put_saved(sql, inst, saved._replace(letters=saved.letters[len(gone) :])), gone
+    after = saved._replace(letters=saved.letters[len(gone) :], discarded=saved.discarded + gone)
+    return put_saved(sql, inst, after), gone

@@ -32,6 +32,7 @@ class Rules:
     noscript_asks: bool = True  # NOSCRIPT is never answered by a blind reload
     first_call_checks: bool = True  # H13b: the first call on a new connection compares the identity
     detour_takes_longer: bool = True  # H13a: the stated assumption about the identity interval
+    away_loses_nothing: bool = True  # F10: assumption: a slot that migrates away and back loses nothing in between
     identity_always: bool = False  # H13a: `identity_check=always`
     stamp_held: bool = True  # F1: what was read under one epoch is sent with that epoch's stamp
 
@@ -50,6 +51,7 @@ class Rules:
     hydrate_parks: bool = True  # H12c
     letters_wait: bool = True  # H12d: mended when the last entry is at or below the watermark
     letters_whole_queue: bool = True  # H12e
+    recovery_drops_discarded: bool = True  # F9: a hash that holds a discarded transition may come back with a rollback
     poison_stops_one: bool = True  # P10: dead letters exist at all
 
     # Cold tier
@@ -73,6 +75,7 @@ class Rules:
 
     # Classes of recovery
     intact_by_content: bool = True  # H13: the entry at the watermark carries SQL's transition id
+    intact_needs_next: bool = True  # F8: *intact* also needs that what stands behind the watermark follows it
     mark_behind_watermark: bool = True  # H17
     reconcile_in_sql: bool = True  # H6a
     reconcile_one_tx: bool = True  # H6c

@@ -1,0 +1,1072 @@
+"""The public surface on real servers, with both databases, as a program that uses it."""
+
+from __future__ import annotations
+
+import datetime
+import multiprocessing
+import os
+import pickle
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from statecache import Move, State, StateCache, StateMachine
+from statecache.core import errors, flows, items, model
+from statecache.engine import letters
+from tests.support import servers, waiting
+from tests.support.worlds import Order, World, after_call, before_call, together
+
+UTC = datetime.UTC
+
+
+@pytest.fixture
+def world(redis_url: str, database_url: str, namespace: str) -> Iterator[World]:
+    with World(redis_url, database_url, namespace) as found:
+        yield found
+
+
+@pytest.fixture
+def lite(redis_url: str, sqlite_url: str, namespace: str) -> Iterator[World]:
+    """A world on SQLite, where the database's kind plays no part."""
+    with World(redis_url, sqlite_url, namespace) as found:
+        yield found
+
+
+# --- every method of the design -------------------------------------------------------------------------------------------
+
+
+def test_one_orders_life(world: World) -> None:
+    """Receipts, snapshot and history of an order, before and after its flush; the same answers from both stores."""
+    orders = world.orders
+    occurred = datetime.datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+    first = orders.start("1001", data={"amount": 12.5, "note": "x"})
+    assert (first.machine, first.id, first.event, first.from_state, first.state) == (
+        "order",
+        "1001",
+        "@start",
+        None,
+        "placed",
+    )
+    assert (first.version, first.duplicate) == (1, False)
+    paid = orders.transition(
+        "1001", "pay", data={"method": "card", "tags": ["a", {"b": None}]}, unset=["note"], increment={"attempts": 1},
+        actor="billing", reason="webhook", expect_version=1, transition_id="evt_42", occurred_at=occurred,
+    )  # fmt: skip
+    assert (paid.event, paid.from_state, paid.state, paid.version, paid.transition_id) == (
+        "pay",
+        "placed",
+        "paid",
+        2,
+        "evt_42",
+    )
+
+    def check(durable: bool) -> None:
+        now = orders.get("1001")
+        assert (now.state, now.version, now.final, now.source) == ("paid", 2, False, "hot")
+        assert now.data == {"amount": 12.5, "method": "card", "tags": ["a", {"b": None}], "attempts": 1}
+        assert set(now.available_events) == {"ship", "cancel", "note"}
+        assert (now.created_at, now.updated_at) == (first.at, paid.at)
+        assert orders.state("1001") == "paid"
+        begun, moved = orders.history("1001")
+        assert (begun.event, begun.version, begun.patch, begun.durable) == (
+            "@start",
+            1,
+            {"amount": 12.5, "note": "x"},
+            durable,
+        )
+        assert (moved.actor, moved.reason, moved.occurred_at, moved.unset) == (
+            "billing",
+            "webhook",
+            occurred,
+            ("note",),
+        )
+        assert (moved.transition_id, moved.increments, moved.entry_id) == ("evt_42", {"attempts": 1}, paid.entry_id)
+        assert orders.at("1001", version=1).data == {"amount": 12.5, "note": "x"}
+        assert orders.at("1001", version=2) == now
+        assert orders.at("1001", when=paid.at).version == 2
+        with pytest.raises(errors.NotFoundError, match="no version 3; it has 1 to 2"):
+            orders.at("1001", version=3)
+        with pytest.raises(errors.NotFoundError, match="did not exist"):
+            orders.at("1001", when=first.at - datetime.timedelta(seconds=1))
+
+    check(durable=False)
+    assert orders.counts() == {}
+    world.cache.wait_durable(paid, timeout=5.0)
+    check(durable=True)
+    assert orders.counts() == {"paid": 1}
+    (found,) = orders.find(state="paid")
+    assert (found.id, found.source, found.data) == ("1001", "durable", orders.get("1001").data)
+    world.verify()
+
+
+def test_find_is_oldest_first_and_knows_age_and_limit(world: World) -> None:
+    ids = [f"f{number}" for number in range(5)]
+    for id in ids:
+        world.start(id, ["pay"] if id != "f3" else [])
+    world.flush()
+    paid = world.orders.find(state="paid")
+    assert [one.id for one in paid] == ["f0", "f1", "f2", "f4"]
+    assert [one.id for one in world.orders.find(state="paid", limit=2)] == ["f0", "f1"]
+    assert {one.id for one in world.orders.find()} == set(ids)
+    assert world.orders.find(state="paid", older_than=datetime.timedelta(hours=1)) == []
+    assert len(world.orders.find(state="paid", older_than=datetime.timedelta(seconds=-5))) == 4
+
+
+def test_backlog_is_in_history_and_not_in_counts(world: World) -> None:
+    """``history`` and ``at`` include what is not flushed; ``counts`` and ``find`` are as of the watermark."""
+    world.start("1", ["pay"], amount=1)
+    world.flush()
+    world.orders.transition("1", "ship", data={"truck": 7})
+    assert [(row.version, row.durable) for row in world.orders.history("1")] == [(1, True), (2, True), (3, False)]
+    assert world.orders.at("1", version=3).data == {"amount": 1, "truck": 7}
+    assert world.orders.at("1", version=3).source == "hot"
+    assert world.orders.counts() == {"paid": 1}
+    assert [one.version for one in world.orders.find()] == [2]
+
+
+def test_get_many_answers_each_in_order(world: World) -> None:
+    world.start("a", ["pay"])
+    world.start("b")
+    world.flush()
+    assert world.evict("a") == "OK"
+    a, nobody, b = world.orders.get_many(["a", "nobody", "b"])
+    assert (a.state, a.source) == ("paid", "durable")
+    assert isinstance(nobody, errors.NotFoundError)
+    assert (b.state, b.source) == ("placed", "hot")
+
+
+def test_errors_tell_what_a_caller_needs(lite: World) -> None:
+    lite.start("1")
+    with pytest.raises(
+        errors.InvalidTransitionError, match=r"order:1 is in state 'placed', where 'ship' is no move"
+    ) as wrong:
+        lite.orders.transition("1", "ship")
+    assert (wrong.value.state, wrong.value.event) == ("placed", "ship")
+    assert set(wrong.value.allowed) == {"pay", "cancel", "note", "approve"}
+    with pytest.raises(errors.StaleVersionError) as stale:
+        lite.orders.transition("1", "pay", expect_version=2)
+    assert (stale.value.expected, stale.value.actual) == (2, 1)
+    with pytest.raises(errors.AlreadyExistsError, match="order:1 exists already, at version 1"):
+        lite.orders.start("1")
+    for call in (lite.orders.get, lite.orders.state, lite.orders.history):
+        with pytest.raises(errors.NotFoundError, match="order:2 does not exist"):
+            call("2")
+    with pytest.raises(errors.NotFoundError):
+        lite.orders.transition("2", "pay")
+    with pytest.raises(errors.InvalidTransitionError, match="has no event 'fly'"):
+        lite.orders.transition("1", "fly")
+    for error in (wrong.value, stale.value):
+        copy = pickle.loads(pickle.dumps(error))
+        assert (str(copy), copy.args) == (str(error), error.args)
+
+
+def test_final_states_have_no_way_out(lite: World) -> None:
+    lite.start("1", ["pay", "ship", "deliver"])
+    assert lite.orders.get("1").final
+    with pytest.raises(errors.InvalidTransitionError, match="none, it is final"):
+        lite.orders.transition("1", "cancel")
+
+
+def test_machine_by_name_and_from_another_process_of_the_same_store(world: World) -> None:
+    """A registered machine is found by its name; another definition under the same version is refused."""
+    world.start("1", ["pay"])
+    other = world.more().machine("order")
+    assert other.get("1").state == "paid"
+    with pytest.raises(errors.DefinitionError, match="no function is bound"):
+        other.transition("1", "approve")
+    with pytest.raises(errors.NotFoundError, match="no machine 'invoice' is registered here; known: order"):
+        world.cache.machine("invoice")
+
+    class Changed(StateMachine):
+        name = "order"
+        open = State(initial=True)
+        closed = State(final=True)
+        close = open.to(closed)
+
+    with pytest.raises(errors.DefinitionError, match="'order' version 1 is registered with another definition"):
+        world.cache.machine(Changed)
+
+
+# --- guards ---------------------------------------------------------------------------------------------------------------
+
+
+def test_guard_decides_on_the_version_that_it_saw(lite: World) -> None:
+    """Guard reads v1 with an amount; before the item is sent another client takes the amount away (v2): the item is
+    pinned to v1, is refused, and the guard looks again, at v2, and refuses."""
+    lite.start("1", amount=5)
+    other = lite.more().machine(Order)
+    with (
+        before_call(lite.hot, "apply_stream", lambda: other.transition("1", "note", data={"amount": 0})),
+        pytest.raises(
+            errors.InvalidTransitionError, match="guard of 'approve' refused it in state 'placed' at version 2"
+        ),
+    ):
+        lite.orders.transition("1", "approve")
+    assert lite.orders.get("1").version == 2
+
+
+def test_guard_that_is_overtaken_looks_again_and_passes(lite: World) -> None:
+    lite.start("1", amount=5)
+    other = lite.more().machine(Order)
+    with before_call(lite.hot, "apply_stream", lambda: other.transition("1", "note", data={"amount": 6})):
+        receipt = lite.orders.transition("1", "approve")
+    assert (receipt.version, receipt.state) == (3, "paid")
+
+
+def test_guarded_transition_is_repeated_with_its_receipt(lite: World) -> None:
+    """The first call was applied and the guard would refuse now: the repetition is a duplicate, not a refusal."""
+    lite.start("1", amount=5)
+    first = lite.orders.transition("1", "approve", transition_id="t")
+    lite.orders.transition("1", "note", data={"amount": 0})
+    again = lite.orders.transition("1", "approve", transition_id="t")
+    assert (again.version, again.entry_id, again.duplicate) == (first.version, first.entry_id, True)
+
+
+def test_guard_with_expect_version(lite: World) -> None:
+    lite.start("1", amount=5)
+    with pytest.raises(errors.StaleVersionError):
+        lite.orders.transition("1", "approve", expect_version=2)
+    assert lite.orders.transition("1", "approve", expect_version=1).version == 2
+
+
+def test_guards_and_a_race_apply_once(lite: World) -> None:
+    lite.start("1", amount=5)
+    results = together(*[lambda: lite.orders.transition("1", "approve") for _ in range(6)])
+    assert sum(isinstance(one, model.Receipt) for one in results) == 1
+    assert all(isinstance(one, (model.Receipt, errors.InvalidTransitionError)) for one in results)
+
+
+def test_guarded_move_of_a_bulk_call_is_not_overtaken_by_its_successor(lite: World) -> None:
+    """One list: ``approve`` (guarded), then ``note``. Between the guard's look and the script another client moves the
+    instance, so ``approve`` is refused for its version and looks again; ``note`` must not go before it."""
+    lite.start("1", amount=5)
+    other = lite.more().machine(Order)
+    with before_call(lite.hot, "apply_stream", lambda: other.transition("1", "note"), call=2):  # the first has no item
+        first, second = lite.orders.transition_many([Move("1", "approve"), Move("1", "note", data={"n": 1})])
+    assert (first.event, first.version) == ("approve", 3)
+    assert (second.event, second.version, second.from_state) == ("note", 4, "paid")
+
+
+# --- threads and forks ----------------------------------------------------------------------------------------------------
+
+
+def test_sixteen_threads_share_one_cache(world: World) -> None:
+    """Each thread moves the same four instances and some of its own, while another flushes: versions have no gap."""
+    for number in range(4):
+        world.start(f"shared{number}")
+    stop = threading.Event()
+
+    def flush() -> None:
+        flusher = world.flusher(world.more())
+        while not stop.is_set():
+            flusher.step()
+
+    def write(thread: int) -> int:
+        world.orders.start(f"own{thread}")
+        for number in range(12):
+            world.orders.transition(f"shared{number % 4}", "note", increment={"n": 1})
+            world.orders.transition(f"own{thread}", "note")
+        return thread
+
+    flushing = threading.Thread(target=flush)
+    flushing.start()
+    results = together(*[lambda thread=thread: write(thread) for thread in range(16)])
+    stop.set()
+    flushing.join()
+    assert results == list(range(16))
+    world.flush()
+    for number in range(4):
+        snapshot = world.orders.get(f"shared{number}")
+        assert (snapshot.version, snapshot.data) == (49, {"n": 48})
+        assert world.versions(f"shared{number}") == list(range(1, 50))
+    world.verify()
+
+
+def _work_in_child(cache: StateCache, pipe: Any) -> None:
+    """Runs in a forked child: uses the cache that the parent made."""
+    try:
+        orders = cache.machine(Order)
+        orders.start("child", transition_id=None)
+        receipts = [orders.transition("shared", "note") for _ in range(20)]
+        cache.flush()
+        pipe.send([(one.version, one.transition_id) for one in receipts])
+    except BaseException as error:
+        pipe.send(error)
+    finally:
+        pipe.close()
+
+
+@pytest.mark.parametrize("way", ["multiprocessing", "os.fork"])
+def test_child_forked_after_connecting_works_beside_its_parent(world: World, way: str) -> None:
+    """Both use the same ``StateCache`` object at once. The child opens connections of its own, and makes ids of its own:
+    a repeated id would turn one's transition into a duplicate of the other's."""
+    world.start("shared")
+    world.flush()
+    receive, send = multiprocessing.Pipe(duplex=False)
+    if way == "multiprocessing":
+        child = multiprocessing.get_context("fork").Process(target=_work_in_child, args=(world.cache, send))
+        child.start()
+        pid = child.pid
+    else:
+        pid = os.fork()
+        if pid == 0:
+            try:
+                _work_in_child(world.cache, send)
+            finally:
+                os._exit(0)
+    send.close()
+    mine = [world.orders.transition("shared", "note") for _ in range(20)]
+    theirs = receive.recv()
+    assert not isinstance(theirs, BaseException), theirs
+    if way == "multiprocessing":
+        child.join()
+    else:
+        assert pid is not None
+        os.waitpid(pid, 0)
+    receive.close()
+    assert sorted([one.version for one in mine] + [version for version, _ in theirs]) == list(range(2, 42))
+    assert len({one.transition_id for one in mine} | {id for _, id in theirs}) == 40
+    world.flush()
+    world.verify()
+    assert world.orders.get("child").state == "placed"
+
+
+def test_fork_while_another_thread_holds_the_locks(lite: World) -> None:
+    """The parent forks while another of its threads holds the admission's lock: in the child nobody would release it."""
+    lite.start("1")
+    receive, send = multiprocessing.Pipe(duplex=False)
+    with lite.cache.admission._lock, lite.cache.flusher._lock:
+        pid = os.fork()
+        if pid == 0:
+            try:
+                lite.cache.hot.stamp = type(lite.cache.hot.stamp)(0, "")  # so that it must ask for admission
+                _work_in_child_simple(lite, send)
+            finally:
+                os._exit(0)
+    send.close()
+    assert receive.poll(20)
+    assert receive.recv() == 2
+    os.waitpid(pid, 0)
+    receive.close()
+
+
+def _work_in_child_simple(world: World, pipe: Any) -> None:
+    try:
+        pipe.send(world.orders.transition("1", "note").version)
+        world.cache.flush()
+    except BaseException as error:
+        pipe.send(error)
+    pipe.close()
+
+
+# --- retries (P4) ---------------------------------------------------------------------------------------------------------
+
+
+def _same(first: model.Receipt, again: model.Receipt) -> None:
+    """The same receipt but for ``duplicate``."""
+    fields = ("machine", "id", "event", "from_state", "state", "version", "entry_id", "at_ms", "transition_id")
+    assert [getattr(again, name) for name in fields] == [getattr(first, name) for name in fields]
+    assert again.duplicate
+
+
+def test_repetition_is_answered_with_the_same_receipt(world: World) -> None:
+    started = world.orders.start("1", transition_id="s")
+    paid = world.orders.transition("1", "pay", data={"a": 1}, transition_id="p")
+    for flushed in (False, True):
+        _same(started, world.orders.start("1", transition_id="s"))
+        _same(paid, world.orders.transition("1", "pay", data={"a": 1}, transition_id="p"))
+        if not flushed:
+            world.flush()
+    assert world.orders.get("1").version == 2
+
+
+@pytest.mark.parametrize("flushed", ["nothing", "the first", "everything"])
+def test_repetition_after_the_ring_has_moved_on(world: World, flushed: str) -> None:
+    """H16: nine further transitions have pushed the id out of the ring. The script says OLD; history, or the log if it is
+    not flushed, knows the id."""
+    world.start("1")
+    first = world.orders.transition("1", "note", transition_id="t")
+    if flushed == "the first":
+        world.flush()
+    for _ in range(9):
+        world.orders.transition("1", "note")
+    if flushed == "everything":
+        world.flush()
+    _same(first, world.orders.transition("1", "note", transition_id="t"))
+    assert world.orders.get("1").version == 11
+
+
+def test_repetition_after_eviction(world: World) -> None:
+    """The hash was dropped and comes back with its ring."""
+    world.start("1")
+    first = world.orders.transition("1", "note", transition_id="t")
+    world.flush()
+    assert world.evict("1") == "OK"
+    _same(first, world.orders.transition("1", "note", transition_id="t"))
+    assert world.orders.get("1").version == 2
+
+
+@pytest.mark.parametrize("further", [0, 9])
+def test_repetition_after_a_wipe(world: World, further: int) -> None:
+    """Redis was wiped and recovered: the ring comes back with the checkpoint; ids beyond it are in history."""
+    world.start("1")
+    first = world.orders.transition("1", "note", transition_id="t")
+    for _ in range(further):
+        world.orders.transition("1", "note")
+    world.flush()
+    world.wipe()
+    _same(first, world.orders.transition("1", "note", transition_id="t"))
+    assert world.orders.get("1").version == 2 + further
+
+
+def test_repetition_whose_first_call_was_lost_is_new(world: World) -> None:
+    """Applied, not flushed, wiped: it is nowhere, so the repetition is applied, once."""
+    world.start("1")
+    world.flush()
+    world.orders.transition("1", "note", transition_id="t")
+    world.wipe()
+    again = world.orders.transition("1", "note", transition_id="t")
+    assert (again.version, again.duplicate) == (2, False)
+    _same(again, world.orders.transition("1", "note", transition_id="t"))
+
+
+def test_id_names_one_transition(lite: World) -> None:
+    lite.start("1")
+    lite.orders.transition("1", "note", transition_id="t")
+    with pytest.raises(
+        errors.InvalidDataError, match="'t' is refused: it was used before, for the event 'note' at version 2"
+    ):
+        lite.orders.transition("1", "pay", transition_id="t")
+
+
+def test_token_that_collides_is_an_error_never_a_swallowed_transition(
+    lite: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two ids with the same 48 bits: the full id is compared."""
+    monkeypatch.setattr("statecache.core.codec.token_of", lambda id: "AAAAAAAA")
+    lite.start("1")
+    with pytest.raises(errors.InvalidDataError, match="its hash is that of"):
+        lite.orders.transition("1", "note", transition_id="other")
+
+
+def test_repetition_whose_log_was_unreadable_for_a_moment_is_not_applied_again(lite: World) -> None:
+    """Ring of 8, id applied, unflushed, nine more moves. The repetition is answered OLD; before the log is searched the
+    server loses its script cache: the search is answered NOSCRIPT. That is not "absent": the id is in the log."""
+    lite.start("1")
+    first = lite.orders.transition("1", "note", transition_id="t")
+    for _ in range(9):
+        lite.orders.transition("1", "note")
+    with before_call(lite.hot, "find", lambda: lite.client.script_flush("SYNC")):
+        _same(first, lite.orders.transition("1", "note", transition_id="t"))
+    assert lite.orders.get("1").version == 11
+
+
+def test_duplicate_whose_log_was_unreadable_for_a_moment_is_answered(lite: World) -> None:
+    """The same in the ring: an older version's receipt is completed from the log, which answers NOSCRIPT first."""
+    lite.start("1")
+    first = lite.orders.transition("1", "note", transition_id="t")
+    lite.orders.transition("1", "note")
+    with before_call(lite.hot, "find", lambda: lite.client.script_flush("SYNC")):
+        _same(first, lite.orders.transition("1", "note", transition_id="t"))
+
+
+def test_duplicate_that_a_recovery_took_away_is_applied(lite: World) -> None:
+    """Apply answers DUP; before the flow reads the entry Redis is wiped, with the entry unflushed. The call begins again at
+    apply: the transition is nowhere, so it is applied."""
+    lite.start("1")
+    lite.flush()
+    lite.orders.transition("1", "note", transition_id="t")
+    with before_call(lite.hot, "find", lite.wipe):
+        receipt = lite.orders.transition("1", "note", transition_id="t")
+    assert (receipt.version, receipt.duplicate) == (2, False)
+    lite.flush()
+    lite.verify()
+
+
+def test_history_misses_nothing_that_was_acknowledged(world: World) -> None:
+    """Version 2 is unflushed. SQL is read (version 1); then a flusher commits version 2 and raises the watermark; then the
+    log is read behind it: nothing. The answer must hold version 2 all the same."""
+    world.start("1")
+    world.flush()
+    world.orders.transition("1", "pay")
+    with before_call(world.hot, "find", world.flush):
+        assert [row.version for row in world.orders.history("1")] == [1, 2]
+
+
+def test_history_of_a_gap_between_two_reads(world: World) -> None:
+    """As above, and version 3 comes after the flush: the log's entries begin behind a gap, and SQL is read again."""
+    world.start("1")
+    world.flush()
+    world.orders.transition("1", "pay")
+
+    def flush_and_move() -> None:
+        world.flush()
+        world.orders.transition("1", "ship")
+
+    with before_call(world.hot, "find", flush_and_move):
+        assert [row.version for row in world.orders.history("1")] == [1, 2, 3]
+
+
+# --- bulk calls -----------------------------------------------------------------------------------------------------------
+
+
+def test_five_thousand_items_in_order(world: World) -> None:
+    """5,000 starts, then 5,000 moves in an order of their own: a receipt for each, in order; every history is whole."""
+    ids = [f"b{number}" for number in range(1000)]
+    started = world.orders.start_many([(id, {"n": number}) for number, id in enumerate(ids)])
+    assert [one.id for one in started] == ids
+    moves = [Move(id, event) for event in ("pay", "note", "note", "ship", "deliver") for id in ids]
+    receipts = world.orders.transition_many(moves, timeout=60.0)
+    assert [(one.id, one.event) for one in receipts] == [(move.id, move.event) for move in moves]
+    assert [one.version for one in receipts] == [version for version in range(2, 7) for _ in ids]
+    world.cache.flush(timeout=60.0)
+    assert world.orders.counts() == {"delivered": 1000}
+    world.verify()
+
+
+def test_one_failure_fails_one_item(world: World) -> None:
+    world.start("a")
+    results = world.orders.transition_many(
+        [
+            Move("a", "pay"), Move("nobody", "pay"), Move("a", "pay"), Move("a", "fly"), Move("a\n", "ship"),
+            Move("", "ship"), Move("a", "note", expect_version=9), Move("a", "note", data={"x": float("nan")}),
+            Move("a", "ship"), Move(5, "ship"),
+        ]
+    )  # fmt: skip
+    kinds = [type(one) for one in results]
+    assert kinds == [
+        model.Receipt, errors.NotFoundError, errors.InvalidTransitionError, errors.InvalidTransitionError,
+        errors.InvalidDataError, errors.InvalidDataError, errors.StaleVersionError, errors.InvalidDataError,
+        model.Receipt, errors.InvalidDataError,
+    ]  # fmt: skip
+    assert world.orders.get("a").state == "shipped"
+
+
+def test_starts_given_in_every_form(world: World) -> None:
+    results = world.orders.start_many(
+        ["a", ("b", None), ("c", {"x": 1}), model.Start("d", {"y": 2}, actor="me"), "a"], actor="us"
+    )
+    assert [type(one) for one in results] == [model.Receipt] * 4 + [errors.AlreadyExistsError]
+    assert [row.actor for id in "abcd" for row in world.orders.history(id)] == ["us", "us", "us", "me"]
+
+
+@pytest.mark.parametrize("bad", [("x", {}, 1, 2, 3, 4, 5), (), 5, None])
+def test_start_of_a_wrong_form_stops_nothing_halfway(lite: World, bad: Any) -> None:
+    """P12: a list whose 300th element is no start: it alone fails, or the call is refused before anything is sent."""
+    starts: list[Any] = [f"s{number}" for number in range(300)]
+    starts[299] = bad
+    try:
+        results = lite.orders.start_many(starts)
+    except (TypeError, ValueError, errors.InvalidDataError):
+        assert lite.client.keys(f"{{{lite.namespace}:*:i:*") == []
+    else:
+        assert isinstance(results[299], errors.InvalidDataError)
+        assert all(isinstance(one, model.Receipt) for one in results[:299])
+
+
+def test_bulk_calls_of_nothing(lite: World) -> None:
+    assert lite.orders.start_many([]) == []
+    assert lite.orders.transition_many([]) == []
+    assert lite.orders.get_many([]) == []
+
+
+def test_a_long_list_of_one_instance_keeps_its_order_and_the_limit_of_a_script(lite: World) -> None:
+    """2,500 moves of one instance: applied in order, in script calls of at most 1,000 items."""
+    lite.start("1")
+    sizes: list[int] = []
+    original = lite.hot.packed_apply
+
+    def packed(chunk: Any, line: Any) -> bytes:
+        sizes.append(len(chunk))
+        return original(chunk, line)
+
+    lite.hot.packed_apply = packed  # type: ignore[method-assign]
+    receipts = lite.orders.transition_many(
+        [Move("1", "note", data={"n": number}) for number in range(2500)], timeout=60.0
+    )
+    assert [one.version for one in receipts] == list(range(2, 2502))
+    assert max(sizes) <= lite.cache.settings.batch_items_max
+
+
+def test_moves_of_one_instance_wait_for_each_other_when_the_backlog_is_full(lite: World) -> None:
+    """No room: ``pay`` and ``ship`` of one order are both answered FULL, neither is judged without the other; a flush makes
+    room, and both are applied in order."""
+    lite.start("1")
+    partition = lite.partition_of("1")
+    lite.client.hset(lite.keyspace.meta(partition), "limit", "0")
+
+    def relieve() -> None:
+        lite.flush()
+        lite.client.hset(lite.keyspace.meta(partition), "limit", "1000")
+
+    with before_call(lite.cache.driver, "_pause", relieve):
+        results = lite.orders.transition_many([Move("1", "pay"), Move("1", "ship")])
+    assert [(one.event, one.version) for one in results] == [("pay", 2), ("ship", 3)]
+
+
+def test_repeated_bulk_call_is_answered_with_the_same_receipts(world: World) -> None:
+    """Every move had an id; between the calls the first ten moves of each left the ring."""
+    world.orders.start_many([model.Start(f"r{n}", transition_id=f"s{n}") for n in range(20)])
+    moves = [Move(f"r{n}", "note", transition_id=f"{n}-{k}") for k in range(12) for n in range(20)]
+    first = world.orders.transition_many(moves)
+    again = world.orders.transition_many(moves)
+    for one, other in zip(first, again, strict=True):
+        _same(one, other)
+    assert all(
+        one.duplicate
+        for one in world.orders.start_many([model.Start(f"r{n}", transition_id=f"s{n}") for n in range(20)])
+    )
+    assert [one.version for one in world.orders.get_many([f"r{n}" for n in range(20)])] == [13] * 20
+
+
+# --- cold instances -------------------------------------------------------------------------------------------------------
+
+
+def test_cold_instance_comes_back_for_a_write_and_not_for_a_read(world: World) -> None:
+    world.start("1", ["pay"], amount=3)
+    world.flush()
+    hot = world.orders.get("1")
+    assert world.evict("1") == "OK"
+    cold = world.orders.get("1")
+    assert (cold, cold.source) == (hot, "durable")
+    assert not world.is_hot("1")
+    assert world.orders.transition("1", "ship").version == 3
+    assert world.is_hot("1")
+    assert world.orders.get("1").data == {"amount": 3}
+    world.flush()
+    world.verify()
+
+
+def test_cold_and_hot_and_absent_in_one_bulk_call(world: World) -> None:
+    """300 instances, two thirds of them cold, some absent, several moves of each: order and outcomes as if all were hot."""
+    ids = [f"c{number}" for number in range(300)]
+    world.orders.start_many(ids)
+    world.flush()
+    for number, id in enumerate(ids):
+        if number % 3:
+            assert world.evict(id) == "OK"
+    moves = [Move(id, event) for id in [*ids, "absent"] for event in ("note", "pay", "ship")]
+    results = world.orders.transition_many(moves)
+    assert [one.version for one in results[:-3]] == [2, 3, 4] * 300
+    assert all(isinstance(one, errors.NotFoundError) for one in results[-3:])
+    world.flush()
+    world.verify()
+
+
+def test_start_of_a_cold_instance_finds_it(world: World) -> None:
+    """P3: its hash is gone; a start that took that for absence would make a second version 1."""
+    world.start("1")
+    world.flush()
+    world.evict("1")
+    with pytest.raises(errors.AlreadyExistsError):
+        world.orders.start("1")
+    single, bulk = world.orders.start_many(["1", "new"])
+    assert isinstance(single, errors.AlreadyExistsError)
+    assert bulk.version == 1
+
+
+def test_eviction_between_two_steps_of_a_call(world: World) -> None:
+    """Hydrated, and evicted again before the item is repeated: the call begins again, and ends."""
+    world.start("1")
+    world.flush()
+    world.evict("1")
+    with after_call(world.hot, "hydrate", lambda: world.evict("1")):
+        assert world.orders.transition("1", "note").version == 2
+
+
+def test_evicted_while_it_is_read(world: World) -> None:
+    """The hash is there no more when it is read, and SQL has it."""
+    world.start("1", ["pay"])
+    world.flush()
+    with before_call(world.hot, "hashes", lambda: world.evict("1")):
+        assert world.orders.get("1").source == "durable"
+
+
+def test_strangers_key_among_many_reads_fails_one_item_only(lite: World) -> None:
+    """A string stands at the key of one of 300 ids. The others are answered, each with its own data; so is the next call on
+    the same connection."""
+    ids = [f"m{number}" for number in range(300)]
+    lite.orders.start_many([(id, {"me": id}) for id in ids])
+    stranger = lite.keyspace.instance(lite.partition_of("m7"), "order", "m7")
+    lite.client.delete(stranger)
+    lite.client.set(stranger, "x")
+    results = lite.orders.get_many(ids)
+    assert isinstance(results[7], errors.IntegrityError)
+    assert "order:m7" in str(results[7])
+    assert [one.data["me"] for index, one in enumerate(results) if index != 7] == [id for id in ids if id != "m7"]
+    assert [one.data["me"] for one in lite.orders.get_many(ids[10:20])] == ids[10:20]
+    assert lite.orders.get("m42").data == {"me": "m42"}
+
+
+# --- durability -----------------------------------------------------------------------------------------------------------
+
+
+def test_durable_means_that_sql_has_it(world: World) -> None:
+    """P7. When the call returns its row is there, whatever becomes of Redis."""
+    world.orders.start("1", durability="durable")
+    receipt = world.orders.transition("1", "pay", durability="durable")
+    assert world.versions("1") == [1, 2]
+    world.wipe()
+    assert world.orders.get("1").version == receipt.version
+
+
+def test_durable_bulk_calls(world: World) -> None:
+    results = world.orders.start_many([f"d{n}" for n in range(50)], durability="durable")
+    assert all(world.versions(one.id) == [1] for one in results)
+    moved = world.orders.transition_many(
+        [Move("d1", "pay"), Move("nobody", "pay"), Move("d1", "ship")], durability="durable"
+    )
+    assert [type(one) for one in moved] == [model.Receipt, errors.NotFoundError, model.Receipt]
+    assert world.versions("d1") == [1, 2, 3]
+
+
+def test_durability_of_the_machine_is_the_default(redis_url: str, sqlite_url: str, namespace: str) -> None:
+    with World(redis_url, sqlite_url, namespace, durability="durable") as world:
+        world.orders.start("1")
+        assert world.versions("1") == [1]
+
+
+def test_waiting_ends_with_the_receipt_when_time_is_up(lite: World) -> None:
+    """The transition stands; its durability is unknown; the error carries the receipt, also through pickle."""
+    receipt = lite.orders.start("1")
+    with lite.cache.flusher._lock:  # nobody flushes
+
+        def steps(deadline: float | None = None) -> Any:
+            from statecache.engine.flusher import Step
+
+            return Step(0, False, {})
+
+        lite.cache.flusher.step = steps  # type: ignore[method-assign]
+        with pytest.raises(errors.DurabilityTimeout, match="stands, but was not in SQL in time") as late:
+            lite.cache.wait_durable(receipt, timeout=0.05)
+    assert late.value.receipt == receipt
+    assert pickle.loads(pickle.dumps(late.value)).receipt == receipt
+    del lite.cache.flusher.step
+    lite.cache.wait_durable(receipt, timeout=5.0)
+
+
+def test_waiting_for_a_lost_transition_says_so(world: World) -> None:
+    """Acknowledged, wiped before its flush, recovered, and the partition's watermark is past it: lost, not durable."""
+    world.start("1")
+    world.flush()
+    receipt = world.orders.transition("1", "pay")
+    world.wipe()
+    world.orders.transition("1", "note")
+    world.flush()
+    with pytest.raises(errors.IntegrityError, match="was acknowledged and is lost"):
+        world.cache.wait_durable(receipt, timeout=5.0)
+
+
+def test_group_commit(lite: World) -> None:
+    """Thirty callers wait at once: far fewer transactions than callers."""
+    lite.orders.start_many([f"g{n}" for n in range(30)])
+    commits = 0
+    original = lite.cache.flusher._transaction
+
+    def count(*arguments: Any, **named: Any) -> Any:
+        nonlocal commits
+        commits += 1
+        return original(*arguments, **named)
+
+    lite.cache.flusher._transaction = count  # type: ignore[method-assign]
+    works = [lambda n=n: lite.orders.transition(f"g{n}", "pay", durability="durable") for n in range(30)]
+    results = together(*works)
+    assert all(isinstance(one, model.Receipt) for one in results), results
+    assert commits < 30
+
+
+def test_flush_returns_when_everything_before_it_is_in_sql(world: World) -> None:
+    receipts = world.orders.start_many([f"x{n}" for n in range(500)])
+    world.cache.flush(timeout=30.0)
+    assert all(world.versions(one.id) == [1] for one in receipts[::50])
+    assert world.orders.counts() == {"placed": 500}
+
+
+def test_flush_raises_when_redis_was_recovered_meanwhile(lite: World) -> None:
+    """Ids of different epochs are never compared: what was acknowledged before may be lost."""
+    lite.start("1")
+    with (
+        before_call(lite.durable, "partitions", lite.cache.recover),
+        pytest.raises(errors.RecoveringError, match="recovered while this call waited"),
+    ):
+        lite.cache.flush()
+    lite.flush()
+
+
+def test_embedded_thread_flushes_by_itself(redis_url: str, sqlite_url: str, namespace: str) -> None:
+    with World(redis_url, sqlite_url, namespace) as world:
+        world.cache.start_flusher()
+        world.start("1", ["pay"])
+        waiting.wait_until(lambda: world.versions("1") == [1, 2], "the flusher's thread")
+        world.orders.transition("1", "ship")
+        world.cache.close()
+        other = world.more()
+        assert [row.durable for row in other.machine(Order).history("1")] == [True] * 3
+
+
+def test_closed_cache_says_so_and_closing_twice_is_harmless(lite: World) -> None:
+    lite.cache.close()
+    lite.cache.close()
+    with pytest.raises(errors.ConfigurationError, match="closed"):
+        lite.orders.get("1")
+    with pytest.raises(errors.ConfigurationError, match="closed"):
+        lite.orders.start("1")
+
+
+# --- dead letters ---------------------------------------------------------------------------------------------------------
+
+
+def _poison(world: World, id: str) -> model.Receipt:
+    """A transition whose entry contradicts SQL: somebody changed its version in the log. SQL's fold refuses it."""
+    receipt = world.orders.transition(id, "note", data={"bad": 1})
+    partition = world.partition_of(id)
+    log = world.keyspace.log(partition)
+    (found,) = [text for name, text in world.client.xrange(log, receipt.entry_id, receipt.entry_id)]
+    parts = found[b"e"].split(b"\x1f")
+    parts[11] = b'{"bad":'
+    tail = world.client.xrange(log, receipt.entry_id)
+    assert len(tail) == 1
+    first = world.redis_copy()
+    del first
+    # The stream takes no entry twice: it is made anew with the one record changed.
+    records = world.client.xrange(log)
+    world.client.delete(log)
+    for name, fields in records:
+        text = b"\x1f".join(parts) if name.decode() == receipt.entry_id else fields[b"e"]
+        world.client.xadd(log, {"e": text}, id=name)
+    return receipt
+
+
+def test_waiting_for_a_parked_transition_says_so(world: World) -> None:
+    """SQL cannot take the entry: it is put aside as a dead letter, its instance is parked, the others go on (P10)."""
+    world.start("1")
+    world.start("2")
+    world.flush()
+    receipt = _poison(world, "1")
+    other = world.orders.transition("2", "pay")
+    with pytest.raises(errors.ParkedError, match="dead-letters list order:1"):
+        world.cache.wait_durable(receipt, timeout=5.0)
+    world.cache.wait_durable(other, timeout=5.0)
+    with pytest.raises(errors.ParkedError, match="order:1 is parked"):
+        world.orders.transition("1", "note")
+    assert world.orders.transition("2", "note").version == 3
+    assert world.orders.get("1").parked
+    assert letters.discard(world.cache, "order", "1") == 1
+    assert world.orders.transition("1", "note").version == 2
+    world.flush()
+    world.verify()
+
+
+# --- servers that fail ----------------------------------------------------------------------------------------------------
+
+
+def test_scripts_flushed_under_load_cost_nothing(lite: World) -> None:
+    """Fault 5: the script cache is emptied again and again while eight threads write: every call succeeds, once."""
+    for number in range(8):
+        lite.start(f"l{number}")
+    stop = threading.Event()
+
+    def flush_scripts() -> None:
+        while not stop.is_set():
+            lite.client.script_flush("SYNC")
+            stop.wait(0.01)
+
+    thread = threading.Thread(target=flush_scripts)
+    thread.start()
+    works = [lambda n=n: [lite.orders.transition(f"l{n}", "note").version for _ in range(25)] for n in range(8)]
+    try:
+        results = together(*works)
+    finally:
+        stop.set()
+        thread.join()
+    assert results == [list(range(2, 27))] * 8
+    lite.flush()
+    lite.verify()
+
+
+def test_server_restarts_between_calls(private_redis: servers.ValkeyServer, database_url: str, namespace: str) -> None:
+    """P8: SIGKILL and a restart from the append-only file. The next call finds another server, recovers, and goes on;
+    nothing acknowledged is gone."""
+    with World(private_redis.url, database_url, namespace) as world:
+        world.start("1", ["pay"])
+        world.start("2")
+        world.flush()
+        world.orders.transition("2", "note")
+        private_redis.kill()
+        private_redis.start()
+        assert world.orders.transition("1", "ship", timeout=20.0).version == 3
+        assert [row.version for row in world.orders.history("2")] == [1, 2]
+        assert world.durable.identity().epoch == 2
+        world.flush()
+        world.verify()
+
+
+def test_server_that_is_away_is_waited_for_and_then_reported(
+    private_redis: servers.ValkeyServer, sqlite_url: str
+) -> None:
+    with World(private_redis.url, sqlite_url, "away", socket_timeout_seconds=0.3) as world:
+        world.start("1")
+        private_redis.kill()
+        with pytest.raises(errors.UnavailableError) as refused:
+            world.orders.transition("1", "note", timeout=0.2)
+        assert refused.value.__cause__ is not None
+        with pytest.raises(errors.UnavailableError):
+            world.orders.get("1", timeout=0.2)
+        (bulk,) = world.orders.transition_many([Move("1", "note")], timeout=0.2)
+        assert isinstance(bulk, errors.UnavailableError)
+        private_redis.start()
+        assert world.orders.transition("1", "note", timeout=20.0).version == 2
+
+
+def test_server_that_stalls_is_reported_with_our_error(private_redis: servers.ValkeyServer, sqlite_url: str) -> None:
+    """The request is sent and no reply comes: it may have been applied. The error is ``UnavailableError``, its cause the
+    driver's; repeated with the same id it is applied once in all."""
+    with World(private_redis.url, sqlite_url, "stall", socket_timeout_seconds=0.2) as world:
+        world.start("1")
+        private_redis.pause()
+        try:
+            with pytest.raises(errors.UnavailableError, match="did not answer") as refused:
+                world.orders.transition("1", "note", transition_id="t", timeout=0.1)
+            (bulk,) = world.orders.transition_many([Move("1", "note", transition_id="t")], timeout=0.1)
+        finally:
+            private_redis.resume()
+        assert refused.value.__cause__ is not None
+        assert isinstance(bulk, errors.UnavailableError)
+        assert world.orders.transition("1", "note", transition_id="t", timeout=20.0).version == 2
+        assert world.orders.get("1").version == 2
+
+
+class Interrupt(BaseException):
+    """What a signal's handler may raise anywhere, like KeyboardInterrupt."""
+
+
+def test_interrupted_call_leaves_no_reply_to_the_next(lite: World) -> None:
+    """Fault 10: a call is interrupted by a signal after its request was sent. Its connection is not used again: the
+    next call would take that reply for its own."""
+    lite.start("1")
+    lite.start("2")
+    original = lite.hot.wires.take
+
+    def take() -> Any:
+        line = original()
+        send = type(line).send
+
+        class Interrupted:
+            connection, fresh, pid = line.connection, line.fresh, line.pid
+            close, read = line.close, line.read
+
+            def send(self, packed: bytes) -> None:
+                send(line, packed)
+                raise Interrupt
+
+        return Interrupted()
+
+    lite.hot.wires.take = take  # type: ignore[method-assign]
+    with pytest.raises(Interrupt):
+        lite.orders.transition("1", "pay")
+    del lite.hot.wires.take
+    receipt = lite.orders.transition("2", "note")
+    assert (receipt.id, receipt.event, receipt.version) == ("2", "note", 2)
+    assert lite.orders.get("2").version == 2
+
+
+def test_identity_check_that_got_no_answer_is_made_again(redis_url: str, sqlite_url: str, namespace: str) -> None:
+    """H13: a call that was to compare the identity is lost on its way. Until the comparison has been answered, calls on
+    other connections may not count on it."""
+    with World(redis_url, sqlite_url, namespace, identity_check_interval_ms=60_000) as world:
+        world.start("1")
+        lines = [world.hot.wires.take(), world.hot.wires.take()]
+        for line in lines:
+            line.fresh = False
+        dead, alive = lines
+        world.hot.wires.checked_at = 0.0
+        world.hot.wires.give_back(dead)
+        dead.connection._sock.close()
+        (outcome,) = world.hot.apply([_item(world, "1")])
+        assert outcome.code == "LOST"
+        world.disown()
+        world.hot.wires.give_back(alive)
+        (outcome,) = world.hot.apply([_item(world, "1")])
+        assert outcome.code == "IDENTITY"
+
+
+def _item(world: World, id: str) -> items.Item:
+    request = world.orders.calls.door.transition(Move(id, "note"))
+    assert isinstance(request, flows.Request)
+    return request.item
+
+
+# --- what does not belong together ----------------------------------------------------------------------------------------
+
+
+def test_wrong_partition_count_is_refused(world: World) -> None:
+    with pytest.raises(errors.ConfigurationError, match="2 partitions") as refused:
+        world.more(partition_count=3)
+    assert "3" in str(refused.value)
+
+
+def test_partition_count_is_taken_from_the_store(world: World) -> None:
+    world.start("1")
+    settings = {name: value for name, value in world.settings.items() if name != "partition_count"}
+    with StateCache.connect(
+        redis_url=world.redis_url, database_url=world.database_url, namespace=world.namespace, **settings
+    ) as cache:
+        assert cache.settings.partition_count == 2
+        assert cache.machine(Order).get("1").version == 1
+
+
+def test_redis_and_database_of_two_deployments_refuse_to_work(world: World, tmp_path: Any) -> None:
+    """Fault 51: production's Redis with another database, and the other way round. Nothing is changed in either."""
+    world.start("1")
+    before = world.hot_dump()
+    with pytest.raises(errors.ConfigurationError, match="do not belong together"):
+        StateCache.connect(
+            redis_url=world.redis_url,
+            database_url=f"sqlite:///{tmp_path / 'other.db'}",
+            namespace=world.namespace,
+            partition_count=2,
+        )
+    assert world.hot_dump() == before
+    assert world.orders.get("1").version == 1
+
+
+def test_namespaces_do_not_see_each_other(redis_url: str, tmp_path: Any, namespace: str) -> None:
+    """Same server, ids and machines; also a namespace that begins like the other one."""
+    with (
+        World(redis_url, f"sqlite:///{tmp_path / 'a.db'}", namespace) as one,
+        World(redis_url, f"sqlite:///{tmp_path / 'b.db'}", namespace + "x") as other,
+    ):
+        one.start("1", ["pay"])
+        other.start("1")
+        assert (one.orders.state("1"), other.orders.state("1")) == ("paid", "placed")
+        assert [len(page) for page in one.hot.instances()] == [1]
+        before = other.hot_dump()
+        one.wipe()
+        one.orders.start("2")
+        assert other.hot_dump() == before
+        other.flush()
+        other.verify()
+
+
+def test_one_namespace_has_one_store(redis_url: str, sqlite_url: str, namespace: str) -> None:
+    """A second client of the same two servers joins; it does not recover what is true."""
+    with World(redis_url, sqlite_url, namespace) as world:
+        world.start("1")
+        epoch = world.durable.identity().epoch
+        other = world.more().machine(Order)
+        assert other.transition("1", "note").version == 2
+        assert world.durable.identity().epoch == epoch
+
+
+def test_auto_recover_off_waits_for_an_operator(redis_url: str, sqlite_url: str, namespace: str) -> None:
+    with World(redis_url, sqlite_url, namespace, auto_recover=False) as world:
+        world.start("1")
+        world.flush()
+        world.wipe()
+        with pytest.raises(errors.RecoveringError, match="statecache recover"):
+            world.orders.transition("1", "note", timeout=0.1)
+        assert world.client.keys(f"{{{namespace}:*") == []
+        world.cache.recover()
+        assert world.orders.transition("1", "note").version == 2

@@ -1,0 +1,154 @@
+"""Calls of many threads in shared script calls: interruptions end only the caller that they meet."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from statecache.core import items
+from statecache.engine.batcher import Batcher
+from tests.support.waiting import wait_until
+
+
+class Interrupt(BaseException):
+    """What a signal's handler raises: KeyboardInterrupt, SystemExit, a job's timeout."""
+
+
+class Server:
+    """Answers batches one at a time, each when it is let go."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[str]] = []
+        self.gate = threading.Semaphore(0)
+        self.fail: BaseException | None = None
+
+    def apply(self, batch: Sequence[items.Item]) -> list[items.Outcome]:
+        self.batches.append([item.id for item in batch])
+        self.gate.acquire()
+        if self.fail is not None:
+            failure, self.fail = self.fail, None
+            raise failure
+        return [items.Outcome("OK", [item.id]) for item in batch]
+
+
+def item(id: str) -> items.Item:
+    return items.Item(0, id, items.MoveSpec("order", "pay", {}, 1), 0, "", "", [], id)
+
+
+class Call(threading.Thread):
+    """One caller in a thread of its own."""
+
+    def __init__(self, batcher: Batcher, id: str) -> None:
+        super().__init__(daemon=True)
+        self.batcher, self.id, self.result = batcher, id, None
+        self.start()
+
+    result: Any
+
+    def run(self) -> None:
+        try:
+            self.result = self.batcher.apply(item(self.id))
+        except BaseException as error:
+            self.result = error
+
+    def answer(self) -> Any:
+        self.join(10)
+        assert not self.is_alive(), f"the call {self.id} hangs"
+        return self.result
+
+
+@contextmanager
+def interrupted_when(condition: Callable[[], object]) -> Iterator[None]:
+    """Interrupt the main thread, by a signal, when the condition holds."""
+
+    def handler(number: int, frame: object) -> None:
+        raise Interrupt
+
+    def interrupt() -> None:
+        wait_until(condition, "the moment of the interruption")
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)  # type: ignore[arg-type]
+
+    before = signal.signal(signal.SIGUSR1, handler)
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_calls_that_arrive_meanwhile_leave_together() -> None:
+    server = Server()
+    batcher = Batcher(server.apply)
+    calls = [Call(batcher, "first")]
+    wait_until(lambda: server.batches, "the leader's batch")
+    calls += [Call(batcher, f"{number}") for number in range(5)]
+    wait_until(lambda: len(batcher._queue) == 5, "five followers")
+    server.gate.release(2)
+    assert [call.answer().words for call in calls] == [[call.id] for call in calls]
+    assert [len(batch) for batch in server.batches] == [1, 5]
+
+
+def test_interrupted_follower_leaves_the_others_served() -> None:
+    """A leader's batch is in flight; the main thread waits in the queue and is interrupted there. Who comes later is served:
+    leadership is not handed to a caller that is gone."""
+    server = Server()
+    batcher = Batcher(server.apply)
+    leader = Call(batcher, "leader")
+    wait_until(lambda: server.batches, "the leader's batch")
+    with pytest.raises(Interrupt), interrupted_when(lambda: batcher._queue):
+        batcher.apply(item("interrupted"))
+    later = Call(batcher, "later")
+    wait_until(lambda: batcher._queue, "the later call in the queue")
+    server.gate.release(2)
+    assert leader.answer().code == "OK"
+    assert later.answer().code == "OK"
+    assert server.batches == [["leader"], ["later"]]
+
+
+def test_interrupted_leader_loses_its_followers_calls_and_no_more() -> None:
+    """The heir leads a batch with a follower; its script call is interrupted. The follower is told LOST (it may have been
+    applied: repeat with the same id), it does not raise another thread's interruption; the next call is served."""
+    server = Server()
+    batcher = Batcher(server.apply)
+    first = Call(batcher, "first")
+    wait_until(lambda: server.batches, "the leader's batch")
+    heir = Call(batcher, "heir")
+    wait_until(lambda: len(batcher._queue) == 1, "the heir")
+    follower = Call(batcher, "follower")
+    wait_until(lambda: len(batcher._queue) == 2, "the follower")
+    server.gate.release()
+    wait_until(lambda: len(server.batches) == 2, "the heir's batch")
+    server.fail = Interrupt()
+    server.gate.release()
+    assert first.answer().code == "OK"
+    assert isinstance(heir.answer(), Interrupt)
+    assert follower.answer().code == "LOST"
+    assert follower.answer().cause is not None
+    server.gate.release()
+    assert Call(batcher, "next").answer().code == "OK"
+
+
+def test_levels_of_durability_do_not_travel_together() -> None:
+    """A WAIT behind the script speaks for its whole batch: calls that want another confirmation go by themselves."""
+    server = Server()
+    batcher = Batcher(server.apply)
+    first = Call(batcher, "first")
+    wait_until(lambda: server.batches, "the leader's batch")
+    confirmed = item("confirmed")
+    confirmed.confirm = items.Confirm(False, 0, 1, 100)
+    waiting = threading.Thread(target=batcher.apply, args=(confirmed,), daemon=True)
+    waiting.start()
+    wait_until(lambda: len(batcher._queue) == 1, "the confirmed call")
+    plain = Call(batcher, "plain")
+    wait_until(lambda: len(batcher._queue) == 2, "the plain call")
+    server.gate.release(3)
+    assert (first.answer().code, plain.answer().code) == ("OK", "OK")
+    waiting.join(10)
+    assert server.batches == [["first"], ["confirmed"], ["plain"]]
