@@ -157,6 +157,7 @@ class _Attempt:
         self.started_ms = _now_ms()
         self.beat_at = self.started
         self.stamp = scripts.NEVER
+        self.rewritten: list[PartitionReport] = []
         self.strays: dict[int, list[str]] | None = None
 
     def run(self) -> Report:

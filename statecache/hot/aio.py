@@ -129,8 +129,9 @@ class _Pump(Generic[Sent, Received]):
 
     async def drained(self) -> None:
         """Return when nothing is waiting or in flight."""
-        while self._running:
+        while self._active:
             await asyncio.wait(self._running)
+            await asyncio.sleep(0)  # lets finished runs leave the set
 
 
 def _for_callers(error: BaseException) -> BaseException:
@@ -185,7 +186,7 @@ class AsyncHotStore:
         if self._idle:
             return self._idle.pop()
         connection = self._pool.connection_class(**self._pool.connection_kwargs)
-        await connection.connect()
+        await connection.connect()  # type: ignore[no-untyped-call] # redis-py does not say
         return AsyncWire(connection)
 
     async def _apply(self, batch: list[items.Item]) -> list[items.Outcome]:
