@@ -59,6 +59,8 @@ def checked(row: PartitionRow, lines: Sequence[str], tail: entry.EntryId) -> tup
     foreign: list[entry.Entry] = []
     prefix = f"{row.partition}{entry.SEPARATOR}"
     hole = ""
+    if tail < cursor:
+        hole = f"partition {row.partition}: the log ends at {tail}, before {cursor}, which is in SQL: entries were deleted"
     for line in lines:
         try:
             record = parse_line(line)

@@ -368,6 +368,7 @@ class StateCache:
             backlog_limit=settings.backlog_limit_entries,
             log_keep_seconds=settings.log_keep_seconds,
             revive=self._revive,
+            on_hole=self._recover_hole,
         )
 
     # --- recovery ----------------------------------------------------------------------------------------------------
@@ -382,6 +383,18 @@ class StateCache:
             dry_run=dry_run,
             progress=progress,
         )
+
+    def _recover_hole(self, hole: str) -> bool:
+        """A log does not go on where SQL stands, though Redis is the one that was admitted: SQL went back, or somebody
+        deleted entries. True if that was recovered, by us or by another process."""
+        if not self.settings.auto_recover:
+            return False
+        _log.warning("recovering: %s", hole)
+        try:
+            self.recover()
+        except errors.RecoveringError as error:
+            _log.info("another process recovers: %s", error)
+        return True
 
     def _revive(self) -> None:
         """Start the embedded server again if it died; any other server is its operator's."""

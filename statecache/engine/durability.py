@@ -64,6 +64,7 @@ def confirmation(hot: HotStore, level: model.Durability, replicas: int, timeout_
 
 
 _POLL_SECONDS = 0.004
+_TROUBLE_SECONDS = 0.05
 _HELP_AFTER_SECONDS = 0.25
 """With a flusher about, this long is left to it before a waiter helps itself."""
 
@@ -99,7 +100,12 @@ def wait(
     flusher_about: Callable[[], bool],
     deadline: float,
 ) -> list[errors.StateCacheError | None]:
-    """Wait until each receipt is in SQL; None, or the error, for each. ``DurabilityTimeout`` at the deadline."""
+    """Wait until each receipt is in SQL; None, or the error, for each.
+
+    ``DurabilityTimeout`` at the deadline, its cause what was in the way. Nothing else that goes wrong meanwhile is raised:
+    the transitions stand, and an error that does not say so would be taken for "not applied".
+    """
+    trouble: errors.StateCacheError | None = None
     results: list[errors.StateCacheError | None] = [None] * len(receipts)
     waiting = list(range(len(receipts)))
     started = time.monotonic()
@@ -110,7 +116,11 @@ def wait(
             for one in (receipts[index] for index in waiting)
         ]
         left = []
-        for index, found in zip(waiting, durable.standing(addresses), strict=True):
+        try:
+            standing = durable.standing(addresses)
+        except errors.UnavailableError as error:
+            trouble, standing, left = error, [], waiting
+        for index, found in zip(waiting, standing, strict=False):
             verdict = outcome(receipts[index], (found.watermark, found.transition_id, found.letter_id))
             if verdict is False:
                 left.append(index)
@@ -123,14 +133,19 @@ def wait(
         if now >= deadline:
             for index in waiting:
                 one = receipts[index]
-                results[index] = errors.DurabilityTimeout(
-                    f"{one.machine}:{one.id} version {one.version} stands, but was not in SQL in time: is a flusher running? "
-                    "See 'statecache status'",
+                late = errors.DurabilityTimeout(
+                    f"{one.machine}:{one.id} version {one.version} stands, but was not in SQL in time: "
+                    f"{trouble or 'is a flusher running?'} See 'statecache status'",
                     one,
                 )
+                late.__cause__ = trouble
+                results[index] = late
             return results
+        moved = False
         if helpful or now - started > _HELP_AFTER_SECONDS:
-            if not push(deadline):
-                time.sleep(min(_POLL_SECONDS, max(0.0, deadline - now)))
-        else:
-            time.sleep(min(_POLL_SECONDS, max(0.0, deadline - now)))
+            try:
+                moved = push(deadline)
+            except errors.StateCacheError as error:
+                trouble = error
+        if not moved:
+            time.sleep(min(_POLL_SECONDS if trouble is None else _TROUBLE_SECONDS, max(0.0, deadline - now)))

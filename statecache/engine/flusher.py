@@ -68,12 +68,15 @@ class Flusher:
         backlog_limit: int = 1_000_000,
         log_keep_seconds: float = 0.0,
         revive: Callable[[], None] = lambda: None,
+        on_hole: Callable[[str], bool] = lambda hole: False,
     ) -> None:
         self.hot = hot
         self.durable = durable
         self.finals = finals
         self._admit = admit
         self._revive = revive
+        self._on_hole = on_hole
+        self._holes: dict[int, entry.EntryId] = {}
         self.partitions = list(partitions)
         self.batch_entries = batch_entries
         self.batch_bytes = batch_bytes
@@ -126,6 +129,10 @@ class Flusher:
                 stopped[row.partition] = hole
             if batch.last != row.watermark:
                 batches.append(batch)
+        if stopped:
+            stopped = self._confirmed(rows, stopped)
+            if self._is_mended(rows, stopped):
+                return Step(0, True, {})
         count = sum(len(batch.records) for batch in batches)
         parked: set[fold.Instance] = set()
         if batches:
@@ -145,6 +152,21 @@ class Flusher:
             self.hot.park([(keyspace.partition_of(*one), ":".join(one)) for one in sorted(parked)])
         more = any(batch.last < batch.tail for batch in batches) or count >= self.batch_entries
         return Step(count, more, stopped)
+
+    def _confirmed(self, rows: Sequence[PartitionRow], holes: Mapping[int, str]) -> dict[int, str]:
+        """The holes that are real: another flusher may have moved SQL's watermark, and trimmed, between our look at SQL and
+        our look at the log."""
+        before = {row.partition: row.watermark for row in rows}
+        now = self.durable.partitions(list(holes))
+        return {row.partition: holes[row.partition] for row in now if row.watermark == before[row.partition]}
+
+    def _is_mended(self, rows: Sequence[PartitionRow], holes: Mapping[int, str]) -> bool:
+        """Ask for a recovery; once for each watermark at which a log stops, because it may not help."""
+        fresh = {row.partition: row.watermark for row in rows if row.partition in holes}
+        if all(self._holes.get(partition) == watermark for partition, watermark in fresh.items()):
+            return False
+        self._holes.update(fresh)
+        return self._on_hole(next(iter(holes.values())))
 
     def _in_turn(self, rows: Sequence[PartitionRow]) -> list[PartitionRow]:
         """Begin with another partition each time: the batch's size is shared, and the first ones take what they need."""

@@ -80,11 +80,23 @@ class _Pump(Generic[Sent, Received]):
         self._active = 0  # counted down at once when a run finds nothing more, before any caller can go on
 
     async def call(self, wish: Sent) -> Received:
+        if not self._active and not self._waiting:
+            return await self._alone(wish)
         answer: asyncio.Future[Received] = asyncio.get_running_loop().create_future()
         self._waiting.append(_Call(wish, answer))
-        if not self._active or (self._active < EXCHANGES_IN_FLIGHT and len(self._waiting) >= BATCH_ITEMS_MAX):
+        if self._active < EXCHANGES_IN_FLIGHT and len(self._waiting) >= BATCH_ITEMS_MAX:
             self._start()
         return await answer
+
+    async def _alone(self, wish: Sent) -> Received:
+        """Nobody else is about: exchange in the caller's own task. What gathers meanwhile leaves as soon as it is done."""
+        self._active += 1
+        try:
+            return (await self._exchange([wish]))[0]
+        finally:
+            self._active -= 1
+            if self._waiting and not self._active:
+                self._start()
 
     def _start(self) -> None:
         self._active += 1
@@ -130,8 +142,9 @@ class _Pump(Generic[Sent, Received]):
     async def drained(self) -> None:
         """Return when nothing is waiting or in flight."""
         while self._active:
-            await asyncio.wait(self._running)
-            await asyncio.sleep(0)  # lets finished runs leave the set
+            if self._running:
+                await asyncio.wait(self._running)
+            await asyncio.sleep(0.001)  # a lone caller's exchange is no task of ours; and finished runs leave the set
 
 
 def _for_callers(error: BaseException) -> BaseException:
@@ -150,12 +163,13 @@ class AsyncHotStore:
             url,
             retry=Retry(NoBackoff(), 0),
             retry_on_error=[],
-            socket_timeout=socket_timeout_seconds,
+            socket_timeout=None,  # one timeout for a whole exchange, below, costs a third of theirs for each step
             socket_connect_timeout=min(socket_timeout_seconds, 2.0),
             health_check_interval=0,
             protocol=2,
             decode_responses=False,
         )
+        self._timeout_seconds = socket_timeout_seconds
         self._idle: list[AsyncWire] = []
         self._closed = False
         self._items: _Pump[items.Item, items.Outcome] = _Pump(
@@ -192,9 +206,10 @@ class AsyncHotStore:
     async def _apply(self, batch: list[items.Item]) -> list[items.Outcome]:
         line: AsyncWire | None = None
         try:
-            line = await self._take()
-            await line.send(self.hot.packed_apply(batch, line))
-            outcomes = await self._outcomes(batch, line)
+            async with asyncio.timeout(self._timeout_seconds):
+                line = await self._take()
+                await line.send(self.hot.packed_apply(batch, line))
+                outcomes = await self._outcomes(batch, line)
         except (redis.RedisError, OSError) as error:
             if line is not None:
                 await line.close()
@@ -224,10 +239,11 @@ class AsyncHotStore:
     async def _read_hashes(self, batch: list[tuple[int, str, str]]) -> list[dict[bytes, bytes]]:
         line: AsyncWire | None = None
         try:
-            line = await self._take()
-            keys = [self.hot.keyspace.instance(*address) for address in batch]
-            await line.send(b"".join([resp.command("HGETALL", key) for key in keys]))
-            found = [store.hash_of(await _reply_or_error(line)) for _ in batch]
+            async with asyncio.timeout(self._timeout_seconds):
+                line = await self._take()
+                keys = [self.hot.keyspace.instance(*address) for address in batch]
+                await line.send(b"".join([resp.command("HGETALL", key) for key in keys]))
+                found = [store.hash_of(await _reply_or_error(line)) for _ in batch]
         except BaseException as error:
             if line is not None:
                 await line.close()

@@ -32,7 +32,10 @@ _TRIGGER = (
 
 
 class Scenario(NamedTuple):
-    """``prepare`` makes the situation, ``run`` is what dies; ``repeat`` is what an operator does again after it."""
+    """``prepare`` makes the situation, ``run`` is what dies; ``repeat`` is what an operator does again after it.
+
+    An operator runs recovery where nothing but he knows that SQL was restored, or that Redis was another for a while.
+    """
 
     prepare: Callable[[worlds.World], None]
     run: Callable[[StateCache], object]
@@ -192,8 +195,8 @@ SCENARIOS = {
     "recover intact": Scenario(intact, lambda cache: cache.recover()),
     "recover wiped": Scenario(wiped, lambda cache: cache.recover()),
     "recover tail lost": Scenario(tail_lost, lambda cache: cache.recover()),
-    "recover SQL behind": Scenario(sql_behind, lambda cache: cache.recover()),
-    "recover diverged": Scenario(diverged, lambda cache: cache.recover()),
+    "recover SQL behind": Scenario(sql_behind, lambda cache: cache.recover(), lambda world: world.cache.recover()),
+    "recover diverged": Scenario(diverged, lambda cache: cache.recover(), lambda world: world.cache.recover()),
     "retry letters": Scenario(with_letters, once(letters.retry, parked_id), again(letters.retry, parked_id)),
     "discard letters": Scenario(with_letters, once(letters.discard, parked_id), again(letters.discard, parked_id)),
     "discard a start": Scenario(with_letters, once(letters.discard, refused_start), again(letters.discard, refused_start)),

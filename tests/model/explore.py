@@ -27,6 +27,7 @@ class Result:
     seconds: float = 0.0
     violation: Violation | None = None
     trace: list[str] = field(default_factory=list)
+    unreached: set[str] = field(default_factory=set)
 
     def story(self) -> str:
         """The violation as numbered steps."""
@@ -40,6 +41,20 @@ def successors(world: World, state: State) -> Iterator[tuple[str, State]]:
     yield from steps_cold.steps(world, state)
     yield from steps_recovery.steps(world, state)
     yield from faults.steps(world, state)
+
+
+def play(world: World) -> tuple[State, list[str]]:
+    """Take the steps that a world begins with; returns the state behind them, and their descriptions."""
+    state, texts = world.start, []
+    for wanted in world.played:
+        for text, after in successors(world, state):
+            if wanted in text:
+                state = after
+                texts.append(text)
+                break
+        else:
+            raise ValueError(f"{world.name}: no step has {wanted!r} in it")
+    return state, texts
 
 
 class _Judge:
@@ -71,7 +86,7 @@ def explore(
 ) -> Result:
     """Explore until everything was seen, a promise is broken, or a bound is reached."""
     started = time.monotonic()
-    result = Result(world)
+    result = Result(world, unreached=set(world.reaches))
     judge = _Judge(world)
     parents: dict[object, tuple[object, str]] = {}
 
@@ -80,12 +95,13 @@ def explore(
 
     def finish(last: object, violation: Violation) -> Result:
         result.violation = violation
-        result.trace = _trace(parents, last)
+        result.trace = [*played, *_trace(parents, last)]
         result.states, result.seconds = len(parents), time.monotonic() - started
         return result
 
-    parents[key(world.start)] = (None, "")
-    frontier = [world.start]
+    first, played = play(world)
+    parents[key(first)] = (None, "")
+    frontier = [first]
     while frontier:
         following: list[State] = []
         for state in frontier:
@@ -96,6 +112,8 @@ def explore(
                     if there in parents:
                         continue
                     parents[there] = (here, text)
+                    if result.unreached:
+                        result.unreached = {wanted for wanted in result.unreached if wanted not in text}
                     try:
                         judge.judge(after)
                     except Violation as violation:

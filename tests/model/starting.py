@@ -6,9 +6,8 @@ have written; ``explore`` judges the start like every other state.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from tests.model import explore
 from tests.model.state import (
     IDLE_EVICTOR,
     IDLE_FLUSHER,
@@ -34,7 +33,6 @@ from tests.model.state import (
     SqlPart,
     State,
 )
-from tests.model.world import World
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,11 +153,3 @@ def backed_up(now: State, older: State) -> State:
 def saved_on_disk(now: State, older: State) -> State:
     """The same state, with ``older`` as what Redis goes back to."""
     return now._replace(disk=older.redis.parts)
-
-
-def played(world: World, *texts: str) -> World:
-    """The same world, begun later: each text picks the step whose description contains it, of the first that do."""
-    state = world.start
-    for text in texts:
-        state = next(after for done, after in explore.successors(world, state) if text in done)
-    return replace(world, start=state)

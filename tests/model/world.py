@@ -104,7 +104,12 @@ ALL = frozenset({*(f"P{n}" for n in range(1, 13)), "P9 exact"})
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """One configuration: rules, scope, and where the exploration starts."""
+    """One configuration: rules, scope, and where the exploration starts.
+
+    ``played`` steps are taken first, each the first one whose description contains the text: they put the interesting part
+    near the start. ``reaches`` are texts of steps that a complete exploration must have taken, else it shows nothing.
+    ``batches`` are the sizes in which a flusher may read, 0 being all. ``home`` is the partition of each instance.
+    """
 
     name: str
     start: State
@@ -117,6 +122,8 @@ class World:
     batches: tuple[int, ...] = (0,)
     fold_cache: bool = False
     asserted: frozenset[str] = ALL
+    played: tuple[str, ...] = ()
+    reaches: tuple[str, ...] = ()
 
     @property
     def budget(self) -> Budget:
