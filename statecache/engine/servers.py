@@ -12,27 +12,33 @@ REDIS_OLDEST = (7, 0)
 VALKEY_OLDEST = (7, 2)
 
 
-def check(facts: Mapping[str, str]) -> None:
+def check(facts: Mapping[str, str], *, warn: bool = True) -> None:
     """Refuse a server that is too old (``ConfigurationError``); warn about one that may lose what it was given.
 
     ``facts`` are those of ``HotStore.server_facts``; none (an emulated server) are not judged.
     """
     if not facts:
         return
-    is_valkey = facts.get("server_name") == "valkey" or "valkey_version" in facts
-    text = facts.get("valkey_version" if is_valkey else "redis_version", "0")
-    name, oldest = ("Valkey", VALKEY_OLDEST) if is_valkey else ("Redis", REDIS_OLDEST)
+    name, text = name_and_version(facts)
+    oldest = VALKEY_OLDEST if name == "Valkey" else REDIS_OLDEST
     if _numbers(text) < oldest:
         raise errors.ConfigurationError(
             f"this server is {name} {text}: {name} {oldest[0]}.{oldest[1]} or newer is needed (Redis 7.0, Valkey 7.2)"
         )
     policy = facts.get("maxmemory_policy", "noeviction")
-    if policy != "noeviction":
+    if warn and policy != "noeviction":
         _log.warning(
             "the server's maxmemory-policy is %s: it may delete instances and logs when memory is short; "
             "set it to noeviction (see 'statecache doctor')",
             policy,
         )
+
+
+def name_and_version(facts: Mapping[str, str]) -> tuple[str, str]:
+    """``Valkey`` or ``Redis``, and its version: Valkey also gives the version of Redis that it is compatible with."""
+    if facts.get("server_name") == "valkey" or "valkey_version" in facts:
+        return "Valkey", facts.get("valkey_version", "0")
+    return "Redis", facts.get("redis_version", "0")
 
 
 def _numbers(text: str) -> tuple[int, int]:

@@ -450,6 +450,12 @@ class HotStore:
         texts = [part.decode() for part in found]
         return dict(zip(texts[::2], texts[1::2], strict=True))
 
+    def time_ms(self) -> int:
+        """The server's clock, in ms."""
+        with self._exchange("TIME") as line:
+            seconds, microseconds = line.call(resp.command("TIME"))
+        return int(seconds) * 1000 + int(microseconds) // 1000
+
     def server_facts(self) -> dict[str, str]:
         """INFO server, memory and persistence as texts."""
         with self._exchange("INFO") as line:

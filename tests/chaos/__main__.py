@@ -29,14 +29,18 @@ def main() -> int:
     parser.add_argument("--sql", choices=["sqlite", "postgres"], default="sqlite")
     parser.add_argument("--server", choices=sorted(servers.FLAVOURS), default="valkey9")
     parser.add_argument("--aof", choices=["everysec", "always", "no"], default="everysec")
-    parser.add_argument("--only", default="", help="faults, joined by commas: " + ", ".join(one.name for one in nemesis.FAULTS))
+    parser.add_argument(
+        "--only", default="", help="faults, joined by commas: " + ", ".join(one.name for one in nemesis.FAULTS)
+    )
     parser.add_argument("--folder", type=Path, default=None, help="where everything is written")
     parser.add_argument("--quiet", action="store_true", help="do not tell each fault")
     asked = parser.parse_args()
     seed = asked.seed or secrets.token_hex(4)
     options = rounds.Options(seed, asked.round_seconds, asked.sql, asked.server, asked.aof, asked.only)
     folder = asked.folder or Path(tempfile.mkdtemp(prefix="statecache-chaos-"))
-    logging.basicConfig(filename=folder / "judge.log", level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    logging.basicConfig(
+        filename=folder / "judge.log", level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
+    )
     _say(f"chaos: SEED={seed} SQL={asked.sql} SERVER={asked.server} AOF={asked.aof}; everything is in {folder}")
     results = run(options, folder, asked.minutes, asked.rounds, asked.first, quiet=asked.quiet)
     return report(results, options)
@@ -79,7 +83,11 @@ def report(results: list[rounds.Result], options: rounds.Options) -> int:
     told: Counter[str] = sum((one.told for one in results), Counter())
     kinds: Counter[str] = sum((one.kinds for one in results), Counter())
     bad = [violation for one in results for violation in one.violations]
-    for title, found in (("faults injected", faults), ("what clients were told", told), ("found by recoveries, per partition", kinds)):
+    for title, found in (
+        ("faults injected", faults),
+        ("what clients were told", told),
+        ("found by recoveries, per partition", kinds),
+    ):
         _say(f"\n{title}")
         for name, times in sorted(found.items(), key=lambda one: -one[1]):
             _say(f"  {times:7d}  {name}")

@@ -212,7 +212,9 @@ def _gap_free(case: _Case) -> Rule:
             if row.event == "@reconciled" and not case.evidence.restores:
                 yield Violation("P3", id, f"version {row.version} is @reconciled, but SQL was never restored")
     entries: Counter[tuple[int, str]] = Counter(
-        (case.evidence.partition_of(row.id), row.entry_id) for row in case.evidence.history if row.event != "@reconciled"
+        (case.evidence.partition_of(row.id), row.entry_id)
+        for row in case.evidence.history
+        if row.event != "@reconciled"
     )
     for (partition, entry_id), count in entries.items():
         if count > 1:
@@ -231,7 +233,9 @@ def _declared_moves(case: _Case) -> Rule:
                 if (row.event, row.from_state, row.to_state) not in case.evidence.moves:
                     yield Violation("P2", id, f"version {row.version}: {row.event} {row.from_state} -> {row.to_state}")
                 if row.from_state != state:
-                    yield Violation("P3", id, f"version {row.version} leaves {row.from_state}, the one before led to {state}")
+                    yield Violation(
+                        "P3", id, f"version {row.version} leaves {row.from_state}, the one before led to {state}"
+                    )
                 counted = row.increments.get("count", count)
                 if count is not None and counted not in (count, count + ("count" in row.increments)):
                     yield Violation("P1", id, f"version {row.version} counts {counted} after {count}")
@@ -257,7 +261,9 @@ def _no_phantoms(case: _Case) -> Rule:
         if (wanted.id, wanted.event, wanted.data) != (row.id, row.event, row.data):
             yield Violation("phantom", row.id, f"version {row.version} is {row.event} {row.data}, sent was {wanted}")
         if wanted.transition_id not in (None, row.transition_id):
-            yield Violation("phantom", row.id, f"version {row.version} has the id {row.transition_id}, sent was {wanted}")
+            yield Violation(
+                "phantom", row.id, f"version {row.version} has the id {row.transition_id}, sent was {wanted}"
+            )
         if wanted.expect_version not in (None, row.version - 1):
             yield Violation("P1", row.id, f"version {row.version} was to follow {wanted.expect_version} only")
 
@@ -274,12 +280,14 @@ def _applied_once(case: _Case) -> Rule:
 
 
 def _refused_means_not_applied(case: _Case) -> Rule:
-    """"On any other error it was not applied" - unless an attempt at the same wish was answered otherwise."""
+    """ "On any other error it was not applied" - unless an attempt at the same wish was answered otherwise."""
     for row in case.evidence.history:
         attempts = case.by_key.get(row.reason, ())
         if attempts and all(one.told is not None and one.told.word in ("refused", "lost") for one in attempts):
             said = [one.told.error for one in attempts if one.told]
-            yield Violation("P4", row.id, f"version {row.version} ({row.reason}) is there, but the client was told {said}")
+            yield Violation(
+                "P4", row.id, f"version {row.version} ({row.reason}) is there, but the client was told {said}"
+            )
 
 
 def _acknowledged_is_there(case: _Case) -> Rule:
@@ -352,7 +360,9 @@ def _bounds_are_sound(case: _Case) -> Rule:
     for partition, reports in case.reports.items():
         reported = sum(report.lost_at_least for report in reports)
         if reported > gone[partition]:
-            yield Violation("P9", f"partition {partition}", f"{reported} are reported as lost, at most {gone[partition]} can be")
+            yield Violation(
+                "P9", f"partition {partition}", f"{reported} are reported as lost, at most {gone[partition]} can be"
+            )
 
 
 def _spans_a_recovery(case: _Case, attempt: Attempt, partition: int) -> bool:
@@ -405,7 +415,9 @@ def _fenced(case: _Case) -> Rule:
         for report in case.reports.get(case.evidence.partition_of(attempt.wanted.id), ()):
             if report.epoch > epoch and told.at_ms > report.ended_ms + CLOCK_SLACK_MS:
                 yield Violation(
-                    "P6", attempt.wanted.id, f"entry {told.entry_id} was accepted after the recovery of epoch {report.epoch}"
+                    "P6",
+                    attempt.wanted.id,
+                    f"entry {told.entry_id} was accepted after the recovery of epoch {report.epoch}",
                 )
                 break
 

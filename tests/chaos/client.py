@@ -135,7 +135,9 @@ class Writer(Client):
         self._send([self._wanted(self._event(), self.id())], self._durability())
 
     def _bulk(self) -> None:
-        wanted = [self._wanted(self.random.choice(machine.EVENTS), self.id()) for _ in range(self.random.randint(2, 25))]
+        wanted = [
+            self._wanted(self.random.choice(machine.EVENTS), self.id()) for _ in range(self.random.randint(2, 25))
+        ]
         self._send(wanted, self._durability(), bulk=True)
 
     def _starts(self) -> None:
@@ -184,9 +186,7 @@ class Writer(Client):
         def call() -> Any:
             timeout = self.random.uniform(1.0, 3.0)
             if wanted[0].event == "@start":
-                starts = [
-                    model.Start(one.id, one.data, self.orders.name, one.key, one.transition_id) for one in wanted
-                ]
+                starts = [model.Start(one.id, one.data, self.orders.name, one.key, one.transition_id) for one in wanted]
                 return self.tickets.start_many(starts, durability=durability, timeout=timeout)
             moves = [
                 Move(

@@ -154,7 +154,15 @@ class Postgres:
         self.server.kill()
 
     def save(self, folder: Path) -> None:
-        for table in ("store", "partitions", "checkpoints", "transitions", "state_counts", "dead_letters", "recoveries"):
+        for table in (
+            "store",
+            "partitions",
+            "checkpoints",
+            "transitions",
+            "state_counts",
+            "dead_letters",
+            "recoveries",
+        ):
             rows = self.query(f"SELECT * FROM statecache_{table}")
             (folder / f"{table}.txt").write_text("\n".join(map(repr, rows)), encoding="utf-8")
         shutil.copy(self.server.log, folder / "postgres.log")

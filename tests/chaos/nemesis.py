@@ -242,8 +242,6 @@ def _recover_and(act: str) -> Callable[[Stage, random.Random], None]:
     return begin
 
 
-
-
 FAULTS = (
     Fault("server killed", "redis", (0.0, 0.8), 3, _kill_server, _start_server),
     Fault("server paused", "redis", (0.1, 2.5), 2, _pause_server, _resume_server),

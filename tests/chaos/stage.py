@@ -100,7 +100,9 @@ class Stage:
         """Until each has written its first line: before that it is still starting."""
         writing = [player for player in self.players.values() if player.orders.role in ("writer", "reader")]
         waiting.wait_until(
-            lambda: all(Path(player.orders.ledger).exists() and Path(player.orders.ledger).stat().st_size for player in writing),
+            lambda: all(
+                Path(player.orders.ledger).exists() and Path(player.orders.ledger).stat().st_size for player in writing
+            ),
             "every client works",
             60.0,
         )

@@ -21,14 +21,8 @@ from statecache import StateCache
 from statecache.core import errors
 from statecache.durable import recoveries
 from statecache.engine import admission, letters
-from tests.crash import points
+from tests.crash import points, situations
 from tests.support import worlds
-
-REFUSED = "SQL refuses this"
-_TRIGGER = (
-    "CREATE TRIGGER refuse BEFORE INSERT ON statecache_transitions WHEN NEW.reason = '" + REFUSED + "' "
-    "BEGIN SELECT RAISE(ABORT, 'refused'); END"
-)
 
 
 class Scenario(NamedTuple):
@@ -40,133 +34,6 @@ class Scenario(NamedTuple):
     prepare: Callable[[worlds.World], None]
     run: Callable[[StateCache], object]
     repeat: Callable[[worlds.World], object] = lambda world: None
-
-
-# --- situations --------------------------------------------------------------------------------------------------------
-
-
-def some(world: worlds.World, prefix: str, moves: tuple[str, ...] = ()) -> list[str]:
-    """Start two orders in each partition."""
-    made = []
-    for partition in (0, 1):
-        ids = world.ids(partition, prefix)
-        for _ in range(2):
-            made.append(next(ids))
-            world.start(made[-1], moves, amount=1)
-    return made
-
-
-def refuse(world: worlds.World) -> None:
-    with world.durable.database.writer.begin() as connection:
-        connection.exec_driver_sql(_TRIGGER)
-
-
-def accept(world: worlds.World) -> None:
-    with world.durable.database.writer.begin() as connection:
-        connection.exec_driver_sql("DROP TRIGGER refuse")
-
-
-def mixed_batch(world: worlds.World) -> None:
-    """In SQL: some. In the log: starts, moves of both, several of one instance, an entry that SQL refuses, two behind it."""
-    old = some(world, "old")
-    world.flush()
-    some(world, "new", ("pay",))
-    for id in old:
-        world.orders.transition(id, "pay", {"method": "card"}, increment={"tries": 1}, unset=["amount"])
-        world.orders.transition(id, "ship")
-    world.orders.transition(old[0], "note", reason=REFUSED)
-    world.orders.transition(old[0], "note")
-    world.orders.transition(old[1], "deliver")
-    world.orders.transition(old[0], "note")
-    refuse(world)
-
-
-def with_letters(world: worlds.World) -> None:
-    """One instance is parked behind an entry that SQL would take now; another one's very start was refused."""
-    mixed_batch(world)
-    world.orders.start(world.id(1, "first"), reason=REFUSED)
-    world.flush()
-    accept(world)
-
-
-def intact(world: worlds.World) -> None:
-    """The server was restarted; some of the log is not in SQL."""
-    mixed_batch(world)
-    world.disown()
-
-
-def wiped(world: worlds.World) -> None:
-    """Everything in Redis is gone: flushed, unflushed and a dead letter's hash."""
-    with_letters(world)
-    some(world, "unflushed")
-    world.wipe()
-
-
-def seen_but_not_flushed(world: worlds.World) -> None:
-    """Write on, and let a flusher take two entries and see the tail: what is behind them is known to have existed."""
-    some(world, "seen", ("pay", "ship"))
-    world.flusher(batch_entries=2).step()
-
-
-def tail_lost(world: worlds.World) -> None:
-    """Redis comes back older than SQL: moves, starts and a letter are known to SQL alone; some are known to nobody."""
-    old = some(world, "old", ("pay",))
-    world.flush()
-    saved = world.redis_copy()
-    for id in old[:2]:
-        world.orders.transition(id, "ship")
-    some(world, "later")
-    world.orders.transition(old[3], "note", reason=REFUSED)
-    refuse(world)
-    world.flush()
-    accept(world)
-    seen_but_not_flushed(world)
-    world.redis_back(saved)
-
-
-def sql_behind(world: worlds.World) -> None:
-    """SQL comes back older, and the log does not reach back: one instance goes on in the log, one is cold."""
-    old = some(world, "old", ("pay",))
-    world.flush()
-    saved = world.sql_copy()
-    for id in old:
-        world.orders.transition(id, "ship", {"carrier": "x"})
-    some(world, "later", ("pay",))
-    world.flush()
-    assert world.evict(old[3]) == "OK"
-    world.orders.transition(old[0], "note", {"late": True})
-    world.sql_back(saved)
-
-
-def diverged(world: worlds.World) -> None:
-    """Redis lost its tail, nobody noticed, and the lost ids were given again: two lines of history (H13)."""
-    old = some(world, "old", ("pay",))
-    world.flush()
-    saved = world.redis_copy()
-    for id in old:
-        world.orders.transition(id, "ship")
-    world.flush()
-    identity = world.meta()["identity"]
-    world.redis_back(saved, detour=True)
-    for partition in (0, 1):
-        world.client.hset(world.keyspace.meta(partition), "identity", identity)
-    for id in old[:3]:
-        world.orders.transition(id, "cancel")
-    some(world, "fork")
-
-
-def parked_id(cache: StateCache) -> str:
-    return _first(cache, 0, "old")
-
-
-def refused_start(cache: StateCache) -> str:
-    return _first(cache, 1, "first")
-
-
-def _first(cache: StateCache, partition: int, prefix: str) -> str:
-    """The id that ``World.id`` gives."""
-    numbered = (f"{prefix}{number}" for number in itertools.count(1))
-    return next(id for id in numbered if cache.hot.keyspace.partition_of("order", id) == partition)
 
 
 def once(
@@ -191,15 +58,29 @@ def again(
 
 
 SCENARIOS = {
-    "flush": Scenario(mixed_batch, lambda cache: cache.flush()),
-    "recover intact": Scenario(intact, lambda cache: cache.recover()),
-    "recover wiped": Scenario(wiped, lambda cache: cache.recover()),
-    "recover tail lost": Scenario(tail_lost, lambda cache: cache.recover()),
-    "recover SQL behind": Scenario(sql_behind, lambda cache: cache.recover(), lambda world: world.cache.recover()),
-    "recover diverged": Scenario(diverged, lambda cache: cache.recover(), lambda world: world.cache.recover()),
-    "retry letters": Scenario(with_letters, once(letters.retry, parked_id), again(letters.retry, parked_id)),
-    "discard letters": Scenario(with_letters, once(letters.discard, parked_id), again(letters.discard, parked_id)),
-    "discard a start": Scenario(with_letters, once(letters.discard, refused_start), again(letters.discard, refused_start)),
+    "flush": Scenario(situations.mixed_batch, lambda cache: cache.flush()),
+    "recover intact": Scenario(situations.intact, lambda cache: cache.recover()),
+    "recover wiped": Scenario(situations.wiped, lambda cache: cache.recover()),
+    "recover tail lost": Scenario(situations.tail_lost, lambda cache: cache.recover()),
+    "recover SQL behind": Scenario(
+        situations.sql_behind, lambda cache: cache.recover(), lambda world: world.cache.recover()
+    ),
+    "recover diverged": Scenario(
+        situations.diverged, lambda cache: cache.recover(), lambda world: world.cache.recover()
+    ),
+    "retry letters": Scenario(
+        situations.with_letters, once(letters.retry, situations.parked_id), again(letters.retry, situations.parked_id)
+    ),
+    "discard letters": Scenario(
+        situations.with_letters,
+        once(letters.discard, situations.parked_id),
+        again(letters.discard, situations.parked_id),
+    ),
+    "discard a start": Scenario(
+        situations.with_letters,
+        once(letters.discard, situations.refused_start),
+        again(letters.discard, situations.refused_start),
+    ),
 }
 
 
@@ -375,4 +256,3 @@ def test_every_kind_of_call_is_a_point(redis_url: str, tmp_path: Path) -> None:
     expected |= {f"recoveries.{name}" for name in points.RECOVERIES} - {"recoveries.heartbeat"}
     assert expected - names == set()
     assert {"BEGIN", "COMMIT"} <= names
-

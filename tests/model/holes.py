@@ -30,6 +30,8 @@ U1 = Seed((), ("a",))
 INEXACT = ALL - {"P9 exact"}
 RECOVERED = ("reads epoch 1", "wants 2", "takes epoch 2", "reads the watermarks", "fences", "probes", "finds", "reports", "opens")
 """The steps of a recovery that finds a partition intact."""
+REOPENED = (*RECOVERED[:7], "drops", *RECOVERED[7:])
+"""The steps of one that finds its tail lost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +204,8 @@ def _reports() -> list[Hole]:
         hole("P9", "H18 a loss with class *intact*", start(Budget(restart=1), recoverers=1), (START,),
              off={"loss_possible": False}),
         hole("P9", "H18 report and reset apart", start(Budget(restart=1), flushers=1, recoverers=2), (START, MOVE),
-             off={"report_resets_tail": False}, batches=(1,)),
+             off={"report_resets_tail": False}, batches=(1,),
+             played=("start x", "move x 'b': OK", "loads epoch 1", "reads 1-1", "begins", "commits", "Redis restarts")),
     ]  # fmt: skip
 
 
@@ -281,8 +284,10 @@ def _findings() -> list[Hole]:
         hole("P3", "F5 *SQL behind* does not count letters", reopened, off={"reconcile_counts_letters": False}),
         hole("P3", "F6 *diverged* keeps a hash that SQL is ahead of", split, (Op("start", 1, "d"),), home=home,
              off={"detour_takes_longer": False, "diverged_drops_stale": False}, asserted=INEXACT - {"P8"}),
-        hole("P3", "F8 a mark forgets what SQL had", losing, (NEXT,), off={"mark_names_watermark": False}, asserted=INEXACT),
-        hole("P3", "F8 *intact* with a hole behind the watermark", losing, (NEXT,), off={"intact_needs_next": False}, asserted=INEXACT),
+        hole("P3", "F8 a mark forgets what SQL had", losing, (NEXT,), off={"mark_names_watermark": False},
+             asserted=INEXACT, played=REOPENED),
+        hole("P3", "F8 *intact* with a hole behind the watermark", losing, (NEXT,),
+             off={"intact_needs_next": False}, asserted=INEXACT, played=REOPENED),
         hole("P3", "F9 a discarded transition comes back", discarding, (NEXT,), home=home, poison=frozenset("b"),
              off={"recovery_drops_discarded": False}),
         hole("P8", "F10 lost while the slot was away", away, (MOVE, NEXT), off={"away_loses_nothing": False}),
