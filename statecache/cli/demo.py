@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from statecache.core.entry import EntryId
     from statecache.engine.recovery import Report
 
-_MID_STREAM_CALLS = 6_000
+_MID_STREAM_CALLS_MIN = 1_500
 _BACKLOG_WANTED = 300
 _BACKLOG_PATIENCE_SECONDS = 5.0
 _SHOWN = "000042"
@@ -228,7 +228,8 @@ def _crash(
     with _client(cache) as client, Writers(client, ledger) as writers:
         known = len(ledger.acknowledged)
         writers.begin(range(orders + 1, orders + 1_000_000), timeout=1.0)
-        while len(ledger.acknowledged) < known + _MID_STREAM_CALLS and writers.busy:
+        enough = known + max(_MID_STREAM_CALLS_MIN, orders * 6 // 10)
+        while len(ledger.acknowledged) < enough and writers.busy:
             time.sleep(0.01)
         before, bound_ms = _unflushed(client)
         pid = cache.server.pid if cache.server else None

@@ -79,18 +79,17 @@ def push_token(ring: str, token: str) -> str:
 class TransitionIds:
     """Makes transition ids that no other process makes: 72 random bits for the process, then a counter.
 
-    A child process starts a prefix of its own (``os.register_at_fork``), so a fork cannot repeat its parent's ids.
+    A forked child notices that it is another process and takes a prefix of its own.
     """
 
     def __init__(self) -> None:
-        self.restart()
-        os.register_at_fork(after_in_child=self.restart)
-
-    def restart(self) -> None:
-        self._prefix = base64.urlsafe_b64encode(os.urandom(9)).decode()
-        self._counter = itertools.count()
+        self._pid = 0
 
     def next(self) -> str:
+        if os.getpid() != self._pid:
+            self._prefix = base64.urlsafe_b64encode(os.urandom(9)).decode()
+            self._counter = itertools.count()
+            self._pid = os.getpid()
         return f"{self._prefix}{next(self._counter):x}"
 
 

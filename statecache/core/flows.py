@@ -100,11 +100,12 @@ class Version(NamedTuple):
 
 
 class Unflushed(NamedTuple):
-    """Read an instance's entries behind the watermark. Answered by (code, entries)."""
+    """Read an instance's entries behind the watermark, or in the whole log. Answered by (code, entries)."""
 
     partition: int
     machine: str
     id: str
+    whole: bool
 
 
 class Recorded(NamedTuple):
@@ -446,22 +447,24 @@ def history(partition: int, machine: str, id: str) -> Generator[Wish, Any, list[
     """
     attempt = 0
     before = -1
+    whole = False
     while True:
         hot_version = yield Version(partition, machine, id)
         rows: list[model.Transition] = yield Recorded(machine, id)
         if hot_version is not None and rows and rows[-1].version >= hot_version:
             return rows
-        code, entries = yield Unflushed(partition, machine, id)
+        code, entries = yield Unflushed(partition, machine, id, whole)
         if code != "OK":
             yield Admit(code)
             continue
         version = rows[-1].version if rows else 0
         fresh = [record for record in entries if record.version > version]
         if not fresh and hot_version is not None and hot_version > version > before:
-            before = version  # flushed between the two reads; else it is parked, or SQL would have gone on
+            before, whole = version, True  # flushed between the two reads, or SQL went back; else it is parked
             continue
         if not fresh or fresh[0].version == version + 1:
             break
+        whole = True
         if not (yield Pause(attempt, "GAP")):
             raise errors.IntegrityError(
                 f"{machine}:{id}: versions {version + 1} to {fresh[0].version - 1} are neither in SQL nor in the log; "

@@ -219,8 +219,8 @@ class Driver:
             case flows.Version(partition, machine, id):
                 own = self.hot.own_field(partition, machine, id)
                 return None if own is None else int(own.split(b" ")[1])
-            case flows.Unflushed(partition, machine, id):
-                return self.hot.find(partition, machine, id)
+            case flows.Unflushed(partition, machine, id, whole):
+                return self.hot.find(partition, machine, id, whole=whole)
             case flows.Recorded(machine, id):
                 return self.durable.history(machine, id)
             case flows.Find():
@@ -242,15 +242,27 @@ class Driver:
     def _find(self, wish: flows.Find, deadline: float) -> model.Transition | None:
         """The log first, then SQL: what leaves the log between the two reads is in SQL by then.
 
-        A log that could not be read says nothing: taken for "not there", a repetition would be applied again.
+        Last the log below its watermark: SQL may have gone back since. A log that could not be read says nothing: taken for
+        "not there", a repetition would be applied again.
         """
-        code, entries = self.hot.find(wish.partition, wish.machine, wish.id)
-        while code != "OK":
+        return (
+            self._find_in_log(wish, deadline, whole=False)
+            or self._find_in_sql(wish)
+            or self._find_in_log(wish, deadline, whole=True)
+        )
+
+    def _find_in_log(self, wish: flows.Find, deadline: float, *, whole: bool) -> model.Transition | None:
+        while True:
+            code, entries = self.hot.find(wish.partition, wish.machine, wish.id, whole=whole)
+            if code == "OK":
+                break
             self.admission.ensure(code, deadline)
-            code, entries = self.hot.find(wish.partition, wish.machine, wish.id)
         for record in entries:
             if wish.transition_id in (None, record.transition_id) and wish.version in (None, record.version):
                 return flows.transition_of(record)
+        return None
+
+    def _find_in_sql(self, wish: flows.Find) -> model.Transition | None:
         if wish.version is not None:
             return self.durable.transition(wish.machine, wish.id, wish.version)
         assert wish.transition_id is not None

@@ -29,7 +29,7 @@ from statecache.engine.cache import StateCache
 from statecache.engine.logfile import Progress
 from statecache.engine.replay import ID_PREFIX, Counts, Replay, Step, no_move, transition_id
 
-CALL_SECONDS = 20.0
+_CALL_SECONDS_MAX = 20.0
 _STARTS_OVER_MAX = 10
 _HELD = (errors.UnavailableError, errors.BackpressureError, errors.RecoveringError)
 
@@ -74,6 +74,7 @@ class Import:
         self._definition = replay.definition
         self._handle = cache.machine(replay.machine)
         self._patience_seconds = patience_seconds
+        self._call_seconds = min(_CALL_SECONDS_MAX, max(1.0, patience_seconds / 2))
         self._moved_at = time.monotonic()
         self._begin()
 
@@ -155,7 +156,7 @@ class Import:
                 moves.append(step.move(case.version))
                 case.version += 1
                 step.sent = True
-        results = self._handle.transition_many(moves, durability="hot", timeout=CALL_SECONDS) if moves else []
+        results = self._handle.transition_many(moves, durability="hot", timeout=self._call_seconds) if moves else []
         for step, result in zip(sent, results, strict=True):
             case = self._case(step.row.id)
             if isinstance(result, model.Receipt):
@@ -241,7 +242,9 @@ class Import:
         starts = {id: step for id, step in openers.items() if not self._cases[id].confirmed and self._opens(step)}
         existing, held = self._start(starts)
         for id in [*existing, *(id for id in openers if id not in starts)]:
-            held = self._visit(id, self._cases[id]) or held
+            if held is not None:  # a server is away: each further question would wait as long
+                return held
+            held = self._visit(id, self._cases[id])
         return held
 
     def _case(self, id: str) -> _Case:
@@ -260,7 +263,7 @@ class Import:
             model.Start(id, transition_id=transition_id(name, id, entry.EVENT_START), occurred_at=step.row.at)
             for id, step in openers.items()
         ]
-        results = self._handle.start_many(starts, durability="hot", timeout=CALL_SECONDS) if starts else []
+        results = self._handle.start_many(starts, durability="hot", timeout=self._call_seconds) if starts else []
         existing: list[str] = []
         held: errors.StateCacheError | None = None
         for start, result in zip(starts, results, strict=True):
@@ -281,7 +284,7 @@ class Import:
     def _visit(self, id: str, case: _Case) -> errors.StateCacheError | None:
         """Learn from its history where a case is; returns what kept us from it."""
         try:
-            rows = self._handle.history(id, timeout=CALL_SECONDS)
+            rows = self._handle.history(id, timeout=self._call_seconds)
         except errors.NotFoundError:
             rows = []
         except errors.InvalidDataError as error:

@@ -264,14 +264,18 @@ class _Attempt:
         watermark, behind = row.watermark, probed.behind
         if new and probed.last == entry.ZERO and watermark == entry.ZERO:
             return NEW, entry.ZERO
-        if probed.at_watermark is not None:
-            return (INTACT if self._same(probed.at_watermark) else DIVERGED), probed.last
+        if probed.at_watermark is not None and not self._same(probed.at_watermark):
+            return DIVERGED, probed.last
         if probed.last == entry.ZERO:
             return WIPED, entry.ZERO
         if behind is None:
-            return (TAIL_LOST if probed.last < watermark else INTACT), probed.last
+            if probed.last >= watermark:  # above it: what stood at the log's end was deleted by a stranger
+                return (INTACT if probed.last == watermark else SQL_BEHIND), probed.last
+            return (TAIL_LOST if self._is_known(row.partition, probed.last, identity) else DIVERGED), probed.last
         if behind.is_mark and behind.prev < watermark:
-            if self._written_since(row, behind, identity):
+            if self._same(behind):  # the mark of a recovery that found the tail lost, and has dealt with it
+                return INTACT, probed.last
+            if self._written_since(row, behind, identity) or not self._is_known(row.partition, behind.prev, identity):
                 return DIVERGED, probed.last
             return (WIPED if behind.prev == entry.ZERO else TAIL_LOST), behind.prev
         if entry.follows(behind.entry_id, watermark, behind.prev if behind.is_mark else None):
@@ -284,6 +288,27 @@ class _Attempt:
             return recoveries.recovery(self.durable, record.entry_id.epoch, record.transition_id) is not None
         held = [(row.version, row.transition_id) for row in self.durable.history(record.machine, record.id)]
         return (record.version, record.transition_id) in [*held, *self._letters((record.machine, record.id))]
+
+    def _is_known(self, partition: int, last: entry.EntryId, identity: str) -> bool:
+        """Does SQL hold the newest transition of the log up to ``last``, and so all of them?
+
+        If not, this log brings back a tail that SQL went on without: it is an older snapshot, or the old primary of a split
+        brain, with entries that an earlier recovery found lost. Their hashes are ahead of SQL, though below its watermark.
+        """
+        while last > entry.ZERO:
+            before = entry.EntryId(last.epoch, last.seq - 1) if last.seq else entry.EntryId(last.epoch - 1, 2**53)
+            reply = self.hot.read(
+                [(partition, before)], entries=1, bytes_max=1, fenced_identity=identity, stamp=self.stamp
+            )[0]
+            if reply.code != "OK":
+                raise Superseded(f"partition {partition}: {reply.code} while its log was read")
+            record = parse_line(reply.lines[0]) if reply.lines else None
+            if record is None or record.entry_id != last:
+                return True  # trimmed, so it is in SQL
+            if not record.is_mark:
+                return self._same(record)
+            last = record.prev
+        return True
 
     def _letters(self, instance: fold.Instance) -> tuple[tuple[int, str], ...]:
         found = self.durable.letters(*instance)
@@ -351,8 +376,10 @@ class _Attempt:
         if not behind:
             return probed.last, mending.diverged(row.partition, groups, hashes, known, self._in_sql(groups))
         first = probed.behind
-        assert first is not None
-        watermark = first.prev if first.is_mark else entry.EntryId(first.entry_id.epoch, first.entry_id.seq - 1)
+        if first is None:
+            watermark = probed.last
+        else:
+            watermark = first.prev if first.is_mark else entry.EntryId(first.entry_id.epoch, first.entry_id.seq - 1)
         return watermark, mending.sql_behind(
             row.partition, groups, hashes, known, watermark, self.finals, f"reconciled-{self.stamp.epoch}"
         )

@@ -207,7 +207,7 @@ def _hot_problem(cache: StateCache, machine: str, id: str) -> Problem:
     """Compare one hash with its checkpoint and the unflushed entries behind that."""
     partition = cache.hot.keyspace.partition_of(machine, id)
     fields = cache.hot.hashes([(partition, machine, id)])[0]
-    code, entries = cache.hot.find(partition, machine, id)
+    code, entries = cache.hot.find(partition, machine, id, whole=True)
     if code != "OK":
         cache.admission.ensure(code, cache.deadline(None))
         return "hot", f"Redis was {code}"

@@ -13,7 +13,9 @@ protocol       the version of these layouts
 partitions     the partition count of the store
 watermark      entry id up to which everything is in SQL (only a copy: SQL's is the true one)
 kept           entries at or below the watermark still in the log
-limit          entries behind the watermark above which writers get ``FULL``
+limit          entries behind the watermark above which writers get ``FULL``: the flusher's brake
+limit_at       when the flusher set it (ms): once it has not for 3 s, ``limit_max`` counts
+limit_max      the hard bound of the backlog, which absorbs an outage of SQL
 prev           the id before the epoch's mark
 carry          entries behind the watermark when the epoch began, used while the watermark is of an epoch before prev's
 cold           ``0``: nothing of the partition is cold, a start needs no look-up in SQL

@@ -37,6 +37,7 @@ class AsyncWire:
     def __init__(self, connection: Any) -> None:
         self.connection = connection
         self.fresh = True
+        self.check_sent_at = 0.0
 
     async def send(self, packed: bytes) -> None:
         await self.connection.send_packed_command((packed,), check_health=False)
@@ -225,6 +226,7 @@ class AsyncHotStore:
         confirm = store.strictest(batch)
         try:
             outcomes = store.outcomes_of(await line.read())
+            self.hot.note_check(line, outcomes)
         except redis.ResponseError as error:
             self.hot.wires.distrust(line)
             outcomes = [failures.outcome_of(error, sent=True)] * len(batch)

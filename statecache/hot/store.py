@@ -176,6 +176,7 @@ class HotStore:
         try:
             try:
                 outcomes = outcomes_of(line.read())
+                self.note_check(line, outcomes)
             except redis.ResponseError as error:
                 self.wires.distrust(line)
                 outcomes = [failures.outcome_of(error, sent=True)] * len(chunk)
@@ -197,6 +198,12 @@ class HotStore:
         while in_flight:
             chunk = in_flight.popleft()
             yield chunk, [failures.outcome_of(error, sent=True)] * len(chunk)
+
+    def note_check(self, line: wire.Checked, outcomes: Sequence[items.Outcome]) -> None:
+        """Tell what a script call said of the server, if it was asked or refused."""
+        if line.check_sent_at or outcomes[0].code in items.ADMISSION_CODES:
+            admitted = not any(outcome.code in items.ADMISSION_CODES for outcome in outcomes)
+            self.wires.checked(line, admitted=admitted)
 
     def packed_apply(self, chunk: Sequence[items.Item], line: wire.Checked) -> bytes:
         """The bytes of one script call. Notes that this call compares the identity, if it is time to."""
@@ -280,11 +287,14 @@ class HotStore:
             if cursor == "0":
                 return
 
-    def find(self, partition: int, machine: str, id: str) -> tuple[str, list[entry.Entry]]:
-        """One instance's entries behind the watermark as (code, entries); the code is ``OK`` or one of admission."""
+    def find(self, partition: int, machine: str, id: str, *, whole: bool = False) -> tuple[str, list[entry.Entry]]:
+        """One instance's entries behind the watermark as (code, entries); the code is ``OK`` or one of admission.
+
+        The watermark is that of ``meta``, which only grows: where SQL went back, ``whole`` finds what it has not any more.
+        """
         prefix = f"{machine}{entry.SEPARATOR}{id}{entry.SEPARATOR}"
         found: list[entry.Entry] = []
-        cursor = ""
+        cursor = str(entry.ZERO) if whole else ""
         while cursor != "-":
             reply = self._call("find", [self._pair_keys[partition]], 2, prefix, cursor, 2000)
             head, *lines = reply.split("\n")

@@ -26,16 +26,18 @@ class Checked(Protocol):
     """A connection of either flavour, as far as identity checks go."""
 
     fresh: bool
+    check_sent_at: float
 
 
 class Wire:
     """One connection, used by one thread at a time."""
 
-    __slots__ = ("connection", "fresh", "pid")
+    __slots__ = ("check_sent_at", "connection", "fresh", "pid")
 
     def __init__(self, connection: Any) -> None:
         self.connection = connection
         self.fresh = True
+        self.check_sent_at = 0.0
         self.pid = os.getpid()
 
     def send(self, packed: bytes) -> None:
@@ -133,7 +135,7 @@ class Wires:
             wire.close()
 
     def identity_due(self, wire: Checked, interval_seconds: float) -> bool:
-        """Tell whether this call must compare the server's identity, and note that it does.
+        """Tell whether this call must compare the server's identity, and note that it does (``checked`` tells the end).
 
         The first call on a connection must, and every call later than the interval after the last check was *sent*: a
         reply says nothing about what the server became after it (protocol hole H13).
@@ -141,6 +143,12 @@ class Wires:
         now = time.monotonic()
         if wire.fresh or now - self.checked_at > interval_seconds:
             wire.fresh = False
-            self.checked_at = now
+            wire.check_sent_at = wire.check_sent_at or now
             return True
         return False
+
+    def checked(self, wire: Checked, *, admitted: bool) -> None:
+        """The reply to a check has come. Until then, and after a refusal, other calls must check too: what a check that is
+        under way will say is not known, and a server that was found untrue stays so until it is recovered."""
+        self.checked_at = wire.check_sent_at if admitted else 0.0
+        wire.check_sent_at = 0.0

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -10,8 +13,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from statecache import cli
 from tests.support import processes
 
+_LOGGERS = ("statecache", "workers", "statecache.engine.admission", "statecache.engine.cache")
 TIMEOUT_SECONDS = 90.0
 REPOSITORY = Path(__file__).parents[2]
 
@@ -56,6 +61,22 @@ def run(*arguments: object, env: Mapping[str, str] | None = None) -> Result:
     )
     assert "Traceback" not in done.stderr, done.stderr
     return Result(done.returncode, done.stdout, done.stderr)
+
+
+def run_here(*arguments: object) -> Result:
+    """Run a command to its end in this process: the same code, without the second that a process takes to begin."""
+    out, err = io.StringIO(), io.StringIO()
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    before = [(one.level, list(one.handlers), one.propagate) for one in loggers]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = cli.main([str(argument) for argument in arguments])
+    finally:
+        for logger, (level, handlers, propagate) in zip(loggers, before, strict=True):
+            logger.setLevel(level)
+            logger.handlers[:] = handlers
+            logger.propagate = propagate
+    return Result(code, out.getvalue(), err.getvalue())
 
 
 class Running(processes.Process):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from statecache import StateCache
-from tests.acceptance.command import REPOSITORY, Result, Running, run
+from tests.acceptance.command import REPOSITORY, Result, Running, run, run_here
 from tests.support import processes, servers
 from tests.support.waiting import wait_until
 
@@ -41,28 +41,51 @@ def up(folder: Path) -> Iterator[dict[str, Any]]:
 
 @pytest.fixture
 def store(up: dict[str, Any], folder: Path) -> Any:
-    """Runs a command on the store."""
+    """Runs a command on the store, in this process."""
 
     def on_store(*arguments: object) -> Result:
-        return run(*arguments, "--data-dir", folder)
+        return run_here(*arguments, "--data-dir", folder)
 
     return on_store
 
 
+def test_a_command_is_a_process_with_an_exit_code(folder: Path, up: dict[str, Any]) -> None:
+    where = ["--data-dir", folder, "--json"]
+    assert run("start", "order:process", *where).document["state"] == "placed"
+    missing = run("where", "order:nobody", *where)
+    assert (missing.code, missing.out, missing.error["type"]) == (1, "", "NotFoundError")
+    assert run("where", *where).code == 2
+
+
 def test_an_order_from_start_to_end(store: Any) -> None:
     started = store("start", "order:1001", "--set", "amount=12.5", "--actor", "shop", "--json").document
-    assert (started["state"], started["version"], started["from_state"], started["duplicate"]) == ("placed", 1, None, False)
+    assert (started["state"], started["version"], started["from_state"], started["duplicate"]) == (
+        "placed",
+        1,
+        None,
+        False,
+    )
     paid = store(
         "transition", "order:1001", "pay", "--data", '{"method": "card", "note": "x"}', "--increment", "attempts=2",
         "--transition-id", "evt_42", "--expect-version", "1", "--durability", "durable", "--reason", "webhook", "--json",
     ).document  # fmt: skip
-    assert (paid["from_state"], paid["state"], paid["version"], paid["transition_id"]) == ("placed", "paid", 2, "evt_42")
+    assert (paid["from_state"], paid["state"], paid["version"], paid["transition_id"]) == (
+        "placed",
+        "paid",
+        2,
+        "evt_42",
+    )
     again = store("transition", "order:1001", "pay", "--transition-id", "evt_42")
     assert (again.code, "applied before" in again.out) == (0, True)
     assert store("transition", "order:1001", "ship", "--unset", "note").code == 0
     where = store("where", "order:1001", "--json").document
     assert where["data"] == {"amount": 12.5, "method": "card", "attempts": 2}
-    assert (where["state"], where["version"], where["available_events"], where["final"]) == ("shipped", 3, ["deliver"], False)
+    assert (where["state"], where["version"], where["available_events"], where["final"]) == (
+        "shipped",
+        3,
+        ["deliver"],
+        False,
+    )
     history = store("history", "order:1001", "--json").document
     assert [row["event"] for row in history] == ["@start", "pay", "ship"]
     assert (history[1]["patch"], history[1]["increments"]) == ({"method": "card", "note": "x"}, {"attempts": 2})
@@ -106,7 +129,9 @@ def test_ls_lists_by_state_and_age(store: Any) -> None:
         (["start", "order:e2", "--durability", "forever"], 2, "InvalidDataError", "'forever' is refused"),
     ],
 )  # fmt: skip
-def test_what_is_refused_is_one_clear_error(store: Any, arguments: list[str], code: int, kind: str, message: str) -> None:
+def test_what_is_refused_is_one_clear_error(
+    store: Any, arguments: list[str], code: int, kind: str, message: str
+) -> None:
     result = store(*arguments, "--json")
     assert (result.code, result.out) == (code, "")
     assert result.error["type"] == kind
@@ -159,7 +184,9 @@ def test_status_verify_recover_and_list(store: Any, up: dict[str, Any]) -> None:
 
 def test_another_definition_under_a_known_name_is_refused(store: Any, tmp_path: Path) -> None:
     other = tmp_path / "order.yaml"
-    other.write_text("name: order\nstates:\n  a: {initial: true}\n  b: {final: true}\nevents:\n  go: {from: a, to: b}\n")
+    other.write_text(
+        "name: order\nstates:\n  a: {initial: true}\n  b: {final: true}\nevents:\n  go: {from: a, to: b}\n"
+    )
     result = store("machine", "register", other, "--json")
     assert (result.code, result.error["type"]) == (2, "DefinitionError")
     assert "raise the machine's version" in result.error["message"]
@@ -194,21 +221,21 @@ def test_a_redis_that_came_back_waits_for_recover_and_one_that_is_away_is_code_3
     private_redis: servers.ValkeyServer, sqlite_url: str
 ) -> None:
     where = ["--redis-url", private_redis.url, "--database-url", sqlite_url]
-    assert run("machine", "register", ORDER, *where).code == 0
-    assert run("start", "order:1", *where).code == 0
-    assert run("flusher", "--once", *where).code == 0
+    assert run_here("machine", "register", ORDER, *where).code == 0
+    assert run_here("start", "order:1", *where).code == 0
+    assert run_here("flusher", "--once", *where).code == 0
     private_redis.restart()
-    status = run("status", *where, "--json")
+    status = run_here("status", *where, "--json")
     assert (status.code, status.document["redis"]) == (1, "needs recovery")
-    assert run("verify", *where, "--json").error["type"] == "RecoveringError"
-    dry = run("recover", "--dry-run", *where, "--json")
+    assert run_here("verify", *where, "--json").error["type"] == "RecoveringError"
+    dry = run_here("recover", "--dry-run", *where, "--json")
     assert (dry.document["dry_run"], dry.document["kinds"]) == (True, {"intact": 16})
-    assert run("status", *where).code == 1, "a dry run changed something"
-    assert run("recover", *where).code == 0
-    assert run("status", *where).code == 0
+    assert run_here("status", *where).code == 1, "a dry run changed something"
+    assert run_here("recover", *where).code == 0
+    assert run_here("status", *where).code == 0
     private_redis.kill()
     for arguments in (["status"], ["where", "order:1"], ["recover"], ["flusher", "--once"]):
-        away = run(*arguments, *where, "--json")
+        away = run_here(*arguments, *where, "--json")
         assert (away.code, away.error["type"]) == (3, "UnavailableError"), arguments
 
 
@@ -216,21 +243,21 @@ def test_verify_finds_what_somebody_else_wrote(redis_url: str, sqlite_url: str, 
     import redis
 
     where = ["--redis-url", redis_url, "--database-url", sqlite_url, "--namespace", namespace]
-    assert run("machine", "register", ORDER, *where).code == 0
-    assert run("start", "order:1", "--set", "amount=1", "--durability", "durable", *where).code == 0
+    assert run_here("machine", "register", ORDER, *where).code == 0
+    assert run_here("start", "order:1", "--set", "amount=1", "--durability", "durable", *where).code == 0
     with StateCache.connect(redis_url, sqlite_url, namespace) as cache, redis.Redis.from_url(redis_url) as client:
         partition = cache.hot.keyspace.partition_of("order", "1")
         client.hset(cache.hot.keyspace.instance(partition, "order", "1"), "amount", "2")
-    result = run("verify", *where, "--json")
+    result = run_here("verify", *where, "--json")
     assert result.code == 1
     assert [(one["kind"], one["address"]) for one in result.document["findings"]] == [("hot", "order:1")]
-    assert "order:1" in run("verify", *where).out
+    assert "order:1" in run_here("verify", *where).out
 
 
 def test_db_upgrade_makes_the_tables(sqlite_url: str) -> None:
     where = ["--database-url", sqlite_url]
-    assert run("db", "check", *where).code == 1
-    assert run("db", "upgrade", "--dry-run", *where).code == 1
-    assert run("db", "check", *where, "--json").document["now"] is None
-    assert run("db", "upgrade", *where, "--json").code == 0
-    assert run("db", "check", *where).code == 0
+    assert run_here("db", "check", *where).code == 1
+    assert run_here("db", "upgrade", "--dry-run", *where).code == 1
+    assert run_here("db", "check", *where, "--json").document["now"] is None
+    assert run_here("db", "upgrade", *where, "--json").code == 0
+    assert run_here("db", "check", *where).code == 0

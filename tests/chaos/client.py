@@ -39,6 +39,8 @@ class Orders(msgspec.Struct, frozen=True):
     instances: int = 24
     successor_of: str = ""
     pause_seconds: float = 0.004
+    durable_share: float = 0.2
+    flush_interval_ms: int = 50
 
 
 class Client:
@@ -63,6 +65,7 @@ class Client:
                     partition_count=self.orders.partition_count,
                     call_timeout_seconds=1.5,
                     socket_timeout_seconds=0.7,
+                    flush_interval_ms=self.orders.flush_interval_ms,
                     flusher=flusher,
                 )
             except (errors.UnavailableError, errors.RecoveringError) as error:
@@ -127,7 +130,7 @@ class Writer(Client):
         return "close" if dice < 0.004 else "@start" if dice < 0.12 else self.random.choice(machine.EVENTS)
 
     def _durability(self) -> str:
-        return "durable" if self.random.random() < 0.2 else "hot"
+        return "durable" if self.random.random() < self.orders.durable_share else "hot"
 
     # --- what it does ------------------------------------------------------------------------------------------------
 

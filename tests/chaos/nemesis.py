@@ -225,6 +225,19 @@ def _resume(role: str) -> Callable[[Stage, random.Random], None]:
     return end
 
 
+def _pause_all(stage: Stage, dice: random.Random) -> None:
+    """No flusher works (but the writers that wait for durability help themselves): the tail at risk grows."""
+    for place, player in stage.players.items():
+        if place.startswith("flusher") and player.process.alive:
+            player.pause()
+
+
+def _resume_all(stage: Stage, dice: random.Random) -> None:
+    for place, player in stage.players.items():
+        if place.startswith("flusher") and player.process.alive:
+            player.resume()
+
+
 def _recover_and(act: str) -> Callable[[Stage, random.Random], None]:
     """Tell a recoverer to recover, and hit it at some point of its work."""
 
@@ -266,6 +279,7 @@ FAULTS = (
     Fault("SQL copied", "sql", (0.0, 0.0), 1.5, _sql_copy),
     Fault("SQL restored", "sql", (0.0, 0.0), 2, _sql_restore),
     Fault("flusher killed", "flusher", (0.0, 1.0), 2, _kill("flusher"), _replace("flusher")),
+    Fault("all flushers paused", "flusher", (0.3, 2.5), 2, _pause_all, _resume_all),
     Fault("flusher paused", "flusher", (0.2, 3.0), 3, _pause("flusher"), _resume("flusher")),
     Fault("writer killed", "writer", (0.0, 0.5), 1.5, _kill("writer"), _replace("writer")),
     Fault("writer paused", "writer", (0.2, 3.0), 1.5, _pause("writer"), _resume("writer")),

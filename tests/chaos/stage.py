@@ -61,6 +61,8 @@ class Stage:
         self.reports: dict[tuple[int, str, int], Report] = {}
         self.restores: list[Restore] = []
         self.snapshot: Path | None = None
+        self.durable_share = 0.2
+        self.flush_interval_ms = 50
         self._numbers: dict[str, int] = {}
         self.random = random.Random(0)
 
@@ -75,6 +77,8 @@ class Stage:
         """Begin a round: with instances, ledgers and copies of its own."""
         self.random = dice
         self.prefix = f"r{number}-"
+        self.durable_share = dice.choice([0.02, 0.2])
+        self.flush_interval_ms = dice.choice([20, 50, 400])
         self.ledgers = self.folder / f"ledgers-{number}"
         self.ledgers.mkdir(exist_ok=True)
         self.snapshot = None
@@ -90,7 +94,8 @@ class Stage:
         before = self.players.get(place)
         orders = client.Orders(
             role, name, seed, self.link.url(self.redis.url), self.database.client_url, NAMESPACE, PARTITIONS,
-            str(self.ledgers / f"{name}.jsonl"), self.prefix,
+            str(self.ledgers / f"{name}.jsonl"), self.prefix, durable_share=self.durable_share,
+            flush_interval_ms=self.flush_interval_ms,
             successor_of=before.orders.ledger if before is not None and role == "writer" else "",
         )  # fmt: skip
         self.players[place] = Player(orders, self.folder / f"{place}.log")
@@ -147,12 +152,12 @@ class Stage:
         self._collect(self.database.query(databases.RECOVERIES))
 
     def _collect(self, rows: list[tuple[Any, ...]]) -> None:
-        for epoch, owner, started_ms, finished_ms, text in rows:
-            if finished_ms is None:
+        for epoch, owner, started_ms, ended_ms, text in rows:
+            if not text:
                 continue
             for part in msgspec.json.decode(text)["partitions"]:
                 report = Report(
-                    epoch, owner, part["partition"], part["kind"], started_ms, finished_ms, part["tail_seen_ms"],
+                    epoch, owner, part["partition"], part["kind"], started_ms, ended_ms, part["tail_seen_ms"],
                     part["lost_at_least"], part["loss_possible"], part["reconciled"], part["parked"],
                 )  # fmt: skip
                 self.reports[epoch, owner, part["partition"]] = report

@@ -88,6 +88,13 @@ def cold(world: worlds.World) -> None:
         assert world.evict(id) == "OK"
 
 
+def restarted(world: worlds.World) -> None:
+    """To be followed by a restart of the server."""
+    some(world, "old", ("pay",))
+    world.flush()
+    some(world, "unflushed")
+
+
 def intact(world: worlds.World) -> None:
     """The server was restarted; some of the log is not in SQL."""
     mixed_batch(world)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -207,8 +207,8 @@ def go_on(world: worlds.World) -> None:
 
 
 @pytest.fixture(params=SCENARIOS)
-def frozen(request: pytest.FixtureRequest, redis_url: str, tmp_path: Path, namespace: str) -> Iterator[Frozen]:
-    yield Frozen(redis_url, tmp_path, namespace, SCENARIOS[request.param])
+def frozen(request: pytest.FixtureRequest, redis_url: str, tmp_path: Path, namespace: str) -> Frozen:
+    return Frozen(redis_url, tmp_path, namespace, SCENARIOS[request.param])
 
 
 def test_dying_between_any_two_steps(frozen: Frozen) -> None:
@@ -231,7 +231,7 @@ def test_dying_between_any_two_steps(frozen: Frozen) -> None:
 def test_dying_twice(frozen: Frozen) -> None:
     """The process that takes over dies too, one step later each time, until one has nothing left to do."""
     database_url = frozen.thaw()
-    watch = frozen.die(database_url, None)
+    frozen.die(database_url, None)
     wanted = frozen.outcome(database_url)
     database_url = frozen.thaw()
     for die_before in itertools.count(1, 3):

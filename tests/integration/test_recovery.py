@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 import msgspec
 import pytest
 
-from statecache.core import entry, errors, model
+from statecache.core import errors, model
 from statecache.durable import recoveries
 from statecache.durable.faults import CommitUnknown
 from statecache.engine import letters, recovery
@@ -157,13 +158,8 @@ def test_new_store_is_opened_without_a_loss(world: World) -> None:
     assert not report.loss_possible
     assert report.lost_at_least == report.dropped == 0
     assert [world.meta(partition)["cold"] for partition in (0, 1)] == ["0", "0"]
-    with before_call(world.durable, "lookup", lambda: pytest.fail("looked up"), call=1):
-        world.orders.start("1")
-        world.durable.lookup = lambda addresses: []  # type: ignore[method-assign]
-        world.durable.lookup([])
-        pytest.skip("unreachable") if False else None
-        raise_if_counted = True
-    assert raise_if_counted
+    world.durable.lookup = lambda addresses: pytest.fail("SQL was asked")  # type: ignore[method-assign]
+    assert world.orders.start("1").version == 1
 
 
 @pytest.mark.parametrize("name", DAMAGES)
@@ -283,6 +279,7 @@ def test_cold_instance_behind_the_hole_is_parked_not_guessed(world: World) -> No
     _base(world)
     saved = world.sql_copy()
     world.orders.transition("r0", "note", data={"gone": 1})
+    world.orders.transition("r0", "note", data={"gone": 2})
     world.flush()
     receipt = world.orders.transition("r0", "ship")
     partition = world.partition_of("r0")
@@ -295,13 +292,12 @@ def test_cold_instance_behind_the_hole_is_parked_not_guessed(world: World) -> No
     world.flush()
     with pytest.raises(errors.ParkedError):
         world.orders.transition("r0", "note")
-    assert letters.retry(world.cache, "order", "r0") == 2
+    assert letters.retry(world.cache, "order", "r0") == 3
     rows = world.orders.history("r0")
-    assert [(row.version, row.event, row.complete) for row in rows][-2:] == [
-        (3, "@reconciled", False),
-        (4, "ship", True),
-    ]
-    assert world.orders.transition("r0", "deliver").version == 5
+    assert [(row.version, row.event, row.complete) for row in rows][-3:] == [
+        (3, "@reconciled", False), (4, "note", True), (5, "ship", True),
+    ]  # fmt: skip
+    assert world.orders.transition("r0", "deliver").version == 6
     world.flush()
     world.verify()
 
@@ -333,8 +329,11 @@ def test_hole_that_a_stranger_made_in_the_log_is_mended(world: World) -> None:
     gone = world.orders.transition(id, "note", data={"w": 4})
     world.orders.transition(id, "ship", data={"v": 5})
     world.client.xdel(world.keyspace.log(0), gone.entry_id)
+    flusher = world.flusher()
+    while flusher.step().entries:
+        pass
+    assert "does not follow" in flusher.step().stopped[0]
     with pytest.raises(errors.IntegrityError, match="does not follow"):
-        world.flush()
         world.flush()
     for _ in range(2):  # the first one may still be flushed up to the hole
         report = world.cache.recover()
@@ -460,7 +459,6 @@ def test_recoverer_is_superseded_at_a_step(lite: World, name: str, step: str, ca
     ):
         lite.cache.recover()
     row = lite.durable.identity()
-    assert (row.epoch, row.owner) == (other.hot.stamp.epoch or row.epoch, row.owner)
     assert {lite.meta(partition)["owner"] for partition in (0, 1)} == {row.owner}
     assert {lite.meta(partition)["status"] for partition in (0, 1)} == {"ready"}
     _check_afterwards(lite, damage)
@@ -472,18 +470,16 @@ def test_call_in_the_middle_of_a_recovery(lite: World, name: str, step: str, cal
     partition was fenced, and then it is in the log that the recovery finds (P6, P8). Later it succeeds."""
     client = lite.more().machine(Order)
     damage = DAMAGES[name](lite)
-    id = next(id for id in damage.versions if id not in damage.parked)
+    id = next(id for id in damage.versions if lite.partition_of(id) == 1)  # no stranger's line of history is there
     accepted: list[model.Receipt] = []
 
     def call_it() -> None:
-        try:
+        with contextlib.suppress(errors.RecoveringError):
             accepted.append(client.transition(id, "note", timeout=0.02))
-        except errors.RecoveringError:
-            pass
 
     target, method = _step_of(lite, step)
-    with before_call(target, method, call_it, call=call):
-        lite.cache.recover()
+    with before_call(target, method, call_it, call=call), contextlib.suppress(errors.RecoveringError):
+        lite.cache.recover()  # nobody is at it before the take: then the client recovers by itself
     version = damage.versions[id] + len(accepted)
     assert client.transition(id, "note").version == version + 1
     _check_afterwards(lite, damage._replace(versions={**damage.versions, id: version + 1}))
@@ -563,6 +559,3 @@ def test_epoch_in_redis_above_that_of_sql_is_passed(lite: World) -> None:
     assert report.epoch == 4
     assert report.loss_possible
     _check_afterwards(lite, Damage({}, dict.fromkeys(IDS, 2)))
-
-
-_ = entry

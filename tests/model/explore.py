@@ -82,7 +82,12 @@ Progress = Callable[[Result], None]
 
 
 def explore(
-    world: World, *, states_max: int = 2_000_000, seconds_max: float = 1e9, compact: bool = False, progress: Progress | None = None
+    world: World,
+    *,
+    states_max: int = 2_000_000,
+    seconds_max: float = 1e9,
+    compact: bool = False,
+    progress: Progress | None = None,
 ) -> Result:
     """Explore until everything was seen, a promise is broken, or a bound is reached."""
     started = time.monotonic()
@@ -108,12 +113,12 @@ def explore(
             here = key(state)
             try:
                 for text, after in successors(world, state):
+                    if result.unreached:
+                        result.unreached = {wanted for wanted in result.unreached if wanted not in text}
                     there = key(after)
                     if there in parents:
                         continue
                     parents[there] = (here, text)
-                    if result.unreached:
-                        result.unreached = {wanted for wanted in result.unreached if wanted not in text}
                     try:
                         judge.judge(after)
                     except Violation as violation:

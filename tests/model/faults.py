@@ -79,7 +79,9 @@ def _losses(world: World, state: State, budget: Budget) -> Steps:
         after = _lose(world, state, saved, budget._replace(restart=budget.restart - 1), new=True, cache=False, due=True)
         yield "Redis restarts as it was saved", after
     if budget.wipe:
-        after = _lose(world, state, _empty(state), budget._replace(wipe=budget.wipe - 1), new=True, cache=False, due=True)
+        after = _lose(
+            world, state, _empty(state), budget._replace(wipe=budget.wipe - 1), new=True, cache=False, due=True
+        )
         yield "Redis restarts empty", after
     if budget.flushall:
         spent = budget._replace(flushall=budget.flushall - 1)

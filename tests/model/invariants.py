@@ -7,9 +7,10 @@ a partition is opened.
 
 Here, for every partition that is ready and, as far as the ghost knows, true, and whose SQL did not go back since:
 
-- P3, coherence ("verify"; a parked hash takes no writes and may be stale until it is dropped): an instance's line is its checkpoint, then its letters, then the log's entries behind the
-  watermark. Versions go on one by one, and a hash's data are that line. An instance that SQL or the log knows and that has
-  no hash is only possible where ``cold`` says so and, if entries of it are unflushed, hydration is refused (``evicted_to``).
+- P3, coherence ("verify"): an instance's line is its checkpoint, then its letters, then the log's entries behind the
+  watermark. Versions go on one by one, and a hash's data are that line (a parked hash takes no writes and may be stale until
+  it is dropped). An instance that SQL or the log knows and that has no hash is only possible where ``cold`` says so and, if
+  entries of it are unflushed, hydration is refused (``evicted_to``).
 - P4: no transition id twice in a line.
 - P9: every accepted transition is in history (or in a reconciled range), in letters, or in the log behind the watermark.
 
@@ -60,7 +61,9 @@ def check(world: World, state: State) -> None:
             gone = nowhere(world, state, p)
             if gone:
                 one = min(gone)
-                raise Violation("P9", f"{name(one[0])} v{one[1]}={one[2]} was acknowledged and is nowhere; no report says so")
+                raise Violation(
+                    "P9", f"{name(one[0])} v{one[1]}={one[2]} was acknowledged and is nowhere; no report says so"
+                )
 
 
 def _unflushed(world: World, state: State, p: int) -> list[Entry] | None:
@@ -80,7 +83,9 @@ def _coherent(saved: Saved, part: Part, meta: Meta, inst: int, tail: list[Entry]
     copy = part.hashes[inst]
     if any(letter.kind in ("diverged", "incomplete") for letter in saved.letters):
         if copy is not None and not copy.parked and len(copy.chain) <= saved.version:
-            raise Violation("P3", f"{name(inst)} {chain_text(copy.chain)} is open to writes, its letters {saved.letters} are ahead")
+            raise Violation(
+                "P3", f"{name(inst)} {chain_text(copy.chain)} is open to writes, its letters {saved.letters} are ahead"
+            )
         return
     line = saved.chain
     for letter in sorted(saved.letters):
@@ -89,18 +94,28 @@ def _coherent(saved: Saved, part: Part, meta: Meta, inst: int, tail: list[Entry]
         line = (*line, letter.tid)
     for entry in mine:
         if entry.version != len(line) + 1:
-            raise Violation("P3", f"the log's {entry_text(entry)} stands behind {chain_text(line)} of SQL and log: a fork or a gap")
+            raise Violation(
+                "P3", f"the log's {entry_text(entry)} stands behind {chain_text(line)} of SQL and log: a fork or a gap"
+            )
         line = (*line, entry.tid)
     known = [tid for tid in line if tid != UNKNOWN]
     if len(set(known)) != len(known):
         raise Violation("P4", f"{name(inst)} is {chain_text(line)}: a call was applied twice")
     if copy is None:
         if line and not meta.cold:
-            raise Violation("P3", f"{name(inst)} {chain_text(line)} has no hash and meta says that nothing is cold: a start would fork")
+            raise Violation(
+                "P3",
+                f"{name(inst)} {chain_text(line)} has no hash and meta says that nothing is cold: a start would fork",
+            )
         if mine and meta.evicted_to < mine[-1].id:
-            raise Violation("P3", f"{name(inst)} {chain_text(line)} has no hash, and an older one could be hydrated: {entry_text(mine[-1])}")
+            raise Violation(
+                "P3",
+                f"{name(inst)} {chain_text(line)} has no hash, and an older one could be hydrated: {entry_text(mine[-1])}",
+            )
     elif copy.chain != line and UNKNOWN not in line and not (copy.parked and not mine):
-        raise Violation("P3", f"{name(inst)} is {chain_text(copy.chain)} in its hash, {chain_text(line)} in SQL and log: a fork")
+        raise Violation(
+            "P3", f"{name(inst)} is {chain_text(copy.chain)} in its hash, {chain_text(line)} in SQL and log: a fork"
+        )
 
 
 def nowhere(world: World, state: State, p: int) -> frozenset[tuple[int, int, str]]:
@@ -121,10 +136,18 @@ def check_sql(world: World, sql: Sql, ghost: Ghost) -> None:
             if row.covers_from != version + 1:
                 raise Violation("P3", f"history of {name(inst)} goes from v{version} to v{row.covers_from}")
             version = row.version
-            if row.covers_from == row.version and row.tid != "@reconciled" and saved.chain[version - 1 : version] != (row.tid,):
-                raise Violation("P3", f"{name(inst)} has {row.tid} at v{version} in history, its checkpoint says {saved.chain}")
+            if (
+                row.covers_from == row.version
+                and row.tid != "@reconciled"
+                and saved.chain[version - 1 : version] != (row.tid,)
+            ):
+                raise Violation(
+                    "P3", f"{name(inst)} has {row.tid} at v{version} in history, its checkpoint says {saved.chain}"
+                )
         if version != saved.version:
-            raise Violation("P3", f"history of {name(inst)} ends at v{version}, its checkpoint is {chain_text(saved.chain)}")
+            raise Violation(
+                "P3", f"history of {name(inst)} ends at v{version}, its checkpoint is {chain_text(saved.chain)}"
+            )
 
 
 def exaggerated(world: World, state: State) -> None:

@@ -59,7 +59,9 @@ def refusal(rules: Rules, redis: Redis, p: int, stamp: Stamp, check: bool = True
     return ""
 
 
-def fenced(redis: Redis, p: int, stamp: Stamp, identity: int, guard_meta: bool = True, guard_identity: bool = True) -> bool:
+def fenced(
+    redis: Redis, p: int, stamp: Stamp, identity: int, guard_meta: bool = True, guard_identity: bool = True
+) -> bool:
     """Is this partition as the fence of this recovery left it, on the server that the fence met?"""
     meta = redis.parts[p].meta
     if guard_meta and (meta is None or meta.stamp != stamp or meta.ready):
@@ -78,7 +80,9 @@ def next_id(part: Part, epoch: int) -> Id | None:
     return (epoch, part.last[1] + 1) if part.last[0] == epoch else (epoch, 0)
 
 
-def apply(world: World, redis: Redis, stamp: Stamp, op: Op, check: bool, retry: bool, expected: int, absent: Id) -> Reply:
+def apply(
+    world: World, redis: Redis, stamp: Stamp, op: Op, check: bool, retry: bool, expected: int, absent: Id
+) -> Reply:
     """``apply.lua`` for one item."""
     rules, p = world.rules, world.home[op.inst]
     if stamp not in redis.cache:
@@ -153,8 +157,9 @@ def flushed(world: World, redis: Redis, p: int, stamp: Stamp, watermark: Id, par
             part = put_hash(part, inst, copy._replace(parked=True))
     log = part.log
     if world.trim:
-        keep = (lambda id: id >= watermark) if rules.trim_keeps_witness else (lambda id: id > watermark)
-        log = tuple(entry for entry in log if keep(entry.id))
+        log = tuple(
+            entry for entry in log if entry.id > watermark or (entry.id == watermark and rules.trim_keeps_witness)
+        )
     meta = part.meta
     assert meta is not None
     part = part._replace(log=log, meta=meta._replace(watermark=max(meta.watermark, watermark)))

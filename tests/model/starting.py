@@ -37,9 +37,7 @@ from tests.model.state import (
 
 @dataclass(frozen=True, slots=True)
 class Seed:
-    """An instance at the start: the chain that SQL has, what the log has more, and whether a hash is there.
-
-    """
+    """An instance at the start: the chain that SQL has, what the log has more, and whether a hash is there."""
 
     saved: Chain = ()
     unflushed: Chain = ()

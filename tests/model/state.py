@@ -122,10 +122,12 @@ class Saved(NamedTuple):
     def knows(self, version: int, tid: str) -> bool:
         """Is this transition in history, named by a reconciled range, a letter or the tombstone of one?"""
         return any(
-            row.version == version and row.tid == tid or row.tid == RECONCILED and row.covers_from <= version <= row.version
+            (row.version == version and row.tid == tid)
+            or (row.tid == RECONCILED and row.covers_from <= version <= row.version)
             for row in self.history
         ) or any(
-            (letter.version, letter.tid) == (version, tid) or (letter.kind == "incomplete" and version <= letter.version)
+            (letter.version, letter.tid) == (version, tid)
+            or (letter.kind == "incomplete" and version <= letter.version)
             for letter in self.letters + self.discarded
         )
 

@@ -71,6 +71,8 @@ def _apply(world: World, state: State, number: int, client: Client, op: Op) -> S
     wish = f"{op.kind} {name(op.inst)} '{op.tid}'"
     if reply.code in scripts.ADMISSION:
         due = client.due if reply.code == "NOSCRIPT" or not world.rules.first_call_checks else False
+        if check and reply.code != "NOSCRIPT" and not world.rules.checked_when_answered:
+            state = state._replace(clients=tuple(one._replace(due=False) for one in state.clients))
         after = _refused(client)._replace(due=due)
         if not world.rules.refusal_forgets_pin:
             after = after._replace(expected=client.expected)
@@ -82,7 +84,9 @@ def _apply(world: World, state: State, number: int, client: Client, op: Op) -> S
         assert entry is not None
         p = world.home[op.inst]
         if state.ghost.untrue[p] and "P8" in world.asserted:
-            raise Violation("P8", f"{wish} is accepted as v{entry.version}, on a Redis that lost data and was not reconciled")
+            raise Violation(
+                "P8", f"{wish} is accepted as v{entry.version}, on a Redis that lost data and was not reconciled"
+            )
         ghost = state.ghost._replace(applied=state.ghost.applied | {(op.inst, entry.version, op.tid)})
         state = state._replace(redis=reply.redis, ghost=ghost)
         if state.budget.lost_reply:
@@ -97,7 +101,10 @@ def _apply(world: World, state: State, number: int, client: Client, op: Op) -> S
         client = client._replace(pc="lookup", held=(reply.evicted_to,), absent=ZERO)
         yield f"{wish}: MISS, evicted_to {id_text(reply.evicted_to)}", put_client(state, number, client)
     elif reply.code == "OLD":
-        yield f"{wish}: OLD", put_client(state, number, client._replace(pc="find log", held=(_version(state, world, op),)))
+        yield (
+            f"{wish}: OLD",
+            put_client(state, number, client._replace(pc="find log", held=(_version(state, world, op),))),
+        )
     elif reply.code == "PARKED":
         yield f"{wish}: PARKED", put_client(state, number, client._replace(pc="parked", held=()))
     elif reply.code == "VERSION":

@@ -64,7 +64,8 @@ def _evict(world: World, state: State, number: int, evictor: Evictor) -> Steps:
         assert copy is not None
         if saved.chain != copy.chain:
             raise Violation(
-                "P11", f"evicting {name(inst)} {chain_text(copy.chain)}, of which SQL's checkpoint is {chain_text(saved.chain)}"
+                "P11",
+                f"evicting {name(inst)} {chain_text(copy.chain)}, of which SQL's checkpoint is {chain_text(saved.chain)}",
             )
     text = f"evicts {name(inst)} (v{evictor.version}, epoch {stamp[0]}): {reply.code}"
     yield text, _put(state._replace(redis=reply.redis), number, IDLE_EVICTOR)
@@ -114,7 +115,7 @@ def _move(world: World, state: State, operator: Operator) -> Steps:
             one for one in state.ghost.applied
             if one[0] == inst and not sql.saved[inst].knows(one[1], one[2])
             and (one[1:] in {(letter.version, letter.tid) for letter in gone}
-                 or any(letter.kind == "incomplete" for letter in gone) and one[1] <= upto)
+                 or (any(letter.kind == "incomplete" for letter in gone) and one[1] <= upto))
         )  # fmt: skip
         after = state._replace(sql=sql, ghost=excuse(state.ghost, lost), operator=operator._replace(pc="drop"))
         yield f"discards {len(gone)} letters of {name(inst)}", after

@@ -24,6 +24,7 @@ from tests.model.state import (
     entry_text,
     id_text,
     put,
+    put_row,
 )
 from tests.model.world import World
 
@@ -61,7 +62,10 @@ def _load(world: World, state: State, number: int, flusher: Flusher) -> Steps:
         if pair != flusher.stamp and world.rules.folds_dropped_on_epoch:
             folds = ()
         after = IDLE_FLUSHER._replace(pc="loaded", part=p, stamp=pair, watermark=row.watermark, folds=folds)
-        yield f"loads epoch {pair[0]} and watermark {id_text(row.watermark)} of partition {p}", _put(state, number, after)
+        yield (
+            f"loads epoch {pair[0]} and watermark {id_text(row.watermark)} of partition {p}",
+            _put(state, number, after),
+        )
 
 
 def _read(world: World, state: State, number: int, flusher: Flusher) -> Steps:
@@ -69,7 +73,8 @@ def _read(world: World, state: State, number: int, flusher: Flusher) -> Steps:
     if code != "OK":
         yield f"reads the log: {code}", _put(state, number, _idle(world, flusher))
         return
-    cursor, kept = flusher.watermark, []
+    cursor = flusher.watermark
+    kept: list[Entry] = []
     for entry in entries:
         if not scripts.follows(world.rules, entry, cursor):
             if not kept:
@@ -127,7 +132,9 @@ def _commit(world: World, state: State, number: int, flusher: Flusher) -> Steps:
         budget = state.budget._replace(kill=state.budget.kill - 1)
         yield "is killed before its commit", _put(state._replace(budget=budget), number, IDLE_FLUSHER)
     if not world.rules.poison_stops_one and any(entry.tid in world.poison for entry in flusher.entries):
-        raise Violation("P10", f"SQL refuses the batch {', '.join(map(entry_text, flusher.entries))}: the partition stops")
+        raise Violation(
+            "P10", f"SQL refuses the batch {', '.join(map(entry_text, flusher.entries))}: the partition stops"
+        )
     sql, parked = tables.flush(
         world, state.sql, flusher.part, flusher.entries, flusher.tail, flusher.parked, flusher.folds
     )
@@ -154,14 +161,16 @@ def _tell(world: World, state: State, number: int, flusher: Flusher) -> Steps:
     p = flusher.part
     if not world.rules.watermark_with_rows:
         row = state.sql.parts[p]._replace(watermark=max(flusher.watermark, state.sql.parts[p].watermark))
-        state = state._replace(sql=tables.put_row(state.sql, p, row))
+        state = state._replace(sql=put_row(state.sql, p, row))
     stamp = flusher.stamp if world.rules.stamp_held else state.sql.stamp
     reply = scripts.flushed(world, state.redis, p, stamp, flusher.watermark, flusher.parked)
     gone = [entry for entry in state.redis.parts[p].log if entry not in set(reply.redis.parts[p].log)]
     for entry in gone:
         saved = entry.inst != MARK and state.sql.saved[entry.inst].knows(entry.version, entry.tid)
         if entry.inst != MARK and not saved and not state.ghost.restored[p]:
-            raise Violation("P11", f"telling {id_text(flusher.watermark)} trims {entry_text(entry)}, which is not in SQL")
+            raise Violation(
+                "P11", f"telling {id_text(flusher.watermark)} trims {entry_text(entry)}, which is not in SQL"
+            )
     text = f"tells Redis {id_text(flusher.watermark)} (epoch {stamp[0]}): {reply.code}"
     if gone:
         text += f", trims {', '.join(map(entry_text, gone))}"

@@ -8,6 +8,8 @@ step 2; ``probe`` reads the log, ``judge`` compares it with SQL, ``drop`` and ``
 
 from __future__ import annotations
 
+from typing import Any
+
 from tests.model import invariants, scripts, tables
 from tests.model.state import (
     NOBODY,
@@ -44,7 +46,7 @@ def _end(state: State, number: int) -> State:
     return _put(state, number, UNUSED_RECOVERER._replace(pc="ended"))
 
 
-def _look_at(me: Recoverer, **changes: object) -> Recoverer:
+def _look_at(me: Recoverer, **changes: Any) -> Recoverer:
     look = me.looks[me.part]._replace(**changes)
     return me._replace(looks=put(me.looks, me.part, look))
 
@@ -226,7 +228,9 @@ def _ready(world: World, state: State, number: int, me: Recoverer) -> Steps:
     if not ghost.untrue[p] and not ghost.restored[p]:
         gone = invariants.nowhere(world, state, p)
         if gone and not (look.possible or look.lost) and "P9" in world.asserted:
-            raise Violation("P9", f"partition {p} is opened ({look.kind}) and no report says that {_names(gone)} are lost")
+            raise Violation(
+                "P9", f"partition {p} is opened ({look.kind}) and no report says that {_names(gone)} are lost"
+            )
         state = state._replace(ghost=excuse(ghost, gone))
     after = me._replace(pc="ready", part=p + 1) if p + 1 < len(me.looks) else UNUSED_RECOVERER._replace(pc="ended")
     yield f"opens partition {p}", _put(state, number, after)
@@ -251,4 +255,3 @@ _STEPS = {
     "reset": _reset_later,
     "ready": _ready,
 }
-

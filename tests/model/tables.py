@@ -115,7 +115,9 @@ def superseded(sql: Sql, me: Recoverer) -> bool:
     if sql.stamp != me.stamp:
         return True
     if sql.taker != me.who:
-        raise Violation("P6", f"recovery {me.who} of epoch {me.stamp[0]} changes SQL, which recovery {sql.taker} has taken")
+        raise Violation(
+            "P6", f"recovery {me.who} of epoch {me.stamp[0]} changes SQL, which recovery {sql.taker} has taken"
+        )
     return False
 
 
@@ -187,7 +189,9 @@ def to_drop(world: World, sql: Sql, p: int, kind: str, last: Id, part: Part) -> 
             continue
         if copy is None or kind != "diverged":
             continue
-        fresh = [entry for entry in part.log if entry.inst == inst and not sql.saved[inst].knows(entry.version, entry.tid)]
+        fresh = [
+            entry for entry in part.log if entry.inst == inst and not sql.saved[inst].knows(entry.version, entry.tid)
+        ]
         stale = (copy.chain, copy.entry_id) != (sql.saved[inst].chain, sql.saved[inst].entry_id)
         if fresh or (stale and world.rules.diverged_drops_stale):
             dropped.append(inst)
@@ -267,7 +271,8 @@ def retry_letters(world: World, sql: Sql, inst: int) -> Sql | None:
             continue
         if letter.version != saved.version + 1:
             raise Violation(
-                "P3", f"retrying letter v{letter.version}={letter.tid} of {name(inst)} ({id_text(letter.id)}) would leave a gap"
+                "P3",
+                f"retrying letter v{letter.version}={letter.tid} of {name(inst)} ({id_text(letter.id)}) would leave a gap",
             )
         saved = _with_row(world, saved, saved.chain, Entry(letter.id, inst, letter.version, letter.tid))
     return put_saved(sql, inst, saved)

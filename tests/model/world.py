@@ -34,6 +34,7 @@ class Rules:
     detour_takes_longer: bool = True  # H13a: the stated assumption about the identity interval
     away_loses_nothing: bool = True  # F10: assumption: a slot that migrates away and back loses nothing in between
     identity_always: bool = False  # H13a: `identity_check=always`
+    checked_when_answered: bool = True  # F11: a check counts once it was answered well, not when it was sent
     stamp_held: bool = True  # F1: what was read under one epoch is sent with that epoch's stamp
 
     # Flush

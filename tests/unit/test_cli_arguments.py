@@ -24,7 +24,8 @@ def test_what_is_no_address_is_refused(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "seconds"), [("10s", 10), ("10m", 600), ("2h", 7200), ("3d", 259_200), ("1.5h", 5400), ("500ms", 0.5), ("7", 7)]
+    ("text", "seconds"),
+    [("10s", 10), ("10m", 600), ("2h", 7200), ("3d", 259_200), ("1.5h", 5400), ("500ms", 0.5), ("7", 7)],
 )
 def test_durations(text: str, seconds: float) -> None:
     assert arguments.duration("--older-than", text) == timedelta(seconds=seconds)
@@ -32,7 +33,7 @@ def test_durations(text: str, seconds: float) -> None:
 
 @pytest.mark.parametrize("text", ["", "ten", "10 minutes", "-5m", "1e9d", "9" * 30 + "d"])
 def test_what_is_no_duration_is_refused(text: str) -> None:
-    with pytest.raises(errors.InvalidDataError, match="--older-than .* is refused"):
+    with pytest.raises(errors.InvalidDataError, match=r"--older-than .* is refused"):
         arguments.duration("--older-than", text)
 
 
@@ -77,7 +78,11 @@ def test_column_names_may_be_quoted() -> None:
 def test_every_error_has_the_exit_code_of_who_must_act() -> None:
     kinds = [one for _, one in inspect.getmembers(errors, inspect.isclass) if issubclass(one, errors.StateCacheError)]
     codes = {kind.__name__: exits.code_of(kind("x")) for kind in kinds}
-    assert {name for name, code in codes.items() if code == 2} == {"ConfigurationError", "DefinitionError", "InvalidDataError"}
+    assert {name for name, code in codes.items() if code == 2} == {
+        "ConfigurationError",
+        "DefinitionError",
+        "InvalidDataError",
+    }
     assert {name for name, code in codes.items() if code == 3} == {
         "UnavailableError", "RecoveringError", "BackpressureError", "DurabilityTimeout",
     }  # fmt: skip
@@ -93,7 +98,9 @@ def test_nothing_steers_the_terminal() -> None:
 
 def test_no_cell_is_read_as_markup() -> None:
     file = io.StringIO()
-    output.console(file).print(output.table(["id [bold]"], [("[red]x[/red] :smile: [link=http://x]",)], title="[b]t[/b]"))
+    output.console(file).print(
+        output.table(["id [bold]"], [("[red]x[/red] :smile: [link=http://x]",)], title="[b]t[/b]")
+    )
     output.console(file).print(output.facts([("a", "[red]y[/red]")]))
     text = file.getvalue()
     for part in ("[red]x[/red] :smile: [link=http://x]", "[b]t[/b]", "id [bold]", "[red]y[/red]"):

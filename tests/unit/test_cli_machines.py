@@ -3,43 +3,24 @@
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
-from statecache import StateMachine, cli
+from statecache import StateMachine
+from tests.acceptance.command import Result, run_here
 
 COLUMNS = ["--id", "case", "--event", "event", "--at", "at"]
 LOG = "case,event,at\n1,Pay up,2024-01-01\n1,Ship,2024-01-02\n2,Pay up,2024-01-01\n2,Ship,2024-01-01T10:00\n"
 
 
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
 @pytest.fixture
-def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Result]]:
-    """Runs a command line; the log's handlers are put back afterwards."""
+def command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """Runs a command line in this process, without settings from outside."""
     for name in ("STATECACHE_REDIS_URL", "STATECACHE_DATABASE_URL", "STATECACHE_DATA_DIR"):
         monkeypatch.delenv(name, raising=False)
-    loggers = [logging.getLogger(name) for name in ("statecache", "workers", "statecache.engine.admission")]
-    before = [(one.level, list(one.handlers), one.propagate) for one in loggers]
-
-    def run(*arguments: object) -> Result:
-        code = cli.main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return Result(code, captured.out, captured.err)
-
-    yield run
-    for logger, (level, handlers, propagate) in zip(loggers, before, strict=True):
-        logger.setLevel(level)
-        logger.handlers[:] = handlers
-        logger.propagate = propagate
+    return run_here
 
 
 @pytest.fixture

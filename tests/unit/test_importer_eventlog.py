@@ -40,7 +40,9 @@ def test_a_moment_in_every_usual_form(value: object) -> None:
     assert eventlog.moment(value) == NOON
 
 
-@pytest.mark.parametrize("value", ["", "yesterday", "31/05/2024 12:00", "2024-13-01", "0001-01-01T00:00:00+02:00", True, 1e30, []])
+@pytest.mark.parametrize(
+    "value", ["", "yesterday", "31/05/2024 12:00", "2024-13-01", "0001-01-01T00:00:00+02:00", True, 1e30, []]
+)
 def test_a_time_that_would_have_to_be_guessed_is_refused(value: object) -> None:
     with pytest.raises(ValueError, match="ISO 8601"):
         eventlog.moment(value)
@@ -58,7 +60,14 @@ def test_csv_rows() -> None:
     rows = read_csv("case,event,at,who,note", "1,pay,2024-05-31T12:00Z,ann,", "", '2,"a\nb",2024-05-31,,"x, y"')
     assert isinstance(rows[0], Row)
     assert isinstance(rows[1], Row)
-    assert (rows[0].line, rows[0].id, rows[0].event, rows[0].at, rows[0].actor, rows[0].data) == (2, "1", "pay", NOON, "ann", {})
+    assert (rows[0].line, rows[0].id, rows[0].event, rows[0].at, rows[0].actor, rows[0].data) == (
+        2,
+        "1",
+        "pay",
+        NOON,
+        "ann",
+        {},
+    )
     assert (rows[1].line, rows[1].event, rows[1].actor, rows[1].data) == (4, "a\nb", None, {"note": "x, y"})
 
 
@@ -107,7 +116,7 @@ def test_an_empty_file_is_refused() -> None:
 
 def test_an_open_quote_is_told_with_its_line() -> None:
     huge = "x" * eventlog.FIELD_BYTES_MAX
-    with pytest.raises(errors.InvalidDataError, match="from line 2 on.*is a quote left open"):
+    with pytest.raises(errors.InvalidDataError, match=r"from line 2 on.*is a quote left open"):
         read_csv("case,event,at,who,note", f'1,"pay,{huge}', "2,pay,2024-05-31,,")
 
 
@@ -149,7 +158,11 @@ def test_a_column_that_stands_in_no_jsonl_line_is_named() -> None:
 
 
 def test_columns_become_field_names() -> None:
-    assert eventlog.fields_of(["case:channel", "1st", "ok"]) == {"case:channel": "case_channel", "1st": "_1st", "ok": "ok"}
+    assert eventlog.fields_of(["case:channel", "1st", "ok"]) == {
+        "case:channel": "case_channel",
+        "1st": "_1st",
+        "ok": "ok",
+    }
     with pytest.raises(errors.InvalidDataError, match="another one becomes the field 'a_b' too"):
         eventlog.fields_of(["a b", "a:b"])
 

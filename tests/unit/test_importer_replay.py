@@ -42,7 +42,9 @@ def ids(log: LogFile) -> list[str]:
 
 
 def test_rows_of_a_case_keep_the_files_order(tmp_path: Path) -> None:
-    log = log_of(tmp_path / "a.csv", [("1", "pay", "2024-01-01"), ("2", "pay", "2023-01-01"), ("1", "ship", "2024-01-01")])
+    log = log_of(
+        tmp_path / "a.csv", [("1", "pay", "2024-01-01"), ("2", "pay", "2023-01-01"), ("1", "ship", "2024-01-01")]
+    )
     survey = log.survey()
     assert (survey.rows, survey.cases, survey.disordered) == (3, 2, {})
     assert [(row.id, row.event) for row in log.ordered(survey) if isinstance(row, Row)] == [
@@ -67,7 +69,11 @@ def test_the_id_of_a_row_depends_on_what_it_says_alone(tmp_path: Path) -> None:
 
 
 def test_equal_rows_of_a_case_have_ids_of_their_own(tmp_path: Path) -> None:
-    found = ids(log_of(tmp_path / "a.csv", [("1", "pay", "2024-01-01"), ("1", "ship", "2024-01-01"), ("1", "pay", "2024-01-01")]))
+    found = ids(
+        log_of(
+            tmp_path / "a.csv", [("1", "pay", "2024-01-01"), ("1", "ship", "2024-01-01"), ("1", "pay", "2024-01-01")]
+        )
+    )
     assert len(set(found)) == 3
 
 

@@ -34,11 +34,15 @@ local at = time[1] .. string.format('%03d', math.floor(time[2] / 1000))
 local refused, logs, prefixes, rooms, colds, head = {}, {}, {}, {}, {}, { at }
 for p = 1, #KEYS / 2 do
   local meta, log = KEYS[2 * p - 1], KEYS[2 * p]
-  local m = call('HMGET', meta, 'epoch', 'owner', 'status', 'identity', 'watermark', 'limit', 'kept', 'cold', 'evicted_to')
+  local m = call('HMGET', meta, 'epoch', 'owner', 'status', 'identity', 'watermark', 'limit', 'kept', 'cold', 'evicted_to',
+    'limit_max', 'limit_at')
   refused[p] = ((m[1] ~= EPOCH or m[2] ~= OWNER) and 'EPOCH') or (m[3] ~= 'ready' and 'RECOVERING')
     or (here and m[4] ~= here and 'IDENTITY')
   logs[p], prefixes[p] = log, sub(meta, 1, -5) .. 'i:'
-  rooms[p] = (tonumber(m[6]) or 0) - call('XLEN', log) + (tonumber(m[7]) or 0)
+  local limit = tonumber(m[6]) or 0
+  -- A brake that no flusher has set again for a while is let go: SQL or the flusher is away, and that is absorbed.
+  if m[10] and m[11] and at - m[11] > 3000 then limit = tonumber(m[10]) end
+  rooms[p] = limit - call('XLEN', log) + (tonumber(m[7]) or 0)
   colds[p] = (m[8] or '1') .. ' ' .. (m[9] or '0-0')
   head[p + 1] = m[5] or '0-0'
 end

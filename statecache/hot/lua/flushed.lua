@@ -10,7 +10,8 @@
 --@include identity
 --@include ids
 --@include ready_or_fenced
-local here, lines = identity(), {}
+local here, lines, time = identity(), {}, redis.call('TIME')
+local at = time[1] .. string.format('%03d', math.floor(time[2] / 1000))
 for p = 1, #KEYS / 2 do
   local meta, log = KEYS[2 * p - 1], KEYS[2 * p]
   local watermark, trim_to, limit = ARGV[3 * p - 2], ARGV[3 * p - 1], ARGV[3 * p]
@@ -22,7 +23,7 @@ for p = 1, #KEYS / 2 do
     if id_above(trim_to, watermark) then trim_to = watermark end -- SQL's watermark: what is above it is not in SQL
     if m[1] and id_above(m[1], watermark) then watermark = m[1] end
     local trimmed = redis.call('XTRIM', log, 'MINID', '=', trim_to)
-    redis.call('HSET', meta, 'watermark', watermark, 'limit', limit, 'kept', kept(log, watermark, m[2], m[3]))
+    redis.call('HSET', meta, 'watermark', watermark, 'limit', limit, 'limit_at', at, 'kept', kept(log, watermark, m[2], m[3]))
     lines[p] = 'OK ' .. trimmed
   end
 end

@@ -24,7 +24,8 @@ local carry = redis.call('XLEN', log) - kept(log, watermark, m[4], m[5])
 local at = time[1] .. string.format('%03d', math.floor(time[2] / 1000))
 local mark = redis.call('XADD', log, EPOCH .. '-0', 'e',
   table.concat({ '', '', '0', '@epoch', prev, '', at, OWNER, '', '', '', '', '', '', '0' }, '\31'))
-redis.call('HSET', meta, 'identity', ARGV[1], 'watermark', watermark, 'limit', ARGV[3], 'prev', prev, 'carry', carry,
+redis.call('HSET', meta, 'identity', ARGV[1], 'watermark', watermark, 'limit', ARGV[3], 'limit_max', ARGV[3], 'limit_at', at,
+  'prev', prev, 'carry', carry,
   'cold', ARGV[4] == '0' and '0' or (m[2] or '1'), 'evicted_to', m[3] or '0-0', 'report', ARGV[5],
   'kept', kept(log, watermark, prev, carry), 'status', 'ready')
 return 'OK ' .. mark

@@ -1,0 +1,297 @@
+"""What chaos, failover and power loss found: each finding forced again, with the interleaving in its docstring."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from unittest import mock
+
+import msgspec
+import pytest
+
+from statecache.core import errors, flows, items, model
+from statecache.durable import recoveries
+from statecache.engine import recovery
+from statecache.engine.recovery import PartitionReport
+from tests.support import waiting, worlds
+
+
+@pytest.fixture
+def world(redis_url: str, sqlite_url: str, namespace: str) -> Iterator[worlds.World]:
+    with worlds.World(redis_url, sqlite_url, namespace, partition_count=1) as made:
+        yield made
+
+
+def move(world: worlds.World, id: str, event: str) -> items.Item:
+    return world.orders.calls.door.transition(model.Move(id, event)).item
+
+
+def newest_report(world: worlds.World) -> PartitionReport:
+    row = recoveries.recoveries(world.durable, 1)[0]
+    return msgspec.json.decode(row.report, type=recovery.Report).partitions[0]
+
+
+# --- two flushers ------------------------------------------------------------------------------------------------------
+
+
+def test_a_hole_that_another_flusher_made_is_none(world: worlds.World) -> None:
+    """Flusher A reads the watermark from SQL; B flushes, commits and trims; A reads the log behind the old watermark: its
+    first entry does not follow. That is no hole: A must look at SQL again, not stop, not recover, not raise."""
+    world.start("a")
+    world.flush()
+    other = world.flusher(world.more())
+    slow = world.flusher()
+
+    def overtake() -> None:
+        for _ in range(3):
+            world.orders.transition("a", "note")
+            other.step()
+
+    with worlds.before_call(world.cache.hot, "read", overtake):
+        step = slow.step()
+    assert step.stopped == {}
+    assert world.cache.hot.stamp.epoch == 1
+    world.orders.transition("a", "note", durability="durable")
+
+
+# --- SQL restored, nobody told -----------------------------------------------------------------------------------------
+
+
+def test_a_hole_is_recovered_by_whoever_meets_it(world: worlds.World) -> None:
+    """SQL is restored from an older copy behind everybody's back; epoch and owner in it are the current ones, so nothing is
+    refused, and the log has been trimmed. The next flush meets the hole, and recovers by itself."""
+    world.start("a")
+    world.flush()
+    saved = world.sql_copy()
+    world.orders.transition("a", "note", durability="durable")
+    world.orders.transition("a", "note", durability="durable")
+    world.sql_back(saved)
+    receipt = world.orders.transition("a", "pay", durability="durable")
+    assert receipt.version == 4
+    assert [row.version for row in world.durable.history("order", "a")] == [1, 3, 4]
+    assert newest_report(world).kind == recovery.SQL_BEHIND
+    world.verify()
+
+
+def test_without_auto_recover_a_hole_waits_for_the_operator(
+    redis_url: str, sqlite_url: str, namespace: str
+) -> None:
+    """As above, with ``auto_recover`` off: a durable call says that the transition stands and is not known to be durable
+    (it said "entries are missing", which a caller must take for "not applied"), until the operator recovers."""
+    with worlds.World(redis_url, sqlite_url, namespace, partition_count=1) as first:
+        first.start("a")
+        first.flush()
+        saved = first.sql_copy()
+        first.orders.transition("a", "note", durability="durable")
+        first.sql_back(saved)
+        cache = first.more(auto_recover=False)
+        orders = cache.machine(worlds.Order)
+        with pytest.raises(errors.DurabilityTimeout, match="entries are missing") as caught:
+            orders.transition("a", "pay", durability="durable", timeout=0.3)
+        assert caught.value.receipt is not None
+        cache.recover()
+        cache.wait_durable(caught.value.receipt)
+        first.verify()
+
+
+def test_a_deleted_log_is_noticed(world: worlds.World) -> None:
+    """Somebody deletes a log, and nothing else: the next entries get numbers below SQL's watermark, where no flusher looks.
+    They must not pile up there until they pass it. What was in the log and not in SQL is reported as possibly lost."""
+    world.start("a")
+    world.flush()
+    for _ in range(3):
+        world.orders.transition("a", "note", durability="durable")
+    lost = world.orders.transition("a", "pay")
+    world.client.delete(world.keyspace.log(0))
+    receipt = world.orders.transition("a", "note")
+    with pytest.raises((errors.RecoveringError, errors.DurabilityTimeout)):
+        world.cache.flush(timeout=3.0)
+    report = newest_report(world)
+    assert report.loss_possible
+    assert report.tail_seen_ms <= lost.at_ms
+    for one in (lost, receipt):
+        with pytest.raises(errors.IntegrityError, match="is lost"):
+            world.cache.wait_durable(one, timeout=3.0)
+    assert world.orders.transition("a", "pay", durability="durable").version == 5
+    world.verify()
+
+
+# --- SQL away while a durable call waits -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [errors.UnavailableError, errors.RecoveringError, errors.BackpressureError])
+def test_a_durable_call_that_cannot_ask_keeps_its_receipt(
+    world: worlds.World, error: type[errors.StateCacheError]
+) -> None:
+    """The transition was applied; then the flusher's step that the call runs for itself fails, for whatever reason. The
+    caller gets the receipt in a ``DurabilityTimeout``, not an error that says "not applied"."""
+    world.start("a")
+    with (
+        mock.patch.object(world.cache.flusher, "step", side_effect=error("in the way")),
+        pytest.raises(errors.DurabilityTimeout, match="in the way") as caught,
+    ):
+        world.orders.transition("a", "pay", durability="durable", timeout=0.3)
+    assert isinstance(caught.value.__cause__, error)
+    assert caught.value.receipt is not None
+    world.cache.wait_durable(caught.value.receipt)
+
+
+def test_a_durable_call_that_cannot_ask_sql_keeps_its_receipt(world: worlds.World) -> None:
+    """As above, where the look at SQL itself fails."""
+    world.start("a")
+    with (
+        mock.patch.object(world.durable, "standing", side_effect=errors.UnavailableError("SQL is away")),
+        pytest.raises(errors.DurabilityTimeout, match="SQL is away") as caught,
+    ):
+        world.orders.transition("a", "pay", durability="durable", timeout=0.3)
+    assert caught.value.receipt is not None
+    assert world.orders.get("a").version == 2
+
+
+# --- the identity check, by several at once ----------------------------------------------------------------------------
+
+
+def test_a_failed_check_counts_as_none(world: worlds.World) -> None:
+    """Thread 1's call compares the identity and is refused; before it has recovered, thread 2 sends a call, less than
+    500 ms after that check was sent. It must be refused too, or it is accepted by an untrue Redis (P8)."""
+    world.start("a")
+    world.start("b")
+    world.disown()
+    world.hot.wires.checked_at = 0.0
+    assert [one.code for one in world.hot.apply([move(world, "a", "pay")])] == ["IDENTITY"]
+    assert [one.code for one in world.hot.apply([move(world, "b", "pay")])] == ["IDENTITY"]
+
+
+def test_a_check_under_way_vouches_for_nobody(world: worlds.World) -> None:
+    """Two script calls in flight: the second is sent before the first, which compares the identity, was answered."""
+    world.start("a")
+    world.start("b")
+    world.disown()
+    world.hot.wires.checked_at = 0.0
+    chunks = [[move(world, "a", "pay")], [move(world, "b", "pay")]]
+    codes = [one.code for _, outcomes in world.hot.apply_stream(chunks) for one in outcomes]
+    assert codes == ["IDENTITY", "IDENTITY"]
+
+
+def test_a_check_that_succeeded_vouches_for_the_interval(world: worlds.World) -> None:
+    """And no longer costs anything: one comparison, then none until the interval is over."""
+    world.start("a")
+    world.hot.wires.checked_at = 0.0
+    world.orders.transition("a", "note")
+    asked = world.hot.wires.checked_at
+    assert asked > 0.0
+    world.orders.transition("a", "note")
+    assert world.hot.wires.checked_at == asked
+
+
+# --- recovery ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_lost_tail_that_comes_back(world: worlds.World) -> None:
+    """Version 2 is acknowledged, not flushed, and lost with Redis; a recovery reports it, and SQL goes on in a new epoch.
+    Then an older snapshot of Redis, which holds version 2, is swapped in. Its log ends below SQL's watermark, so that looked
+    like a lost tail; but the hash is ahead of SQL, and version 3 was accepted behind a gap that nobody can fill. What the
+    log has and SQL has not must wait as letters, and the rest go on."""
+    world.start("a")
+    world.start("b")
+    world.flush()
+    world.orders.transition("a", "pay")
+    saved = world.redis_copy()
+    world.wipe()
+    world.cache.recover()
+    world.orders.transition("b", "pay")
+    world.flush()
+    world.redis_back(saved)
+    foretold = world.cache.recover(dry_run=True)
+    report = world.cache.recover()
+    assert report.partitions == foretold.partitions
+    assert (report.partitions[0].kind, report.partitions[0].parked) == (recovery.DIVERGED, 1)
+    assert [letter.entry.version for letter in world.durable.letters("order", "a")] == [2]
+    with pytest.raises(errors.ParkedError):
+        world.orders.transition("a", "ship")
+    assert world.orders.transition("b", "ship", durability="durable").version == 3
+    world.verify()
+
+
+def test_an_older_snapshot_that_holds_nothing_new_is_a_lost_tail(world: worlds.World) -> None:
+    """As above, but all that the snapshot holds is in SQL: a lost tail, nobody is parked."""
+    world.start("a")
+    world.orders.transition("a", "pay")
+    saved = world.redis_copy()
+    world.flush()
+    world.wipe()
+    world.cache.recover()
+    world.orders.transition("a", "ship", durability="durable")
+    world.redis_back(saved)
+    report = world.cache.recover()
+    assert (report.partitions[0].kind, report.partitions[0].parked) == (recovery.TAIL_LOST, 0)
+    assert world.orders.transition("a", "deliver", durability="durable").version == 4
+    world.verify()
+
+
+def test_the_tail_is_seen_when_it_is_read(world: worlds.World) -> None:
+    """A flusher reads the log and is stopped (SIGSTOP, a long pause); meanwhile more is acknowledged; then it commits. The
+    tail that it notes is the one that it read, so the time must be that of the reading: with the time of the commit, what
+    was acknowledged in between and then lost is neither counted nor inside the time in which a loss is possible (P9)."""
+    world.start("a")
+    saved = world.redis_copy()
+    between: list[model.Receipt] = []
+
+    def meanwhile() -> None:
+        between.append(world.orders.transition("a", "note"))
+        waiting.wait_until(lambda: time.time() * 1000 > between[0].at_ms + 5, "the clock moves on")
+
+    with worlds.after_call(world.cache.hot, "read", meanwhile):
+        world.cache.flusher.step()
+    world.redis_back(saved)
+    report = world.cache.recover().partitions[0]
+    assert report.lost_at_least == 0
+    assert report.loss_possible
+    assert report.tail_seen_ms <= between[0].at_ms
+
+
+# --- what a caller is told ---------------------------------------------------------------------------------------------
+
+
+def answered(flow: flows.Flow, *answers: object) -> BaseException:
+    """Run a flow with these answers (an exception is thrown into it); returns the error that it ends with."""
+    try:
+        next(flow)
+        for answer in answers:
+            if isinstance(answer, Exception):
+                flow.throw(answer)
+            else:
+                flow.send(answer)
+    except errors.StateCacheError as error:
+        return error
+    raise AssertionError("the flow has not ended")
+
+
+LOST = items.Outcome("LOST", [], 0, errors.UnavailableError("no answer"))
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        (LOST, True, items.Outcome("EPOCH", [], 0), errors.RecoveringError("a recovery is under way")),
+        (LOST, True, items.Outcome("NOSCRIPT", [], 0), errors.ConfigurationError("a foreign Redis")),
+        (LOST, True, items.Outcome("OOM", [], 0, errors.BackpressureError("no memory")), False),
+        (LOST, True, items.Outcome("MISS", ["1", "5-5"], 0), errors.RecoveringError("SQL is being restored")),
+    ],
+    ids=["recovering", "foreign", "no memory", "look-up"],
+)
+def test_what_may_have_been_applied_is_unknown(world: worlds.World, answers: tuple[object, ...]) -> None:
+    """The reply of the first attempt was lost; the next one cannot even be judged. "Not applied" would be a guess: the
+    contract is that only ``UnavailableError`` leaves it open."""
+    request = world.orders.calls.door.transition(model.Move("a", "pay"))
+    error = answered(flows.transition(request), *answers)
+    assert isinstance(error, errors.UnavailableError)
+
+
+def test_what_was_judged_is_known(world: worlds.World) -> None:
+    """The reply of the first attempt was lost; the second was judged by the script: it is not there, and refused."""
+    request = world.orders.calls.door.transition(model.Move("a", "pay"))
+    error = answered(flows.transition(request), LOST, True, items.Outcome("STATE", ["shipped", "3"], 0))
+    assert isinstance(error, errors.InvalidTransitionError)
+
+
