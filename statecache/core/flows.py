@@ -157,44 +157,59 @@ def transition(request: Request) -> Generator[Wish, Any, model.Receipt]:
     misses = vanished = 0
     verdict: errors.StateCacheError | None = None
     guard_wanted = request.guard is not None
-    while True:
-        if guard_wanted:
-            verdict = yield from _consult_guard(request)
-            guard_wanted = False
-        outcome: items.Outcome = yield item
-        code = outcome.code
-        if code == "OK":
-            version, entry_id, source, target = outcome.words
-            return _confirmed(outcome, model.Receipt(
-                item.move.machine, item.id, item.move.event, None if source == "-" else source, target, int(version),
-                entry_id, outcome.at_ms, item.transition_id,
-            ))  # fmt: skip
-        if code == "DUP":
-            found: model.Receipt | None = yield from _duplicate(request, int(outcome.words[0]), last=vanished > 0)
-            if found is not None:
-                return _confirmed(outcome, found)
-            vanished += 1  # a recovery came between: begin again
-            continue
-        if code == "MISS":
-            misses += 1
-            attempt = yield from _miss(request, outcome, attempt, misses)
-        elif code in items.ADMISSION_CODES:
-            yield Admit(code)
-            item.absent = ""
-        elif code in _PAUSES:
-            item.retry = item.retry or code == "LOST"
-            attempt = yield from _pause(request, outcome, attempt)
-        elif code == "PARKED":
-            yield from _parked(request)
-        elif code == "OLD":
-            receipt = yield from _long_ago(request)
-            if receipt is not None:
-                return receipt
-            guard_wanted = _pin(request, int(outcome.words[0]), verdict)
-        elif code == "VERSION":
-            guard_wanted = _pin(request, int(outcome.words[0]), verdict)
-        else:
-            raise _refusal(request, outcome)
+    is_open = False  # an attempt may have been applied, and no script has said since that it was not
+    try:
+        while True:
+            if guard_wanted:
+                verdict = yield from _consult_guard(request)
+                guard_wanted = False
+            outcome: items.Outcome = yield item
+            code = outcome.code
+            is_open = code in ("LOST", "DUP") or (is_open and code in _NO_JUDGEMENT)
+            if code == "OK":
+                version, entry_id, source, target = outcome.words
+                return _confirmed(outcome, model.Receipt(
+                    item.move.machine, item.id, item.move.event, None if source == "-" else source, target, int(version),
+                    entry_id, outcome.at_ms, item.transition_id,
+                ))  # fmt: skip
+            if code == "DUP":
+                found: model.Receipt | None = yield from _duplicate(request, int(outcome.words[0]), last=vanished > 0)
+                if found is not None:
+                    return _confirmed(outcome, found)
+                vanished += 1  # a recovery came between: begin again
+                continue
+            if code == "MISS":
+                misses += 1
+                attempt = yield from _miss(request, outcome, attempt, misses)
+            elif code in items.ADMISSION_CODES:
+                yield Admit(code)
+                item.absent = ""
+            elif code in _PAUSES:
+                item.retry = item.retry or code == "LOST"
+                attempt = yield from _pause(request, outcome, attempt)
+            elif code == "PARKED":
+                yield from _parked(request)
+            elif code == "OLD":
+                receipt = yield from _long_ago(request)
+                if receipt is not None:
+                    return receipt
+                guard_wanted = _pin(request, int(outcome.words[0]), verdict)
+            elif code == "VERSION":
+                guard_wanted = _pin(request, int(outcome.words[0]), verdict)
+            else:
+                raise _refusal(request, outcome)
+    except _NO_VERDICTS as error:
+        if is_open:
+            raise errors.UnavailableError(
+                f"{request.address}: it may have been applied; repeat it with the same transition_id ({error})"
+            ) from error
+        raise
+
+
+_NO_JUDGEMENT = frozenset({"LOST", "UNSENT", "UNREADY", "OOM", "MISS", *items.ADMISSION_CODES})
+"""Answers that do not tell whether an earlier attempt was applied."""
+_NO_VERDICTS = (errors.RecoveringError, errors.BackpressureError, errors.ConfigurationError)
+"""What a caller must take for "not applied": true only if no attempt is open."""
 
 
 def _confirmed(outcome: items.Outcome, receipt: model.Receipt) -> model.Receipt:

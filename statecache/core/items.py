@@ -7,6 +7,7 @@ making them.
 from __future__ import annotations
 
 from collections.abc import Mapping
+
 import msgspec
 
 

@@ -153,6 +153,8 @@ def open_database(url: str) -> Database:
     if is_sqlite:
         sa.event.listen(engine, "connect", _prepare_sqlite)
         sa.event.listen(engine, "begin", _begin_sqlite)
+    elif engine.dialect.driver == "psycopg":
+        sa.event.listen(engine, "after_cursor_execute", _rearm_idle_timeout)
     return Database(engine)
 
 
@@ -206,6 +208,15 @@ def _begin_sqlite(connection: sa.Connection) -> None:
     begin = connection.get_execution_options().get(_SQLITE_BEGIN)
     if begin:
         connection.exec_driver_sql(begin)
+
+
+def _rearm_idle_timeout(
+    connection: sa.Connection, cursor: Any, statement: str, parameters: object, context: object, executemany: bool
+) -> None:
+    """psycopg sends many parameter sets in pipeline mode, which ends with a message that stops PostgreSQL's idle timer: a
+    process stopped there would hold its locks for ever. Any plain statement starts the timer again (tried on 18)."""
+    if executemany:
+        cursor.connection.execute("SELECT 1")
 
 
 def _forget_after_fork(engine: sa.Engine) -> None:

@@ -38,14 +38,15 @@ class _Waiter:
 class Batcher:
     """Sends items of many threads in shared script calls."""
 
-    def __init__(self, apply: Callable[[Sequence[items.Item]], list[items.Outcome]]) -> None:
+    def __init__(self, apply: Callable[[Sequence[items.Item], float | None], list[items.Outcome]]) -> None:
         self._apply = apply
         self._lock = threading.Lock()
         self._queue: deque[_Waiter] = deque()
         self._led = False
 
-    def apply(self, item: items.Item) -> items.Outcome:
-        """Apply one item, in company if there is any."""
+    def apply(self, item: items.Item, timeout_seconds: float | None = None) -> items.Outcome:
+        """Apply one item, in company if there is any. The leader's timeout is that of the exchange; whose answer it cuts
+        off gets ``LOST`` and asks again."""
         with self._lock:
             if not self._led:
                 self._led = True
@@ -54,7 +55,7 @@ class Batcher:
                 mine = _Waiter(item)
                 self._queue.append(mine)
         if mine is None:
-            return self._lead(item, ())
+            return self._lead(item, (), timeout_seconds)
         try:
             mine.woken.acquire()  # until answered, or made the leader
             if mine.outcome is not None:
@@ -64,7 +65,7 @@ class Batcher:
         except BaseException:
             self._abandon(mine)
             raise
-        return self._lead(mine.item, company)
+        return self._lead(mine.item, company, timeout_seconds)
 
     def _abandon(self, waiter: _Waiter) -> None:
         """Leave the queue, or hand on the leadership that nobody will take up."""
@@ -86,9 +87,9 @@ class Batcher:
             taken.append(self._queue.popleft())
         return taken
 
-    def _lead(self, item: items.Item, company: Sequence[_Waiter]) -> items.Outcome:
+    def _lead(self, item: items.Item, company: Sequence[_Waiter], timeout_seconds: float | None) -> items.Outcome:
         try:
-            outcomes = self._apply([item, *[waiter.item for waiter in company]])
+            outcomes = self._apply([item, *[waiter.item for waiter in company]], timeout_seconds)
         except BaseException as error:
             self._hand_over()
             cause = errors.UnavailableError(

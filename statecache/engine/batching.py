@@ -19,19 +19,21 @@ class Batch(msgspec.Struct, frozen=True):
     """Entries of one partition that follow its watermark one by one, up to ``last``; ``tail`` is the log's last id.
 
     ``lines`` are the packed texts as SQL takes them (partition, epoch and number before the entry's parts), one for each of
-    ``records``; marks are in neither. ``foreign`` are records that statecache did not write.
+    ``records``; marks are in neither. ``foreign`` are records that statecache did not write. ``seen_ms`` is when the log was
+    asked: what came after may be behind ``tail``, however long the commit takes.
     """
 
     row: PartitionRow
     last: entry.EntryId
     tail: entry.EntryId
+    seen_ms: int
     lines: list[str]
     records: list[entry.Entry]
     foreign: list[entry.Entry]
 
-    def advance(self, now_ms: int) -> Advance:
+    def advance(self) -> Advance:
         row = self.row
-        return Advance(row.partition, row.epoch, row.owner, row.watermark, self.last, self.tail, now_ms)
+        return Advance(row.partition, row.epoch, row.owner, row.watermark, self.last, self.tail, self.seen_ms)
 
     def place(self) -> dict[str, object]:
         """For log records."""
@@ -46,12 +48,12 @@ class Batch(msgspec.Struct, frozen=True):
         early = [one for one in self.foreign if one.entry_id <= cut]
         late = [one for one in self.foreign if one.entry_id > cut]
         return (
-            Batch(row, cut, self.tail, self.lines[:middle], self.records[:middle], early),
-            Batch(behind, self.last, self.tail, self.lines[middle:], self.records[middle:], late),
+            Batch(row, cut, self.tail, self.seen_ms, self.lines[:middle], self.records[:middle], early),
+            Batch(behind, self.last, self.tail, self.seen_ms, self.lines[middle:], self.records[middle:], late),
         )
 
 
-def checked(row: PartitionRow, lines: Sequence[str], tail: entry.EntryId) -> tuple[Batch, str]:
+def checked(row: PartitionRow, lines: Sequence[str], tail: entry.EntryId, seen_ms: int) -> tuple[Batch, str]:
     """Parse a partition's entries up to the first that does not follow; returns them and what is wrong with that one."""
     cursor = row.watermark
     kept: list[str] = []
@@ -75,7 +77,7 @@ def checked(row: PartitionRow, lines: Sequence[str], tail: entry.EntryId) -> tup
         elif not record.is_mark:
             kept.append(prefix + line.replace("-", entry.SEPARATOR, 1))
             records.append(record)
-    return Batch(row, cursor, tail, kept, records, foreign), hole
+    return Batch(row, cursor, tail, seen_ms, kept, records, foreign), hole
 
 
 def _foreign(partition: int, line: str) -> entry.Entry:

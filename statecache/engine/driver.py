@@ -69,7 +69,7 @@ class Driver:
     def answer(self, wish: Any, deadline: float) -> Any:
         """Do what one flow wants."""
         if type(wish) is items.Item:
-            return self._batcher.apply(wish)
+            return self._batcher.apply(wish, max(0.01, deadline - time.monotonic()))
         return self._patiently([wish], deadline)[0]
 
     def _patiently(self, wishes: Sequence[Any], deadline: float) -> Sequence[Any]:

@@ -114,6 +114,7 @@ class Flusher:
                 return Step(0, True, {})
         if pair != self._stamp:
             self._forget(pair)
+        seen_ms = int(time.time() * 1000)
         replies = self.hot.read(
             [(row.partition, row.watermark) for row in rows], entries=self.batch_entries, bytes_max=self.batch_bytes
         )
@@ -124,7 +125,7 @@ class Flusher:
             return Step(0, True, {})
         batches, stopped = [], {}
         for row, reply in zip(rows, replies, strict=True):
-            batch, hole = batching.checked(row, reply.lines, reply.last)
+            batch, hole = batching.checked(row, reply.lines, reply.last, seen_ms)
             if hole:
                 stopped[row.partition] = hole
             if batch.last != row.watermark:
@@ -223,7 +224,7 @@ class Flusher:
         batches = sorted(batches, key=lambda batch: batch.row.partition)
         now_ms = int(time.time() * 1000)
         with self.durable.flush_transaction() as transaction:
-            transaction.advance([batch.advance(now_ms) for batch in batches])
+            transaction.advance([batch.advance() for batch in batches])
             failpoints.hit("flusher.advanced")
             plan = batching.Plan(batches)
             if replayed:

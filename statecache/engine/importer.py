@@ -178,10 +178,10 @@ class Import:
             return False
         if case.ahead and self._compared(step, case, case.ahead):
             return False
-        target = self._definition.targets[step.event].get(case.state) if case.version else None
+        target = self._definition.targets[step.event].get(case.state)
         problem = no_move(self._definition, case.state, step.event) if target is None else self._replay.problem(step)
-        if target is None or problem:
-            self._replay.refuse(step, problem)
+        if target is None or problem or not case.version:  # without a version: no row of it so far could begin it
+            self._replay.refuse(step, problem or "its case has not begun")
             return False
         case.state = target
         return True
@@ -254,7 +254,7 @@ class Import:
         return case
 
     def _opens(self, step: Step) -> bool:
-        return self._definition.initial in self._definition.targets[step.event]
+        return self._definition.initial in self._definition.targets[step.event] and not self._replay.problem(step)
 
     def _start(self, openers: Mapping[str, Step]) -> tuple[list[str], errors.StateCacheError | None]:
         """Start instances; returns those that exist already, and what held one."""

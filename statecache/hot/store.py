@@ -102,6 +102,7 @@ class HotStore:
         self.wires = wire.Wires(pool)
         self.emulated = emulated
         self.identity_interval_seconds = identity_interval_seconds
+        self._socket_timeout_seconds = socket_timeout_seconds
         self._fields_max = resp.bulk(instance_fields_max)
         self.stamp = scripts.NEVER
         self._stamp_lock = threading.Lock()
@@ -124,17 +125,24 @@ class HotStore:
 
     # --- transitions -------------------------------------------------------------------------------------------------
 
-    def apply(self, batch: Sequence[items.Item]) -> list[items.Outcome]:
-        """Apply items in one script call; an outcome for each, in order. Never raises for a server that fails."""
-        for _, outcomes in self.apply_stream([batch]):
+    def apply(self, batch: Sequence[items.Item], timeout_seconds: float | None = None) -> list[items.Outcome]:
+        """Apply items in one script call; an outcome for each, in order. Never raises for a server that fails.
+
+        ``timeout_seconds`` shortens the wait for the reply: then the outcomes are ``LOST``.
+        """
+        for _, outcomes in self.apply_stream([batch], timeout_seconds):
             return outcomes
         return []
 
-    def apply_stream(self, chunks: Iterable[Sequence[items.Item]]) -> Iterator[Answered]:
+    def apply_stream(
+        self, chunks: Iterable[Sequence[items.Item]], timeout_seconds: float | None = None
+    ) -> Iterator[Answered]:
         """Apply chunk after chunk, the next one sent before the reply of the last is read.
 
         Two moves of one instance must stand in one chunk: a chunk that was refused is repeated after its successor ran.
         """
+        if timeout_seconds is not None and timeout_seconds >= 0.9 * self._socket_timeout_seconds:
+            timeout_seconds = None
         in_flight: deque[Sequence[items.Item]] = deque()
         line: wire.Wire | None = None
         try:
@@ -143,9 +151,7 @@ class HotStore:
                     if line is None:
                         line = self.wires.take()
                     packed = self.packed_apply(chunk, line)
-                    in_flight.append(
-                        chunk
-                    )  # first: interrupted in the middle of sending, the wire must not be used again
+                    in_flight.append(chunk)  # first: a wire that was interrupted while sending must not be used again
                     line.send(packed)
                 except (redis.RedisError, OSError) as error:
                     lost, line = line, None
@@ -155,9 +161,9 @@ class HotStore:
                     yield chunk, [failures.outcome_of(error, sent=lost is not None)] * len(chunk)
                     continue
                 if len(in_flight) >= CHUNKS_IN_FLIGHT:
-                    line = yield from self._receive(line, in_flight)
+                    line = yield from self._receive(line, in_flight, timeout_seconds)
             while in_flight and line is not None:
-                line = yield from self._receive(line, in_flight)
+                line = yield from self._receive(line, in_flight, timeout_seconds)
         finally:
             if line is not None:
                 if in_flight:
@@ -166,7 +172,7 @@ class HotStore:
                     self.wires.give_back(line)
 
     def _receive(
-        self, line: wire.Wire | None, in_flight: deque[Sequence[items.Item]]
+        self, line: wire.Wire | None, in_flight: deque[Sequence[items.Item]], timeout_seconds: float | None
     ) -> Generator[Answered, None, wire.Wire | None]:
         """Read one reply; returns the wire, or None when it was lost."""
         assert line is not None
@@ -175,7 +181,7 @@ class HotStore:
         outcomes: list[items.Outcome]
         try:
             try:
-                outcomes = outcomes_of(line.read())
+                outcomes = outcomes_of(line.read(timeout_seconds))
                 self.note_check(line, outcomes)
             except redis.ResponseError as error:
                 self.wires.distrust(line)

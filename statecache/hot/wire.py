@@ -43,9 +43,11 @@ class Wire:
     def send(self, packed: bytes) -> None:
         self.connection.send_packed_command((packed,))
 
-    def read(self) -> Any:
-        """One reply, bytes undecoded. Error replies are raised."""
-        return self.connection.read_response(disable_decoding=True)
+    def read(self, timeout_seconds: float | None = None) -> Any:
+        """One reply, bytes undecoded. Error replies are raised. Without a timeout the connection's counts."""
+        if timeout_seconds is None:
+            return self.connection.read_response(disable_decoding=True)
+        return self.connection.read_response(disable_decoding=True, timeout=timeout_seconds)
 
     def call(self, packed: bytes) -> Any:
         self.send(packed)

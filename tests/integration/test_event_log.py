@@ -104,7 +104,7 @@ def test_the_receipt_log_goes_through_and_comes_back(
     _check_store(cache, database_url, receipt_log, machine, "durable")
     again = import_log(cache, receipt_log, machine)
     assert (again.starts, again.transitions, again.duplicates, again.starts_found) == (0, 0, EVENTS, CASES)
-    _check_store(cache, database_url, receipt_log, machine, "durable")
+    _check_store(cache, database_url, receipt_log, machine, "hot")
 
 
 def _check_store(cache: StateCache, database_url: str, log: LogFile, machine: type[StateMachine], source: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 
+import msgspec
 import pytest
 import redis
 
@@ -16,7 +17,7 @@ from statecache import StateCache
 from statecache.core import errors, items, model
 from statecache.core.entry import EntryId
 from statecache.durable import recoveries
-from statecache.engine import recovery
+from statecache.engine import recovery, verify
 from statecache.engine.handle import MachineHandle
 from tests.support import proxy, servers, waiting, worlds
 
@@ -43,7 +44,9 @@ class Pair:
             client.set("barrier", time.monotonic_ns())
             offset = client.info("replication")["master_repl_offset"]
         with self.replica.client() as client:
-            waiting.wait_until(lambda: client.info("replication")["slave_repl_offset"] >= offset, "the replica has it all")
+            waiting.wait_until(
+                lambda: client.info("replication")["slave_repl_offset"] >= offset, "the replica has it all"
+            )
 
     def break_link(self) -> None:
         """From here on the replica gets nothing; what is on its way is thrown away."""
@@ -63,7 +66,9 @@ def follow(server: servers.ValkeyServer, port: int) -> None:
     """Make a server the replica of another, and wait until it has its data."""
     with server.client() as client:
         client.execute_command("REPLICAOF", "127.0.0.1", port)
-        waiting.wait_until(lambda: client.info("replication")["master_link_status"] == "up", "the replica is in step", 30)
+        waiting.wait_until(
+            lambda: client.info("replication")["master_link_status"] == "up", "the replica is in step", 30
+        )
 
 
 @pytest.fixture
@@ -93,15 +98,11 @@ Connect = Callable[..., tuple[StateCache, MachineHandle]]
 
 def last_report(cache: StateCache) -> recovery.PartitionReport:
     """What the newest recovery said of the partition."""
-    import msgspec
-
     row = recoveries.recoveries(cache.durable, 1)[0]
     return msgspec.json.decode(row.report, type=recovery.Report).partitions[0]
 
 
 def is_well(cache: StateCache) -> None:
-    from statecache.engine import verify
-
     assert verify.verify(cache).findings == ()
 
 
@@ -132,7 +133,11 @@ def test_promoted_without_its_tail(pair: Pair, connect: Connect) -> None:
     assert report.tail_seen_ms <= unseen.at_ms
     assert (EntryId.parse(whole.entry_id).epoch, whole.version) == (2, 2)
     assert [orders.get(id).version for id in ("flushed", "seen", "unseen", "whole")] == [2, 1, 1, 2]
-    again = [orders.transition("flushed", "ship"), orders.transition("seen", "cancel"), orders.transition("unseen", "pay")]
+    again = [
+        orders.transition("flushed", "ship"),
+        orders.transition("seen", "cancel"),
+        orders.transition("unseen", "pay"),
+    ]
     assert [one.version for one in again] == [3, 2, 2]
     cache.flusher.batch_entries = 5000
     cache.flush()
