@@ -67,3 +67,14 @@ $(VENV)/.installed: pyproject.toml $(BIN)/python
 $(VENV)/.installed-for-development: pyproject.toml $(BIN)/python
 	$(PIP) install --editable '.[test,check,bench]'
 	@touch $@ $(VENV)/.installed
+
+# Chaos: real servers and client processes, seeded faults, judged from the clients' ledgers (docs/testing.md).
+.PHONY: chaos
+SEED ?=
+MINUTES ?= 5
+SQL ?= sqlite
+SERVER ?= valkey9
+AOF ?= everysec
+CHAOS_ARGS ?=
+chaos: $(VENV)/.installed-for-development
+	$(BIN)/python -m tests.chaos --seed "$(SEED)" --minutes $(MINUTES) --sql $(SQL) --server $(SERVER) --aof $(AOF) $(CHAOS_ARGS)

@@ -117,8 +117,12 @@ def _import(
         definition = loaded or cache.machine(machine).machine
         _announce(store, cache, log, survey)
         steps = replay.Replay(log, survey, definition, replay.RefusedFile(refused), cache.settings.limits)
-        with output.progress(f"importing {log.path.name}", survey.rows) as update:
-            return importer.Import(cache, steps, patience_seconds=patience).run(update, flush=flush)
+        try:
+            with output.progress(f"importing {log.path.name}", survey.rows) as update:
+                return importer.Import(cache, steps, patience_seconds=patience).run(update, flush=flush)
+        except KeyboardInterrupt:
+            output.note("interrupted: what was applied stays applied; run the same command again to go on")
+            raise
 
 
 def _announce(store: options.Store, cache: StateCache, log: LogFile, survey: Survey) -> None:

@@ -45,6 +45,12 @@ def say(text: str = "") -> None:
     sys.stdout.flush()
 
 
+def note(text: str) -> None:
+    """Print a sentence beside the output."""
+    sys.stderr.write(safe(text) + "\n")
+    sys.stderr.flush()
+
+
 def error(problem: BaseException, *, as_json: bool, kind: str = "") -> None:
     """Print what ended the command; ``kind`` takes the place of the error's type."""
     if as_json:

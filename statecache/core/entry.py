@@ -36,6 +36,10 @@ PARTS = (
 )
 
 
+FOREIGN = "@foreign"
+"""The machine under which a record that statecache did not write is kept as a letter; its id is partition and entry id."""
+
+
 class EntryId(NamedTuple):
     """A log position, ordered: the epoch, then the number within it. ``0-0`` stands before everything."""
 
@@ -103,6 +107,11 @@ def parse(entry_id: EntryId, text: str) -> Entry:
             f"the log entry {entry_id} is not one that statecache wrote ({len(parts)} parts): somebody else writes to this "
             "stream; look at it with XRANGE and run 'statecache recover'"
         ) from error
+
+
+def foreign(partition: int, entry_id: EntryId, text: str) -> Entry:
+    """A record that this protocol did not write, as an entry: it keeps its place in the log, and its text as patch."""
+    return Entry(entry_id, FOREIGN, f"{partition}:{entry_id}", 0, FOREIGN, "", "", 0, "", "", "", "", text, "", "", 0)
 
 
 def follows(entry_id: EntryId, cursor: EntryId, prev: EntryId | None) -> bool:

@@ -70,6 +70,7 @@ def from_csv(lines: Iterable[str], columns: Columns, delimiter: str = ",") -> It
     if header is None:
         raise errors.InvalidDataError("the event log is refused: it is empty, not even a line of column names")
     _check_columns(columns, header, delimiter)
+    named = columns.named()
     while True:
         line = reader.line_num + 1
         fields = _checked(reader, line)
@@ -82,7 +83,7 @@ def from_csv(lines: Iterable[str], columns: Columns, delimiter: str = ",") -> It
             yield Refused(line, f"it has {len(fields)} fields, the first line names {len(header)} columns", raw)
             continue
         raw = dict(zip(header, fields, strict=True))
-        yield _row(line, {name: text for name, text in raw.items() if text != ""}, columns, raw)
+        yield _row(line, {name: raw[name] for name in named if raw[name] != ""}, columns, raw)
 
 
 def _checked(reader: Any, line: int | None) -> list[str] | None:

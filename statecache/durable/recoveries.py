@@ -25,6 +25,10 @@ _partitions = schema.partitions.c
 _recoveries = schema.recoveries.c
 
 
+ABANDONED = 0
+"""The heartbeat of a recovery that failed and said so."""
+
+
 def take(store: DurableStore, old: tuple[int, str], new_epoch: int, new_owner: str, now_ms: int) -> None:
     """Make ``(new_epoch, new_owner)`` the owner of everything, if ``old`` still is, and open its row in the report.
 

@@ -84,7 +84,7 @@ class Admission:
     def _recover_or_wait(self, row: StoreRow, codes: set[str]) -> errors.StateCacheError:
         """Run a recovery, or find a reason to wait; returns what to tell the caller if time runs out."""
         recovery = recoveries.recovery(self._durable, row.epoch, row.owner) if row.epoch else None
-        if recovery is not None:
+        if recovery is not None and recovery.heartbeat_ms != recoveries.ABANDONED:
             # Between its report and its last "ready" a recovery is finished in SQL, and Redis still says recovering.
             under_way = recovery.finished_ms is None or "RECOVERING" in codes
             sign_ms = max(recovery.heartbeat_ms, recovery.finished_ms or 0)
@@ -97,7 +97,8 @@ class Admission:
                 "Redis is not what it was (it restarted, failed over or lost data) and auto_recover is off: "
                 "run 'statecache recover'"
             )
-        _log.warning("Redis is not what SQL knows: recovering", extra={"epoch": row.epoch})
+        level = logging.WARNING if row.epoch else logging.INFO  # a store that was just made has nothing to lose
+        _log.log(level, "Redis is not what SQL knows: recovering", extra={"epoch": row.epoch})
         self._recover()
         return errors.RecoveringError("Redis has just been recovered; try again")
 

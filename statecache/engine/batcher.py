@@ -9,7 +9,7 @@ An interruption (a signal's handler raises in the main thread) ends only the cal
 leader are told that their call is lost, which they repeat with the same id; an interrupted heir hands leadership on.
 
 Order: the queue is first in, first out, and a caller waits for its answer, so the order of one caller's calls is kept.
-Measured against a sender thread: twice as fast for one caller, a sixth faster for sixteen (docs/performance.md).
+Rejected: a sender thread. In a prototype it cost a lone caller half its speed, and was slower for sixteen too.
 """
 
 from __future__ import annotations

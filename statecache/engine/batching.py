@@ -9,11 +9,7 @@ import msgspec
 
 from statecache.core import entry, errors, fold, model
 from statecache.durable.rows import Advance, PartitionRow
-from statecache.hot.store import parse_line
-
-FOREIGN = "@foreign"
-"""The machine under which a record that statecache did not write is kept as a letter; its id is partition and entry id."""
-
+from statecache.hot.store import parse_any
 
 class Batch(msgspec.Struct, frozen=True):
     """Entries of one partition that follow its watermark one by one, up to ``last``; ``tail`` is the log's last id.
@@ -64,42 +60,17 @@ def checked(row: PartitionRow, lines: Sequence[str], tail: entry.EntryId, seen_m
     if tail < cursor:
         hole = f"partition {row.partition}: the log ends at {tail}, before {cursor}, which is in SQL: entries were deleted"
     for line in lines:
-        try:
-            record = parse_line(line)
-        except errors.IntegrityError:
-            record = _foreign(row.partition, line)
+        record = parse_any(row.partition, line)
         if not entry.follows(record.entry_id, cursor, record.prev if record.is_mark else None):
             hole = f"partition {row.partition}: {record.entry_id} does not follow {cursor}: entries are missing"
             break
         cursor = record.entry_id
-        if record.machine == FOREIGN:
+        if record.machine == entry.FOREIGN:
             foreign.append(record)
         elif not record.is_mark:
             kept.append(prefix + line.replace("-", entry.SEPARATOR, 1))
             records.append(record)
     return Batch(row, cursor, tail, seen_ms, kept, records, foreign), hole
-
-
-def _foreign(partition: int, line: str) -> entry.Entry:
-    id_text, _, text = line.partition(entry.SEPARATOR)
-    return entry.Entry(
-        entry.EntryId.parse(id_text),
-        FOREIGN,
-        f"{partition}:{id_text}",
-        0,
-        FOREIGN,
-        "",
-        "",
-        0,
-        "",
-        "",
-        "",
-        "",
-        text,
-        "",
-        "",
-        0,
-    )
 
 
 class Letter(msgspec.Struct, frozen=True):

@@ -317,6 +317,7 @@ class StateCache:
         while True:
             rows = self.durable.partitions()
             if any((row.epoch, row.owner) != (owner.epoch, owner.owner) for row in rows):
+                self.admission.ensure("EPOCH", deadline)  # else the next call would stand here again, if SQL went back
                 raise errors.RecoveringError(
                     "Redis was recovered while this call waited: what was acknowledged before may be lost; "
                     "see 'statecache status'"

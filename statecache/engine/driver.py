@@ -222,7 +222,7 @@ class Driver:
             case flows.Unflushed(partition, machine, id, whole):
                 return self.hot.find(partition, machine, id, whole=whole)
             case flows.Recorded(machine, id):
-                return self.durable.history(machine, id)
+                return self._recorded(machine, id)
             case flows.Find():
                 return self._find(wish, deadline)
             case flows.Unpark(partition, machine, id, found):
@@ -263,10 +263,28 @@ class Driver:
         return None
 
     def _find_in_sql(self, wish: flows.Find) -> model.Transition | None:
+        """In history or, where SQL refused it, among the letters."""
+        waiting = self.durable.letters(wish.machine, wish.id)
         if wish.version is not None:
-            return self.durable.transition(wish.machine, wish.id, wish.version)
-        assert wish.transition_id is not None
-        return self.durable.transition_by_id(wish.machine, wish.id, wish.transition_id)
+            found = self.durable.transition(wish.machine, wish.id, wish.version)
+        else:
+            assert wish.transition_id is not None
+            found = self.durable.transition_by_id(wish.machine, wish.id, wish.transition_id)
+        if found is not None:
+            return found
+        for record in (letter.entry for letter in waiting):
+            if wish.transition_id in (None, record.transition_id) and wish.version in (None, record.version):
+                return flows.transition_of(record)
+        return None
+
+    def _recorded(self, machine: str, id: str) -> list[model.Transition]:
+        """History, and the dead letters that go on from it. Letters first: what leaves them meanwhile is in history then."""
+        waiting = self.durable.letters(machine, id)
+        rows = self.durable.history(machine, id)
+        for record in (letter.entry for letter in waiting):
+            if record.version == (rows[-1].version if rows else 0) + 1:
+                rows.append(flows.transition_of(record))
+        return rows
 
     def _hydrate(self, found: Sequence[model.Lookup]) -> list[str]:
         rows = []

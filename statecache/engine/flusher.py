@@ -294,7 +294,7 @@ class Flusher:
     # --- the loop ----------------------------------------------------------------------------------------------------
 
     def run(self, stop: threading.Event, on_step: Callable[[Step], None] = lambda step: None) -> None:
-        """Step until told to stop, then once more. Errors of the servers are logged and waited out, never fatal."""
+        """Step until told to stop. Errors of the servers are logged and waited out, never fatal."""
         failures = 0
         while not stop.is_set():
             try:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 from statecache.core import entry, errors, failpoints, fold, keys
 from statecache.durable.rows import PartitionRow
-from statecache.engine import batching
 
 if TYPE_CHECKING:
     from statecache.engine.cache import StateCache
@@ -34,7 +33,7 @@ def retry(cache: StateCache, machine: str, id: str) -> int:
         before = None if kept is None else fold.Folded.of_checkpoint(kept)
         version = kept.version if kept else 0
         jump = records[0].event == entry.EVENT_RECONCILED
-        if records[0].machine == batching.FOREIGN or (records[0].version != version + 1 and not jump):
+        if records[0].machine == entry.FOREIGN or (records[0].version != version + 1 and not jump):
             raise errors.IntegrityError(
                 f"{machine}:{id}: its letters begin at version {records[0].version}, SQL's history ends at {version}: they "
                 "cannot be joined; look at both and discard the letters"
@@ -60,7 +59,7 @@ def discard(cache: StateCache, machine: str, id: str) -> int:
 
     Returns how many. Raises ``NotFoundError`` without letters.
     """
-    if machine == batching.FOREIGN:
+    if machine == entry.FOREIGN:
         with cache.durable.flush_transaction() as transaction:
             found = transaction.take_letters(machine, id)
             _require(found, machine, id)

@@ -23,6 +23,7 @@ through the log (the flusher would stop at the hole before it reached the repair
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,7 +37,7 @@ from statecache.durable.rows import Advance, PartitionRow
 from statecache.durable.store import DurableStore
 from statecache.engine import admission
 from statecache.hot import scripts
-from statecache.hot.store import Fenced, HotStore, Probed, parse_line
+from statecache.hot.store import Fenced, HotStore, Probed, parse_any
 
 NEW, INTACT, WIPED, TAIL_LOST, SQL_BEHIND, DIVERGED = "new", "intact", "wiped", "tail lost", "SQL behind", "diverged"
 _REWRITTEN = (SQL_BEHIND, DIVERGED)
@@ -111,6 +112,7 @@ def recover(
     Raises ``ConfigurationError`` when the two stores do not belong together, ``UnavailableError`` when one cannot be
     reached, ``RecoveringError`` when another recovery took over. Cost: O(partitions + instances dropped).
     """
+    hot.wires.discard_idle()
     superseded: Superseded | None = None
     for _ in range(_ATTEMPTS):
         attempt = _Attempt(hot, durable, finals, backlog_limit, dry_run, progress)
@@ -124,6 +126,9 @@ def recover(
                     f"another recovery took over (epoch {row.epoch}); wait for it, then look at 'statecache status'"
                 ) from error
             progress(f"starting over: {error}")
+        except BaseException:
+            attempt.abandon()
+            raise
     raise errors.UnavailableError(
         "Redis keeps changing under the recovery: see that it stays up, then recover again"
     ) from (superseded)
@@ -210,6 +215,12 @@ class _Attempt:
             recoveries.heartbeat(self.durable, self.stamp.epoch, self.stamp.owner, _now_ms())
             self.beat_at = time.monotonic()
 
+    def abandon(self) -> None:
+        """Say, if that can still be said, that nobody works at this any more: others need not wait for our sign of life."""
+        if self.stamp.epoch and not self.dry_run:
+            with contextlib.suppress(errors.StateCacheError):
+                recoveries.heartbeat(self.durable, self.stamp.epoch, self.stamp.owner, recoveries.ABANDONED)
+
     # --- step 2 ------------------------------------------------------------------------------------------------------
 
     def _fence(self, partition: int) -> Fenced:
@@ -286,6 +297,8 @@ class _Attempt:
         """Does SQL hold this very entry? Ids alone are no proof: a lost tail's ids are given again (H13)."""
         if record.is_mark:
             return recoveries.recovery(self.durable, record.entry_id.epoch, record.transition_id) is not None
+        if record.machine == entry.FOREIGN:
+            return True  # it never had anything to tell it by
         held = [(row.version, row.transition_id) for row in self.durable.history(record.machine, record.id)]
         return (record.version, record.transition_id) in [*held, *self._letters((record.machine, record.id))]
 
@@ -302,7 +315,7 @@ class _Attempt:
             )[0]
             if reply.code != "OK":
                 raise Superseded(f"partition {partition}: {reply.code} while its log was read")
-            record = parse_line(reply.lines[0]) if reply.lines else None
+            record = parse_any(row.partition, reply.lines[0]) if reply.lines else None
             if record is None or record.entry_id != last:
                 return True  # trimmed, so it is in SQL
             if not record.is_mark:
@@ -426,7 +439,7 @@ class _Attempt:
                 raise Superseded(f"partition {partition}: {reply.code} while its log was read")
             if not reply.lines:
                 return found
-            found += [parse_line(line) for line in reply.lines]
+            found += [parse_any(partition, line) for line in reply.lines]
             cursor = found[-1].entry_id
             self._beat()
 

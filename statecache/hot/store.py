@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 import redis
 
-from statecache.core import entry, failpoints, items, keys
+from statecache.core import entry, errors, failpoints, items, keys
 from statecache.hot import failures, resp, scripts, wire
 
 _encode = msgspec.json.encode
@@ -426,7 +426,7 @@ class HotStore:
         code, *words = head.split(" ")
         if code != "OK":
             return code, None
-        at_watermark, behind = (None if line == "-" else parse_line(line) for line in lines)
+        at_watermark, behind = (None if line == "-" else parse_any(partition, line) for line in lines)
         return code, Probed(_optional_id(words[0]), _id(words[1]), int(words[2]), at_watermark, behind)
 
     def drop(
@@ -548,6 +548,15 @@ def parse_line(line: str) -> entry.Entry:
     """Read ``<id>\\x1f<text>`` as ``read.lua`` and ``find.lua`` give it."""
     id_text, _, text = line.partition(entry.SEPARATOR)
     return entry.parse(entry.EntryId.parse(id_text), text)
+
+
+def parse_any(partition: int, line: str) -> entry.Entry:
+    """The same for a line that may be anybody's: what statecache did not write becomes an ``entry.FOREIGN`` one."""
+    try:
+        return parse_line(line)
+    except errors.IntegrityError:
+        id_text, _, text = line.partition(entry.SEPARATOR)
+        return entry.foreign(partition, entry.EntryId.parse(id_text), text)
 
 
 def _id(text: str) -> entry.EntryId:

@@ -129,6 +129,13 @@ class Wires:
             raise
         self.give_back(wire)
 
+    def discard_idle(self) -> None:
+        """Close the idle wires: after a restart of the server they are dead, and only a call would find that out."""
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for wire in idle:
+            wire.close()
+
     def close(self) -> None:
         with self._lock:
             self._closed = True

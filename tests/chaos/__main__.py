@@ -94,8 +94,8 @@ def report(results: list[rounds.Result], options: rounds.Options) -> int:
     transitions = sum(one.transitions for one in results)
     operator = sum(one.recovered_by_operator for one in results)
     _say(
-        f"\n{len(results)} rounds, {sum(faults.values())} faults, {transitions} transitions in SQL, {operator} recoveries by the "
-        f"operator, {len(bad)} violations"
+        f"\n{len(results)} rounds, {sum(faults.values())} faults, {transitions} transitions in SQL, {operator} recoveries by "
+        f"the operator, {len(bad)} violations"
     )
     for promise, times in Counter(one.promise for one in bad).most_common():
         _say(f"  {times:7d}  {promise}")

@@ -462,8 +462,10 @@ def _parked_with_reason(case: _Case) -> Rule:
 
 def _noted(case: _Case) -> Rule:
     """What a client saw by itself, that can never be."""
+    seen: set[tuple[str, str]] = set()
     for client, note in case.evidence.notes:
-        if note.kind.startswith("!"):
+        if note.kind.startswith("!") and (client, note.text) not in seen:
+            seen.add((client, note.text))
             yield Violation(note.kind[1:], client, note.text)
 
 

@@ -37,9 +37,8 @@ def attempt(version: int, word: str = "ok", *, client: str = "w", **changes: Any
 
 def report(**changes: Any) -> Report:
     """A recovery of partition 0, from 100 to 110, to epoch 2."""
-    given = {"kind": "tail lost", "started_ms": 100.0, "ended_ms": 110.0, "tail_seen_ms": 25.0, **changes}
-    return Report(changes.get("epoch", 2), "owner", 0, given["kind"], given["started_ms"], given["ended_ms"], given["tail_seen_ms"],
-        given.get("lost_at_least", 0), given.get("loss_possible", False), given.get("reconciled", 0), given.get("parked", 0))  # fmt: skip
+    given: dict[str, Any] = {"kind": "tail lost", "started_ms": 100.0, "ended_ms": 110.0, "tail_seen_ms": 25.0}
+    return Report(epoch=2, owner="owner", partition=0, **{**given, **changes})
 
 
 def evidence(**changes: Any) -> Evidence:

@@ -9,7 +9,7 @@ from unittest import mock
 import msgspec
 import pytest
 
-from statecache.core import errors, flows, items, model
+from statecache.core import errors, failpoints, flows, items, model
 from statecache.durable import recoveries
 from statecache.engine import recovery
 from statecache.engine.recovery import PartitionReport
@@ -229,6 +229,21 @@ def test_an_older_snapshot_that_holds_nothing_new_is_a_lost_tail(world: worlds.W
     assert (report.partitions[0].kind, report.partitions[0].parked) == (recovery.TAIL_LOST, 0)
     assert world.orders.transition("a", "deliver", durability="durable").version == 4
     world.verify()
+
+
+@pytest.mark.parametrize("point", ["recovery.fenced", "recovery.mended", "recovery.reported", "recovery.ready"])
+def test_a_recovery_that_failed_is_not_waited_for(world: worlds.World, point: str) -> None:
+    """A recoverer lives, but its recovery fails half-way (the server goes away once more). Its row in SQL says "under way"
+    with a fresh sign of life, so everybody, itself too, waited ten seconds for a recovery at which nobody worked."""
+    world.start("a")
+    world.wipe()
+    failpoints.arm(f"{point}=error")
+    try:
+        with pytest.raises(errors.UnavailableError, match="failpoint"):
+            world.cache.recover()
+    finally:
+        failpoints.arm(None)
+    assert world.orders.start("b", timeout=5.0).version == 1
 
 
 def test_the_tail_is_seen_when_it_is_read(world: worlds.World) -> None:

@@ -293,6 +293,9 @@ def _findings() -> list[Hole]:
       back, class *intact*: a tombstone must tell, and recovery drops the hashes it names.
     - F10 (D) A slot that migrates away and back while its tail is lost in between meets the old identity and the old scripts:
       not closed by any rule, only by an assumption.
+    - F12 (D) A letter is discarded, its version given again, and SQL restored to before: the log, or the older SQL, brings the
+      discarded transition back and two claim one version. Not closed by any rule here, only by an assumption. The flusher
+      should then put the later one aside as a letter of its instance, not stop the partition (P10).
     - F11 (C, and D by the letter) *A check counts when it is sent.* After a detour thread 1's call compares and is refused;
       thread 2, or the next chunk in flight, sends within the interval of that check and is not compared: accepted. Only a
       check that was answered well may count, from the moment it was sent.
@@ -300,6 +303,9 @@ def _findings() -> list[Hole]:
     trim = start(Budget(restore=1), flushers=1, recoverers=1)
     evicting = backed_up(
         start(Budget(restore=1), seeds=(V2,), clients=0, evictors=1, recoverers=1), start(Budget(), seeds=(V1,))
+    )
+    discarded = backed_up(
+        start(Budget(restore=1), seeds=(Seed(("a",), letters=("b",)),), operator=1), start(Budget(), seeds=(V1,))
     )
     again = replace(MOVE, retry=True)
     repeated = start(Budget(), seeds=(Seed(("a",), ("b", "c")),), recoverers=1, ring=1)
@@ -333,6 +339,8 @@ def _findings() -> list[Hole]:
         hole("P8", "F11 a check counts when it is sent", start(Budget(detour=1), clients=2), (START, NEXT),
              (replace(START, tid="d"),), off={"checked_when_answered": False},
              played=("client A: start x", "Redis is demoted")),
+        hole("P3", "F12 a discard that SQL forgets", discarded, (NEXT,), off={"no_discard_since_backup": False},
+             poison=frozenset("b")),
         hole("P4", "F2 a refused look-up taken for 'not found'", repeated, (again,), 
              off={"find_refusal_restarts": False, "refusal_forgets_pin": False}, ring=1),
         hole("P4", "F3 looked for behind meta.watermark", restored, (again,), off={"find_from_sql_watermark": False}, ring=1),

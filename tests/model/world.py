@@ -32,6 +32,7 @@ class Rules:
     noscript_asks: bool = True  # NOSCRIPT is never answered by a blind reload
     first_call_checks: bool = True  # H13b: the first call on a new connection compares the identity
     detour_takes_longer: bool = True  # H13a: the stated assumption about the identity interval
+    no_discard_since_backup: bool = True  # F12: assumption: SQL is not restored to before a letter was discarded
     away_loses_nothing: bool = True  # F10: assumption: a slot that migrates away and back loses nothing in between
     identity_always: bool = False  # H13a: `identity_check=always`
     checked_when_answered: bool = True  # F11: a check counts once it was answered well, not when it was sent

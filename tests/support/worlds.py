@@ -18,7 +18,7 @@ import redis
 import sqlalchemy as sa
 
 from statecache import Move, State, StateCache, StateMachine
-from statecache.core import entry, keys, model
+from statecache.core import entry, errors, keys, model
 from statecache.durable import schema
 from statecache.durable.store import DurableStore
 from statecache.engine import verify as verification
@@ -213,6 +213,16 @@ class World:
 
     def flush(self) -> None:
         self.cache.flush()
+
+    def flush_through(self) -> None:
+        """Flush, beginning again where Redis was recovered meanwhile."""
+        for _ in range(5):
+            try:
+                self.cache.flush()
+            except errors.RecoveringError:
+                continue
+            return
+        raise AssertionError("recovered again and again")
 
     def evict(self, id: str) -> str:
         """Drop an instance's hash by what SQL says of it; the script's code."""

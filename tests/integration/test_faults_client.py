@@ -1,0 +1,298 @@
+"""What lies between a client and its Redis fails: the reply is lost, the request never comes, the server stands still or is
+another one afterwards. Every call is applied once and answered with the same receipt (P1, P3, P4)."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+import redis
+
+from statecache import Move, StateCacheError
+from statecache.core import errors
+from statecache.hot import resp, wire
+from tests.support import proxy, servers, waiting, worlds
+
+
+@pytest.fixture
+def link(redis_server: servers.ValkeyServer, redis_url: str) -> Iterator[proxy.Proxy]:
+    with proxy.Proxy(redis_server.port) as made:
+        yield made
+
+
+@pytest.fixture
+def world(link: proxy.Proxy, redis_url: str, sqlite_url: str, namespace: str) -> Iterator[worlds.World]:
+    """A store whose clients reach Redis through the proxy."""
+    with worlds.World(link.url(redis_url), sqlite_url, namespace, socket_timeout_seconds=0.3) as made:
+        yield made
+        link.pass_through()
+        made.flush()
+        made.verify()
+
+
+def applied(world: worlds.World, id: str) -> list[tuple[int, str, str]]:
+    return [(row.version, row.event, row.transition_id) for row in world.orders.history(id)]
+
+
+# --- replies and requests that get lost --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault", ["drop_replies_after_forwarding", "cut_before_forwarding"])
+@pytest.mark.parametrize("times", [1, 3])
+def test_a_call_that_gets_lost_is_applied_once(world: worlds.World, link: proxy.Proxy, fault: str, times: int) -> None:
+    """The script ran and its reply is lost (or it never got there), as often as ``times``: the flow repeats it."""
+    getattr(link, fault)(times, matching=b"EVALSHA")
+    start = world.orders.start("1", {"amount": 1})
+    getattr(link, fault)(times, matching=b"EVALSHA")
+    note = world.orders.transition("1", "note", increment={"tries": 1})
+    assert link.faults_done == 2 * times
+    assert [start.version, note.version] == [1, 2]
+    assert applied(world, "1") == [(1, "@start", start.transition_id), (2, "note", note.transition_id)]
+    assert world.orders.get("1").data == {"amount": 1, "tries": 1}
+    again = world.orders.transition("1", "note", increment={"tries": 1}, transition_id=note.transition_id)
+    assert again.duplicate
+    assert (again.version, again.entry_id, again.at_ms) == (note.version, note.entry_id, note.at_ms)
+
+
+@pytest.mark.parametrize("fault", ["drop_replies_after_forwarding", "cut_before_forwarding"])
+def test_a_bulk_call_that_gets_lost_in_its_middle(world: worlds.World, link: proxy.Proxy, fault: str) -> None:
+    """400 moves of 100 instances, the second script call lost: each move is applied once, in order."""
+    ids = [f"b{number}" for number in range(100)]
+    world.orders.start_many(ids)
+    moves = [Move(id, "note", {"step": step}) for step in range(4) for id in ids]
+    with worlds.before_call(world.hot.wires, "identity_due", lambda: getattr(link, fault)(1, b"EVALSHA"), call=2):
+        receipts = world.orders.transition_many(moves)
+    assert link.faults_done == 1
+    assert [receipt.version for receipt in receipts if not isinstance(receipt, StateCacheError)] == [
+        step + 2 for step in range(4) for _ in ids
+    ]
+    for id in ids:
+        rows = world.orders.history(id)
+        assert [row.patch.get("step") for row in rows] == [None, 0, 1, 2, 3]
+
+
+def test_a_wire_sends_once(link: proxy.Proxy, redis_server: servers.ValkeyServer) -> None:
+    """redis-py repeats commands by itself (fact 1): our connections never do."""
+    wires = wire.Wires(wire.pool_of(link.url(redis_server.url), 2.0))
+    line = wires.take()
+    assert line.connection.retry.get_retries() == 0
+    link.drop_replies_after_forwarding(1, matching=b"XADD")
+    with pytest.raises((redis.RedisError, OSError)):
+        line.call(resp.command("XADD", "sent", "*", "e", "once"))
+    wires.close()
+    line.close()
+    with redis_server.client() as client:
+        assert client.xlen("sent") == 1
+
+
+def test_two_processes_with_one_transition_id(world: worlds.World) -> None:
+    """A has looked at everything it can look at outside the script; B does the whole call; A's script call comes."""
+    world.start("1")
+    other = world.more().machine(worlds.Order)
+    first: list[Any] = []
+
+    def by_another() -> None:
+        first.append(other.transition("1", "note", transition_id="same"))
+
+    with worlds.before_call(world.hot.wires, "identity_due", by_another):
+        second = world.orders.transition("1", "note", transition_id="same")
+    assert (second.version, second.duplicate) == (2, True)
+    assert first[0].version == 2
+    assert applied(world, "1")[1:] == [(2, "note", "same")]
+
+
+def test_an_id_that_the_ring_has_dropped(world: worlds.World) -> None:
+    """The repetition comes after nine other transitions, flushed and not: history knows the id (H16)."""
+    world.start("1")
+    first = world.orders.transition("1", "note", transition_id="long ago")
+    for _ in range(9):
+        world.orders.transition("1", "note")
+    for flushed in (False, True):
+        if flushed:
+            world.flush()
+        again = world.orders.transition("1", "note", transition_id="long ago")
+        assert (again.version, again.duplicate, again.entry_id) == (2, True, first.entry_id)
+    with pytest.raises(errors.InvalidDataError, match="it was used before"):
+        world.orders.transition("1", "pay", transition_id="long ago")
+
+
+# --- a server that stands still ----------------------------------------------------------------------------------------
+
+
+def test_a_server_that_is_stopped_and_goes_on(start_redis: Any, sqlite_url: str, namespace: str) -> None:
+    """SIGSTOP; the request waits in the socket; the client times out and repeats it on other connections; SIGCONT: the first
+    request runs too."""
+    server = start_redis()
+    with worlds.World(
+        server.url, sqlite_url, namespace, socket_timeout_seconds=0.2, call_timeout_seconds=20.0
+    ) as world:
+        world.start("1")
+        found: list[Any] = []
+        server.pause()
+        calls = threading.Thread(
+            target=lambda: found.append(world.orders.transition("1", "note", increment={"tries": 1}))
+        )
+        lost = threading.Event()
+        with mock.patch.object(wire.Wire, "close", _noticing(wire.Wire.close, lost)):
+            calls.start()
+            assert lost.wait(20)
+            server.resume()
+            calls.join()
+        [receipt] = found
+        assert receipt.version == 2
+        assert applied(world, "1")[1:] == [(2, "note", receipt.transition_id)]
+        assert world.orders.get("1").data == {"tries": 1}
+
+
+def _noticing(original: Any, event: threading.Event) -> Any:
+    def noticing(self: wire.Wire) -> None:
+        original(self)
+        event.set()
+
+    return noticing
+
+
+@pytest.mark.parametrize("later", [0, 9])
+def test_the_first_request_runs_after_its_repetition(
+    world: worlds.World, link: proxy.Proxy, redis_url: str, later: int
+) -> None:
+    """A's request is held by the network; A gives up; B repeats it with the same id, and ``later`` other moves follow, so
+    that the ring has dropped the id; the network lets A's request through: it changes nothing."""
+    direct = _direct(world, redis_url)
+    world.start("1")
+    link.hold()
+    with pytest.raises(errors.UnavailableError):
+        world.orders.transition("1", "note", transition_id="held", timeout=0.4)
+    second = direct.transition("1", "note", transition_id="held")
+    for _ in range(later):
+        direct.transition("1", "note")
+    before = [(row.version, row.event, row.transition_id) for row in direct.history("1")]
+    link.pass_through()
+    third = world.orders.transition("1", "note", transition_id="held")
+    assert (third.version, third.duplicate, third.entry_id) == (second.version, True, second.entry_id)
+    assert applied(world, "1") == before
+
+
+def _direct(world: worlds.World, redis_url: str) -> Any:
+    """A client past the proxy."""
+    through, world.redis_url = world.redis_url, redis_url
+    try:
+        return world.more().machine(worlds.Order)
+    finally:
+        world.redis_url = through
+
+
+def test_a_timeout_says_that_it_may_have_been_applied(world: worlds.World, link: proxy.Proxy) -> None:
+    """The network swallows everything until the deadline; the caller repeats the call later with the same id."""
+    world.start("1")
+    link.hold()
+    with pytest.raises(errors.UnavailableError) as caught:
+        world.orders.transition("1", "pay", transition_id="p1", timeout=0.5)
+    assert isinstance(caught.value.__cause__, (redis.RedisError, OSError))
+    link.pass_through()
+    receipt = world.orders.transition("1", "pay", transition_id="p1")
+    assert receipt.version == 2
+    assert applied(world, "1")[1:] == [(2, "pay", "p1")]
+
+
+# --- a server that is another one afterwards ---------------------------------------------------------------------------
+
+
+def test_the_server_restarts_between_send_and_reply(start_redis: Any, sqlite_url: str, namespace: str) -> None:
+    """The transition is in the append-only file, its reply is lost, the server restarts: the repetition meets a server that
+    knows no script, has it recovered, and finds its id in the ring."""
+    server = start_redis()
+    with (
+        proxy.Proxy(server.port) as link,
+        worlds.World(link.url(server.url), sqlite_url, namespace, call_timeout_seconds=20.0) as world,
+    ):
+        world.start("1")
+        world.flush()
+        epoch = world.meta()["epoch"]
+        link.drop_replies_after_forwarding(1000, matching=b"EVALSHA")
+        found: list[Any] = []
+        call = threading.Thread(target=lambda: found.append(world.orders.transition("1", "pay")))
+        call.start()
+        waiting.wait_until(lambda: link.faults_done, "the first reply to be lost")
+        server.kill()
+        server.start()
+        link.pass_through()
+        call.join()
+        assert found[0].version == 2
+        assert world.meta()["epoch"] > epoch
+        world.flush()
+        world.verify()
+        assert applied(world, "1") == [(1, "@start", mock.ANY), (2, "pay", found[0].transition_id)]
+
+
+def test_scripts_that_vanish_under_load(world: worlds.World, redis_server: servers.ValkeyServer) -> None:
+    """SCRIPT FLUSH all the time while threads write: NOSCRIPT is answered by admission and one more try, and the epoch stays
+    (fault 5)."""
+    epoch = world.meta()["epoch"]
+    stop = threading.Event()
+
+    def flush_scripts() -> None:
+        with redis_server.client() as client:
+            while not stop.is_set():
+                client.script_flush("SYNC")
+                stop.wait(0.003)
+
+    def writes(name: str) -> list[int]:
+        versions = [world.orders.start(name).version]
+        return versions + [world.orders.transition(name, "note", increment={"n": 1}).version for _ in range(60)]
+
+    nemesis = threading.Thread(target=flush_scripts)
+    nemesis.start()
+    try:
+        results = worlds.together(*[lambda name=f"s{number}": writes(name) for number in range(4)])
+    finally:
+        stop.set()
+        nemesis.join()
+    assert results == [list(range(1, 62))] * 4
+    assert [world.orders.get(f"s{number}").data for number in range(4)] == [{"n": 60}] * 4
+    assert world.meta()["epoch"] == epoch
+
+
+def test_unknown_scripts_are_not_simply_loaded_again(redis_url: str, sqlite_url: str, namespace: str) -> None:
+    """Redis loses its tail and its scripts, its connections and ``meta`` stay, and no check of the identity is due: NOSCRIPT
+    must lead to the comparison, else a version that SQL has is given again (P8)."""
+    with worlds.World(redis_url, sqlite_url, namespace, identity_check_interval_ms=10**9) as world:
+        world.start("1")
+        saved = world.redis_copy()
+        world.orders.transition("1", "note")
+        world.flush()
+        world.redis_back(saved)
+        assert world.orders.transition("1", "note").version == 3
+        world.flush()
+        world.verify()
+
+
+# --- connections that may not be used again ----------------------------------------------------------------------------
+
+
+def test_a_cancelled_call_takes_its_connection_with_it(world: worlds.World) -> None:
+    """The call is interrupted (Ctrl-C) between send and reply: nobody else reads that reply."""
+    for number in range(3):
+        world.start(f"o{number}", amount=number)
+    with mock.patch.object(wire.Wire, "read", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        world.orders.transition("o0", "note", {"amount": 100})
+    with mock.patch.object(wire.Wire, "read", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        world.orders.get("o1")
+    for number in (1, 2):
+        assert world.orders.get(f"o{number}").data == {"amount": number}
+        assert world.orders.transition(f"o{number}", "note").version == 2
+
+
+def test_a_connection_that_timed_out_is_closed(world: worlds.World, link: proxy.Proxy) -> None:
+    """Replies that come too late are read by nobody: every reader gets its own instance."""
+    for number in range(20):
+        world.start(f"o{number}", amount=number)
+    for number in range(0, 20, 5):
+        link.hold()
+        with pytest.raises(errors.UnavailableError):
+            world.orders.get(f"o{number}", timeout=0.1)
+        link.pass_through()
+        assert [world.orders.get(f"o{other}").data for other in range(20)] == [{"amount": other} for other in range(20)]

@@ -1,0 +1,525 @@
+"""The flusher, step by step: exactly once (P5), whatever dies, races or is missing; bounded (P11); one bad record (P10)."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from statecache import Move
+from statecache.core import entry, errors
+from statecache.durable import faults
+from statecache.durable.flush import FlushTransaction
+from statecache.durable.store import DurableStore
+from statecache.engine import letters
+from tests.support import servers
+from tests.support.proxy import Proxy
+from tests.support.waiting import wait_until
+from tests.support.worlds import Order, World, after_call, before_call, together
+
+
+@pytest.fixture
+def world(redis_url: str, database_url: str, namespace: str) -> Iterator[World]:
+    with World(redis_url, database_url, namespace) as found:
+        yield found
+
+
+@pytest.fixture
+def lite(redis_url: str, sqlite_url: str, namespace: str) -> Iterator[World]:
+    with World(redis_url, sqlite_url, namespace) as found:
+        yield found
+
+
+class Died(BaseException):
+    """The flusher's process is gone."""
+
+
+def die() -> None:
+    raise Died
+
+
+def _orders(world: World, count: int = 20, prefix: str = "f") -> list[str]:
+    ids = [f"{prefix}{number}" for number in range(count)]
+    world.orders.start_many([(id, {"n": 1}) for id in ids])
+    world.orders.transition_many([Move(id, "pay", increment={"n": 1}) for id in ids])
+    return ids
+
+
+# --- step by step -----------------------------------------------------------------------------------------------------------
+
+
+def test_step_moves_history_checkpoints_counts_and_watermark_together(world: World) -> None:
+    world.start("1", ["pay"], amount=1)
+    world.start("2")
+    step = world.flusher().step()
+    assert (step.entries, step.stopped) == (3, {})
+    checkpoint = world.durable.checkpoint("order", "1")
+    assert checkpoint is not None
+    hot = world.orders.get("1")
+    assert (checkpoint.state, checkpoint.version, str(checkpoint.entry_id)) == (hot.state, hot.version, hot.entry_id)
+    assert (checkpoint.created_ms, checkpoint.updated_ms, checkpoint.data) == (
+        hot.created_ms,
+        hot.updated_ms,
+        '{"amount":1}',
+    )
+    assert checkpoint.recent == world.hot.hashes([(world.partition_of("1"), "order", "1")])[0][b"@r"].decode()
+    assert world.orders.counts() == {"paid": 1, "placed": 1}
+    for partition in (0, 1):
+        assert str(world.watermark(partition)) == world.meta(partition)["watermark"] == world.log(partition)[-1]
+    world.verify()
+
+
+def test_trimming_leaves_the_witness(world: World) -> None:
+    """The entry at the watermark stays: recovery compares its content with SQL (H13)."""
+    _orders(world)
+    flusher = world.flusher()
+    while flusher.step().entries:
+        pass
+    for partition in (0, 1):
+        assert world.log(partition) == [str(world.watermark(partition))]
+        assert world.meta(partition)["kept"] == "1"
+
+
+def test_small_batches_move_everything_in_order(world: World) -> None:
+    """Three entries a step, shared by both partitions in turn: neither starves, history is whole after every step."""
+    ids = _orders(world, 6)
+    flusher = world.flusher(batch_entries=3)
+    seen = {0: entry.ZERO, 1: entry.ZERO}
+    total = 0
+    while (step := flusher.step()).more:
+        total += step.entries
+        assert step.entries <= 3
+        for partition in (0, 1):
+            assert world.watermark(partition) >= seen[partition]
+            seen[partition] = world.watermark(partition)
+        for id in ids:
+            versions = world.versions(id)
+            assert versions == list(range(1, len(versions) + 1))
+    assert total + step.entries == 12
+    world.verify()
+
+
+def test_byte_cap_moves_large_entries_one_by_one(lite: World) -> None:
+    for number in range(5):
+        lite.orders.start(f"big{number}", data={"blob": "x" * 20_000})
+    flusher = lite.flusher(batch_bytes=10_000)
+    steps = []
+    while (step := flusher.step()).more or step.entries:
+        steps.append(step.entries)
+    assert sum(steps) == 5
+    assert max(steps) == 1
+    lite.verify()
+
+
+def test_idle_step_writes_nothing(world: World) -> None:
+    _orders(world)
+    world.flush()
+    flusher = world.flusher()
+    flusher.step()
+    before = world.hot_dump(), world.sql_dump()
+    for _ in range(3):
+        step = flusher.step()
+        assert (step.entries, step.more) == (0, False)
+    assert (world.hot_dump(), world.sql_dump()) == before
+
+
+def test_counts_equal_checkpoints_whatever_moves(world: World) -> None:
+    """Moves inside one batch, over batches, to the same state, and starts: the counts are those of the checkpoints."""
+    flusher = world.flusher()
+    for round_ in range(3):
+        ids = _orders(world, 5, f"r{round_}-")
+        flusher.step()
+        world.orders.transition_many(
+            [Move(ids[0], "ship"), Move(ids[0], "deliver"), Move(ids[1], "note"), Move(ids[2], "cancel")]
+        )
+        world.flusher().step()  # another one, without the first one's memory
+        world.orders.transition(ids[1], "ship")
+    world.flush()
+    world.verify()
+    assert sum(world.orders.counts().values()) == 15
+
+
+def test_nothing_of_the_backlog_is_lost_by_a_flusher_that_remembers(lite: World) -> None:
+    """The fold's memory is used only where it leads up to the batch: another flusher moved two versions in between."""
+    lite.start("1", n=0)
+    mine, other = lite.flusher(), lite.flusher(lite.more())
+    mine.step()
+    lite.orders.transition("1", "note", data={"other": 1})
+    other.step()
+    lite.orders.transition("1", "note", increment={"n": 5})
+    mine.step()
+    assert lite.durable.checkpoint("order", "1").data == '{"n":5,"other":1}'  # type: ignore[union-attr]
+    lite.verify()
+
+
+# --- deaths -----------------------------------------------------------------------------------------------------------------
+
+PLACES = [
+    ("before the read", "hot", "read", before_call),
+    ("after the read", "hot", "read", after_call),
+    ("after the compare-and-set", FlushTransaction, "advance", after_call),
+    ("before history", FlushTransaction, "insert_history", before_call),
+    ("after history", FlushTransaction, "insert_history", after_call),
+    ("after the checkpoints", FlushTransaction, "upsert_checkpoints", after_call),
+    ("before the commit", FlushTransaction, "_check", after_call),
+    ("before the trim", "hot", "flushed", before_call),
+    ("after the trim", "hot", "flushed", after_call),
+]
+
+
+@pytest.mark.parametrize(
+    ("target", "name", "wrap"), [place[1:] for place in PLACES], ids=[place[0] for place in PLACES]
+)
+def test_flusher_dies(world: World, target: Any, name: str, wrap: Any) -> None:
+    """P5. It dies at the place; another one goes on. Everything is in SQL exactly once."""
+    ids = _orders(world, 8)
+    target = world.hot if target == "hot" else target
+    with pytest.raises(Died), wrap(target, name, die):
+        world.flusher().step()
+    world.orders.transition(ids[0], "ship")
+    other = world.flusher(world.more())
+    while other.step().entries:
+        pass
+    assert [world.versions(id) for id in ids] == [[1, 2, 3]] + [[1, 2]] * 7
+    world.verify()
+
+
+@pytest.mark.parametrize("committed", [True, False])
+def test_outcome_of_the_commit_is_unknown(world: World, committed: bool) -> None:
+    """Fact 9: the connection is lost during COMMIT. The step raises; the next one reads the watermark back, and neither skips
+    nor repeats, whether it had committed or not."""
+    ids = _orders(world, 8)
+    original = DurableStore.flush_transaction
+
+    @contextlib.contextmanager
+    def unknown(self: DurableStore) -> Iterator[FlushTransaction]:
+        with original(self) as transaction:
+            yield transaction
+            if not committed:
+                raise faults.CommitUnknown("lost")
+        raise faults.CommitUnknown("lost")
+
+    flusher = world.flusher()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DurableStore, "flush_transaction", unknown)
+        with pytest.raises(errors.UnavailableError):
+            flusher.step()
+    while flusher.step().entries:
+        pass
+    assert [world.versions(id) for id in ids] == [[1, 2]] * 8
+    world.verify()
+
+
+@pytest.mark.postgres
+@pytest.mark.parametrize("forwarded", [True, False])
+def test_commit_is_cut_on_the_wire(
+    postgres_server: servers.PostgresServer, redis_url: str, postgres_url: str, namespace: str, forwarded: bool
+) -> None:
+    """Fault 40 on PostgreSQL itself: a proxy resets the connection at COMMIT, before or after the server has it."""
+    with Proxy(postgres_server.port) as proxy, World(redis_url, proxy.url(postgres_url), namespace) as world:
+        ids = _orders(world, 8)
+        flusher = world.flusher()
+        if forwarded:
+            proxy.drop_replies_after_forwarding(matching=b"COMMIT\0")
+        else:
+            proxy.cut_before_forwarding(matching=b"COMMIT\0")
+        with pytest.raises(errors.UnavailableError):
+            flusher.step()
+        proxy.pass_through()
+        while flusher.step().entries:
+            pass
+        assert [world.versions(id) for id in ids] == [[1, 2]] * 8
+        world.verify()
+
+
+def test_trim_that_was_not_told_is_made_up_for(lite: World) -> None:
+    """Redis is away after the commit: the step fails, nothing is lost; the next step, with nothing to move, tells it."""
+    _orders(lite)
+    flusher = lite.flusher()
+    with (
+        before_call(lite.hot, "flushed", lambda: _raise(errors.UnavailableError("away"))),
+        pytest.raises(errors.UnavailableError),
+    ):
+        flusher.step()
+    assert len(lite.log(0)) > 1
+    flusher.step()
+    assert lite.log(0) == [str(lite.watermark(0))]
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
+# --- races ------------------------------------------------------------------------------------------------------------------
+
+
+def test_overtaken_flusher_drops_what_it_read(world: World) -> None:
+    """Both have read the same entries; the other one commits first: the first one's compare-and-set changes no row, and it
+    starts from SQL again."""
+    ids = _orders(world, 8)
+    flusher, other = world.flusher(), world.flusher(world.more())
+    with before_call(flusher, "_commit", other.step):
+        step = flusher.step()
+    assert (step.entries, step.more) == (0, True)
+    world.orders.transition(ids[0], "ship")
+    assert flusher.step().entries == 1
+    assert world.versions(ids[0]) == [1, 2, 3]
+    world.verify()
+
+
+def test_other_flusher_trims_between_the_two_reads(world: World) -> None:
+    """SQL's watermark is read; another flusher commits and trims; then the log is read: its first entry does not follow the
+    watermark that was read. That is no hole, and asks for no recovery."""
+    _orders(world, 8)
+    world.flush()
+    ids = _orders(world, 8, "g")
+    flusher, other = world.flusher(), world.flusher(world.more())
+    epoch = world.durable.identity().epoch
+
+    def pass_by() -> None:
+        other.step()
+        world.orders.transition(ids[0], "note")
+
+    with before_call(world.hot, "read", pass_by):
+        assert flusher.step().stopped == {}
+    assert world.durable.identity().epoch == epoch
+    world.flush()
+    world.verify()
+
+
+def test_four_flushers_race_on_the_same_partitions(world: World) -> None:
+    """P5. Four of them, small batches, writers at work: each entry is in SQL once, and nobody raises."""
+    ids = _orders(world, 30)
+    flushers = [world.flusher(world.more(), batch_entries=7) for _ in range(4)]
+    writing = threading.Event()
+
+    def flush(flusher: Any) -> int:
+        moved = 0
+        while not writing.is_set() or any(world.watermark(p) < _last(world, p) for p in (0, 1)):
+            moved += flusher.step().entries
+        return moved
+
+    def write() -> int:
+        try:
+            for event in ("note", "note", "ship", "deliver"):
+                for id in ids:
+                    world.orders.transition(id, event)
+        finally:
+            writing.set()
+        return 0
+
+    results = together(write, *[lambda flusher=flusher: flush(flusher) for flusher in flushers])
+    assert all(isinstance(one, int) for one in results), results
+    assert sum(results) == 30 * 6
+    assert [world.versions(id) for id in ids] == [[1, 2, 3, 4, 5, 6]] * 30
+    world.verify()
+
+
+def _last(world: World, partition: int) -> entry.EntryId:
+    return entry.EntryId.parse(world.client.xinfo_stream(world.keyspace.log(partition))["last-generated-id"].decode())
+
+
+@pytest.mark.postgres
+def test_deadlock_is_retried(redis_url: str, postgres_url: str, namespace: str) -> None:
+    """Fault 44: PostgreSQL gives way to another transaction (a deadlock, reported as such): the batch is run again."""
+    with World(redis_url, postgres_url, namespace) as world:
+        _orders(world, 4)
+        flusher = world.flusher()
+        with before_call(FlushTransaction, "insert_history", lambda: _raise(faults.Transient("deadlock"))):
+            try:
+                flusher.step()
+            except errors.UnavailableError:
+                flusher.step()
+        world.flush()
+        world.verify()
+
+
+# --- holes, and logs that go back ------------------------------------------------------------------------------------------
+
+
+def test_hole_stops_its_partition_and_the_others_go_on(redis_url: str, sqlite_url: str, namespace: str) -> None:
+    """Fault 36, P10: an unflushed entry is deleted by a stranger. Its partition is moved up to the hole and stops, and says
+    so; the other partition flows on; nothing is skipped."""
+    with World(redis_url, sqlite_url, namespace, auto_recover=False) as world:
+        bad, good = world.id(0), world.id(1)
+        world.start(bad)
+        world.start(good)
+        gone = world.orders.transition(bad, "note")
+        world.orders.transition(bad, "note")
+        world.client.xdel(world.keyspace.log(0), gone.entry_id)
+        flusher = world.flusher()
+        while flusher.step().entries:
+            pass
+        world.orders.transition(good, "pay")
+        step = flusher.step()
+        assert (step.entries, list(step.stopped)) == (1, [0])
+        assert f"does not follow {world.watermark(0)}" in step.stopped[0]
+        assert world.versions(bad) == [1]
+        assert world.versions(good) == [1, 2]
+        with pytest.raises(errors.IntegrityError, match="statecache recover"):
+            world.flush()
+
+
+def test_strangers_record_stops_nobody(lite: World) -> None:
+    """P10. A record that statecache did not write stands in the log: it is kept aside, under its own address, and everything
+    behind it is flushed."""
+    lite.start(lite.id(0), ["pay"])
+    lite.client.xadd(lite.keyspace.log(0), {"e": "not ours"}, id="1-*")
+    lite.client.xadd(lite.keyspace.log(0), {"who": "knows"}, id="1-*")
+    lite.orders.transition(lite.id(0), "ship")
+    lite.flush()
+    assert lite.versions(lite.id(0)) == [1, 2, 3]
+    parked = lite.durable.parked_instances()
+    assert len(parked) == 2
+    for machine, id in parked:
+        assert letters.discard(lite.cache, machine, id) == 1
+    lite.verify()
+
+
+def test_sql_that_went_back_is_flushed_again_from_the_kept_tail(world: World) -> None:
+    """The log is kept for the age of the oldest backup. SQL is restored; nobody recovers, nobody is told: the flusher begins at
+    SQL's watermark, which is all it trusts, and brings everything back, letter for letter."""
+    ids = _orders(world, 8)
+    flusher = world.flusher(log_keep_seconds=3600.0)
+    flusher.step()
+    saved = world.sql_copy()
+    world.orders.transition_many([Move(id, "ship", data={"x": id}) for id in ids])
+    flusher.step()
+    whole = {id: world.durable.history("order", id) for id in ids}
+    world.sql_back(saved)
+    while flusher.step().entries:
+        pass
+    assert {id: world.durable.history("order", id) for id in ids} == whole
+    world.verify()
+
+
+def test_kept_tail_is_trimmed_by_age(lite: World) -> None:
+    """``log_keep_seconds``: what was flushed longer ago goes, what is younger stays, and never the witness."""
+    ids = _orders(lite, 4)
+    flusher = lite.flusher(log_keep_seconds=3600.0)
+    now = 1000.0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("statecache.engine.flusher.time.monotonic", lambda: now)
+        flusher.step(now + 5)
+        first = lite.watermark(0)
+        assert lite.log(0)[0] == "1-0"
+        now += 3000
+        lite.orders.transition_many([Move(id, "ship") for id in ids])
+        flusher.step(now + 5)
+        assert lite.log(0)[0] == "1-0"
+        now += 1000
+        flusher.step(now + 5)
+        assert lite.log(0)[0] == str(first)
+        now += 10_000
+        flusher.step(now + 5)
+        assert lite.log(0) == [str(lite.watermark(0))]
+
+
+def test_sql_that_went_back_under_a_kept_tail_loses_nothing_to_the_trim(lite: World) -> None:
+    """P11. The flusher remembers trim marks of the time before SQL went back. They age while it flushes again in small steps:
+    it may trim only what SQL has now."""
+    id = lite.id(0)
+    lite.start(id)
+    flusher = lite.flusher(log_keep_seconds=100.0)
+    now = 1000.0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("statecache.engine.flusher.time.monotonic", lambda: now)
+        flusher.step(now + 5)
+        saved = lite.sql_copy()
+        for _ in range(9):
+            lite.orders.transition(id, "note")
+        flusher.step(now + 5)
+        lite.sql_back(saved)
+        now += 1000
+        flusher.batch_entries = 2
+        for _ in range(20):
+            flusher.step(now + 5)
+    assert lite.versions(id) == list(range(1, 11))
+    lite.verify()
+
+
+# --- limits -----------------------------------------------------------------------------------------------------------------
+
+
+def test_backlog_limit_refuses_until_something_is_flushed(redis_url: str, sqlite_url: str, namespace: str) -> None:
+    """P11. SQL is away, the backlog reaches its bound: a clear ``BackpressureError`` at the call's deadline, nothing written;
+    reads go on; after a flush writes are accepted again."""
+    with World(redis_url, sqlite_url, namespace, backlog_limit_entries=20) as world:
+        id = world.id(0)
+        world.start(id)
+        for _ in range(18):
+            world.orders.transition(id, "note")
+        before = world.hot_dump()
+        with pytest.raises(errors.BackpressureError, match="backlog has reached its limit"):
+            world.orders.transition(id, "note", timeout=0.05)
+        assert world.hot_dump() == before
+        assert world.orders.get(id).version == 19
+        world.start(world.id(1))  # the other partition has room
+        world.flusher().step()
+        assert world.orders.transition(id, "note").version == 20
+
+
+def test_writer_waits_for_room_within_its_deadline(redis_url: str, sqlite_url: str, namespace: str) -> None:
+    with World(redis_url, sqlite_url, namespace, backlog_limit_entries=5) as world:
+        id = world.id(0)
+        world.start(id)
+        for _ in range(3):
+            world.orders.transition(id, "note")
+        with before_call(world.cache.driver, "_pause", lambda: world.flusher().step()):
+            assert world.orders.transition(id, "note", timeout=20.0).version == 5
+
+
+def test_loop_stops_when_told_and_survives_errors(lite: World) -> None:
+    """The loop logs and waits out what fails; told to stop, it ends after its batch."""
+    _orders(lite, 4)
+    flusher = lite.flusher()
+    stop = threading.Event()
+    failures = 0
+    original = flusher._step
+
+    def failing(deadline: float) -> Any:
+        nonlocal failures
+        failures += 1
+        if failures <= 2:
+            raise errors.UnavailableError("away")
+        return original(deadline)
+
+    flusher._step = failing  # type: ignore[method-assign]
+    thread = threading.Thread(target=flusher.run, args=(stop,))
+    thread.start()
+    wait_until(lambda: lite.versions("f0") == [1, 2], "the loop to flush")
+    stop.set()
+    flusher.wake.set()
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+@pytest.mark.postgres
+def test_sql_is_away_and_comes_back(private_postgres: servers.PostgresServer, redis_url: str, namespace: str) -> None:
+    """Fault 41: writers go on while SQL is away; the flusher fails, and catches up when it is back."""
+    name = private_postgres.create_database()
+    with World(redis_url, private_postgres.url(name), namespace) as world:
+        ids = _orders(world, 4)
+        private_postgres.kill()
+        flusher = world.flusher()
+        with pytest.raises(errors.UnavailableError):
+            flusher.step()
+        for id in ids:
+            assert world.orders.transition(id, "ship").version == 3
+        private_postgres.start()
+        while flusher.step().more:
+            pass
+        assert [world.versions(id) for id in ids] == [[1, 2, 3]] * 4
+        world.verify()
+
+
+def test_machine_of_another_version_keeps_its_finals(lite: World) -> None:
+    """Final states are those of the machine's version that made the transition, also for a flusher that knows no class."""
+    lite.start("1", ["pay", "ship", "deliver"])
+    flusher = lite.flusher(lite.more())
+    flusher.step()
+    assert lite.durable.checkpoint("order", "1").final  # type: ignore[union-attr]
+    assert Order.definition.finals == {"delivered", "cancelled"}
