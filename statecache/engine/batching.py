@@ -11,6 +11,7 @@ from statecache.core import entry, errors, fold, model
 from statecache.durable.rows import Advance, PartitionRow
 from statecache.hot.store import parse_any
 
+
 class Batch(msgspec.Struct, frozen=True):
     """Entries of one partition that follow its watermark one by one, up to ``last``; ``tail`` is the log's last id.
 

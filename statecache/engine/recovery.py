@@ -315,7 +315,7 @@ class _Attempt:
             )[0]
             if reply.code != "OK":
                 raise Superseded(f"partition {partition}: {reply.code} while its log was read")
-            record = parse_any(row.partition, reply.lines[0]) if reply.lines else None
+            record = parse_any(partition, reply.lines[0]) if reply.lines else None
             if record is None or record.entry_id != last:
                 return True  # trimmed, so it is in SQL
             if not record.is_mark:

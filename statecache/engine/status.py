@@ -10,7 +10,7 @@ import msgspec
 from statecache.core import entry, errors
 from statecache.durable import recoveries
 from statecache.durable.rows import PartitionRow, RecoveryRow
-from statecache.hot.store import parse_line
+from statecache.hot.store import parse_any
 
 if TYPE_CHECKING:
     from statecache.engine.cache import StateCache
@@ -99,7 +99,8 @@ def _partition(cache: StateCache, row: PartitionRow, now_ms: float) -> Partition
     reply = cache.hot.read([(row.partition, row.watermark)], entries=2, bytes_max=2**20)[0]
     if reply.code != "OK":
         raise errors.RecoveringError(f"partition {row.partition} answers {reply.code}")
-    oldest = next((record for line in reply.lines if not (record := parse_line(line)).is_mark), None)
+    records = [parse_any(row.partition, line) for line in reply.lines]
+    oldest = next((record for record in records if not record.is_mark and record.machine != entry.FOREIGN), None)
     lag = 0.0 if oldest is None else max(0.0, (now_ms - oldest.at_ms) / 1000)
     backlog = _backlog(cache, row, reply.last) if oldest is not None else 0
     oldest_ms = None if oldest is None else oldest.at_ms
@@ -113,7 +114,7 @@ def _backlog(cache: StateCache, row: PartitionRow, tail: entry.EntryId) -> int:
     cursor, count = row.watermark, 0
     while count < _COUNTED_MAX:
         reply = cache.hot.read([(row.partition, cursor)], entries=_PAGE, bytes_max=2**24)[0]
-        records = [parse_line(line) for line in reply.lines]
+        records = [parse_any(row.partition, line) for line in reply.lines]
         count += sum(not record.is_mark for record in records)
         if len(records) < _PAGE:
             break

@@ -119,7 +119,7 @@ class Postgres:
 
     def query(self, statement: str) -> list[tuple[Any, ...]]:
         with self.server.connect(self._name) as connection:
-            return connection.execute(statement).fetchall()  # type: ignore[call-overload, no-any-return]
+            return connection.execute(statement).fetchall()
 
     def copy(self) -> None:
         began = ledger.now_ms()

@@ -17,7 +17,8 @@ from collections.abc import Callable
 import msgspec
 import redis
 
-from tests.chaos.stage import Player, Stage
+from statecache.core import keys
+from tests.chaos.stage import NAMESPACE, PARTITIONS, Player, Stage
 
 
 class Fault(msgspec.Struct, frozen=True):
@@ -102,6 +103,17 @@ def _free_memory(stage: Stage, dice: random.Random) -> None:
 
 def _snapshot(stage: Stage, dice: random.Random) -> None:
     stage.take_snapshot()
+
+
+def _write_garbage(stage: Stage, dice: random.Random) -> None:
+    """Somebody writes to a log what statecache never would: it must not stop the partition (P10)."""
+    keyspace = keys.Keyspace(NAMESPACE, PARTITIONS)
+    partition = dice.randrange(PARTITIONS)
+    with stage.redis.client() as connection:
+        epoch = connection.hget(keyspace.meta(partition), "epoch")
+        if epoch is not None and connection.exists(keyspace.log(partition)):
+            connection.xadd(keyspace.log(partition), {"e": "garbage"}, id=f"{epoch}-*")
+            stage.foreign += 1
 
 
 # --- the network -------------------------------------------------------------------------------------------------------
@@ -265,6 +277,7 @@ FAULTS = (
     Fault("data folder deleted", "redis", (0.0, 0.3), 1.5, _wipe, _start_server),
     Fault("SCRIPT FLUSH", "redis", (0.0, 0.0), 1, _script_flush),
     Fault("memory full", "redis", (0.3, 1.5), 1.5, _fill_memory, _free_memory),
+    Fault("garbage in a log", "redis", (0.0, 0.0), 1, _write_garbage),
     Fault("connections cut", "link", (0.0, 0.0), 2, _cut),
     Fault("connections refused", "link", (0.1, 1.0), 1, _refuse, _pass_through),
     Fault("network slow", "link", (0.3, 1.5), 1, _delay, _pass_through),

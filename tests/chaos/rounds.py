@@ -58,8 +58,8 @@ def play(stage: Stage, options: Options, number: int, say: Callable[[str], None]
     planned = nemesis.plan(seed, options.round_seconds, sql=options.sql, aof=options.aof, only=options.only)
     stage.begin(number, dice)
     for role, count in (("flusher", FLUSHERS), ("writer", WRITERS), ("reader", READERS), ("recoverer", 1)):
-        for place in range(count):
-            stage.cast(role, f"{role}{place}", dice.getrandbits(32))
+        for number_of in range(count):
+            stage.cast(role, f"{role}{number_of}", dice.getrandbits(32))
     stage.wait_for_players()
     faults = nemesis.play(stage, planned, say)
     stage.heal()
@@ -98,32 +98,32 @@ def _settled(stage: Stage, say: Callable[[str], None]) -> tuple[list[Violation],
     began = time.monotonic()
     operator = 0
     problem = ""
-    with _connected(stage) as cache:
-        tickets = cache.machine(machine.Ticket)
-        while time.monotonic() - began < HEAL_SECONDS:
-            try:
-                for partition in range(PARTITIONS):
-                    probe = next(
-                        f"{stage.prefix}probe{n}"
-                        for n in range(PROBES)
-                        if keys.partition_of(tickets.name, f"{stage.prefix}probe{n}", PARTITIONS) == partition
-                    )
-                    tickets.start(probe, reason=f"probe-{probe}", transition_id=f"probe-{probe}", durability="durable")
-                cache.flush(timeout=10.0)
+    while time.monotonic() - began < HEAL_SECONDS:
+        try:
+            with _connected(stage) as cache:
+                if time.monotonic() - began > SELF_HEAL_SECONDS * (operator + 1):
+                    operator += 1
+                    say(f"        the operator recovers: {problem}")
+                    cache.recover()
+                _use(stage, cache)
                 return [], operator
-            except errors.StateCacheError as error:
-                problem = f"{type(error).__name__}: {error}"
-            if time.monotonic() - began > SELF_HEAL_SECONDS * (operator + 1):
-                operator += 1
-                say(f"        the operator recovers: {problem}")
-                _dry_run_is_true(cache)
-                cache.recover()
-            time.sleep(0.1)
+        except errors.StateCacheError as error:
+            problem = f"{type(error).__name__}: {error}"
+        time.sleep(0.1)
     return [Violation("liveness", "store", f"not well {HEAL_SECONDS} s after every fault ended: {problem}")], operator
 
 
-def _dry_run_is_true(cache: StateCache) -> None:
-    cache.recover(dry_run=True)
+def _use(stage: Stage, cache: StateCache) -> None:
+    """Start one instance in every partition, durably, and see all that was written before in SQL."""
+    tickets = cache.machine(machine.Ticket)
+    probes = {keys.partition_of(tickets.name, id, PARTITIONS): id for id in _probe_ids(stage)}
+    for id in probes.values():
+        tickets.start(id, reason=f"probe-{id}", transition_id=f"probe-{id}", durability="durable")
+    cache.flush(timeout=10.0)
+
+
+def _probe_ids(stage: Stage) -> list[str]:
+    return [f"{stage.prefix}probe{number}" for number in range(PROBES)]
 
 
 # --- the store as it is ------------------------------------------------------------------------------------------------
@@ -181,16 +181,15 @@ def gather(stage: Stage, cache: StateCache, since_ms: float) -> Evidence:
     reports: list[Report] = [one for one in stage.reports.values() if one.ended_ms >= since_ms]
     return Evidence(
         attempts, history, lambda id: keys.partition_of("ticket", id, PARTITIONS), machine.MOVES, reads, notes, letters,
-        reports, stage.restores,
+        reports, stage.restores, stage.foreign,
     )  # fmt: skip
 
 
 def _probes(stage: Stage) -> list[checker.Attempt]:
-    found = []
-    for n in range(PROBES):
-        id = f"{stage.prefix}probe{n}"
-        found.append(checker.Attempt("probe", 0.0, ledger.Wanted(f"probe-{id}", id, "@start", f"probe-{id}")))
-    return found
+    return [
+        checker.Attempt("probe", 0.0, ledger.Wanted(f"probe-{id}", id, "@start", f"probe-{id}"))
+        for id in _probe_ids(stage)
+    ]
 
 
 def _row(one: Any) -> Row:

@@ -60,6 +60,7 @@ class Stage:
         self.prefix = ""
         self.reports: dict[tuple[int, str, int], Report] = {}
         self.restores: list[Restore] = []
+        self.foreign = 0
         self.snapshot: Path | None = None
         self.durable_share = 0.2
         self.flush_interval_ms = 50
@@ -83,6 +84,7 @@ class Stage:
         self.ledgers.mkdir(exist_ok=True)
         self.snapshot = None
         self.restores = []
+        self.foreign = 0
         self.database.forget_copy()
 
     # --- players -----------------------------------------------------------------------------------------------------

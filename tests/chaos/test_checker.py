@@ -214,10 +214,12 @@ def test_version_taken_by_somebody_else() -> None:
     """A fork that was papered over: version 3 was acknowledged to ``w``, and SQL holds another's."""
     other = row(3, entry_id="2-1", transition_id="id-9", reason="key-9")
     attempts = [*evidence().attempts, attempt(3, key="key-9", entry="2-1", client="v")]
+    taken = attempts[-1].told
+    assert taken is not None
     attempts[-1] = msgspec.structs.replace(
         attempts[-1],
         wanted=msgspec.structs.replace(attempts[-1].wanted, transition_id="id-9"),
-        told=msgspec.structs.replace(attempts[-1].told, transition_id="id-9"),
+        told=msgspec.structs.replace(taken, transition_id="id-9"),
     )
     assert "P9" in promises(evidence(history=[row(1), row(2), other], attempts=attempts))
 

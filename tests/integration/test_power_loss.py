@@ -240,7 +240,7 @@ def test_durable_survives_power_loss_under_load(power: Callable[[str], Mains], s
             halfway.wait()
             mains.fail()
 
-        results = worlds.together(*[lambda worker=worker: work(worker) for worker in range(4)], fail)  # type: ignore[misc]
+        results = worlds.together(*[lambda worker=worker: work(worker) for worker in range(4)], fail)
         assert results == [None] * 5, results
         assert len(told) == 4 * 25 * 2
         for one in told:

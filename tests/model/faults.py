@@ -123,10 +123,12 @@ def _sql(world: World, state: State, budget: Budget) -> Steps:
     if budget.backup and state.backup != state.sql:
         yield "SQL is backed up", state._replace(backup=state.sql, budget=budget._replace(backup=budget.backup - 1))
     old = state.backup
-    if old is not None and world.rules.no_discard_since_backup:
-        if any(now.discarded != was.discarded for now, was in zip(state.sql.saved, old.saved, strict=True)):
-            return
-    if budget.restore and old is not None and old != state.sql:
+    if old is None:
+        return
+    undone = [now.discarded != was.discarded for now, was in zip(state.sql.saved, old.saved, strict=True)]
+    if any(undone) and world.rules.no_discard_since_backup:
+        return
+    if budget.restore and old != state.sql:
         changed = [
             old.parts[p] != state.sql.parts[p]
             or any(old.saved[inst] != state.sql.saved[inst] for inst, home in enumerate(world.home) if home == p)

@@ -1,0 +1,17 @@
+"""``--real-servers``: the stateful tests on a real Valkey and PostgreSQL (fakeredis and SQLite otherwise);
+``--hypothesis-profile=long``: many more examples, and other ones each time."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import settings
+
+settings.register_profile("long", max_examples=500, stateful_step_count=60)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--real-servers",
+        action="store_true",
+        help="run the stateful tests on real servers (name tests/property for it)",
+    )

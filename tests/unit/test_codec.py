@@ -1,0 +1,198 @@
+"""The door: what is refused, with which words; and the texts that go over it."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import os
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from statecache.core import codec, errors
+
+LIMITS = codec.Limits()
+
+
+@pytest.mark.parametrize("id", ["1", "a:b", "{x}", "ü", "日本", "a b", "x" * 200, "*", "'", '"', "\\", "😀"])
+def test_ids_that_are_accepted(id: str) -> None:
+    assert codec.check_text("id", id, 200) == id
+
+
+@pytest.mark.parametrize(
+    ("id", "rule"),
+    [
+        ("", "it has 0 characters, 1 to 200 are allowed"),
+        ("x" * 201, "it has 201 characters"),
+        (5, "it must be text, not int"),
+        (None, "it must be text, not NoneType"),
+        (b"x", "it must be text, not bytes"),
+        ("a\x00", "control character"),
+        ("a\n", "control character"),
+        ("\x1f", "control character"),
+        ("a\x7f", "control character"),
+        ("a\x85", "control character"),
+        ("a\u2028", "control character"),
+        ("a\ud800", "control character"),
+    ],
+)
+def test_ids_that_are_refused(id: object, rule: str) -> None:
+    with pytest.raises(errors.InvalidDataError, match=f"^id .* is refused: .*{rule}"):
+        codec.check_text("id", id, 200)
+
+
+@pytest.mark.parametrize(
+    ("value", "rule"),
+    [
+        (math.nan, "JSON knows no NaN and no infinity"),
+        (math.inf, "JSON knows no NaN and no infinity"),
+        ("a\0b", "it holds a NUL character"),
+        ("ü\0", "it holds a NUL character"),
+        ("\ud800", "half of a surrogate pair"),
+        (2**63, "integers are limited to 64 bit"),
+        (-(2**63) - 1, "integers are limited to 64 bit"),
+        (b"x", "bytes is no JSON value"),
+        ({1, 2}, "set is no JSON value"),
+        (datetime.datetime(2026, 1, 1), "datetime is no JSON value"),
+        (object(), "object is no JSON value"),
+        ({1: 2}, "JSON object keys are text"),
+        ({"a\0": 2}, "NUL character"),
+        ([1, [math.nan]], "NaN"),
+        ({"a": {"b": "\0"}}, "NUL character"),
+    ],
+)
+def test_values_that_are_refused(value: object, rule: str) -> None:
+    with pytest.raises(errors.InvalidDataError, match=f"field 'amount'.* is refused: .*{rule}"):
+        codec.encode_value("amount", value)
+
+
+def test_value_that_is_too_deep_is_refused() -> None:
+    value: Any = 1
+    for _ in range(100):
+        value = [value]
+    with pytest.raises(errors.InvalidDataError, match="nested deeper than 32 levels"):
+        codec.encode_value("a", value)
+
+
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**63 - 1)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=5), inner, max_size=3
+        )
+    ),
+    max_leaves=8,
+)
+
+
+@given(json_values)
+def test_values_survive_their_text(value: Any) -> None:
+    """The text is JSON for every reader, holds no control character, and reads back to the same value."""
+    text = codec.encode_value("a", value)
+    assert json.loads(text) == value
+    assert msgspec.json.decode(text) == value
+    assert not any(ord(character) < 0x20 for character in text)
+
+
+@pytest.mark.parametrize("name", ["a", "_", "A.b-c_9", "x" * 64])
+def test_field_names_that_are_accepted(name: str) -> None:
+    assert codec.encode_patch({name: 1}, LIMITS) == [name, "1"]
+
+
+@pytest.mark.parametrize("name", ["", "9a", "a b", "@", "@r", "ü", "x" * 65, "a\n", "a:b", 5, None, "-a"])
+def test_field_names_that_are_refused(name: Any) -> None:
+    with pytest.raises(errors.InvalidDataError, match="field name .* is refused: a letter or '_'"):
+        codec.encode_patch({name: 1}, LIMITS)
+    with pytest.raises(errors.InvalidDataError, match="field name .* is refused"):
+        codec.encode_unset([name])
+    with pytest.raises(errors.InvalidDataError, match="field name .* is refused"):
+        codec.encode_increments({name: 1})
+
+
+def test_patch_has_a_limit_of_fields_and_of_bytes() -> None:
+    assert len(codec.encode_patch({f"f{n}": n for n in range(64)}, LIMITS)) == 128
+    with pytest.raises(errors.InvalidDataError, match="it has 65 fields, at most 64 are allowed in a patch"):
+        codec.encode_patch({f"f{n}": n for n in range(65)}, LIMITS)
+    with pytest.raises(errors.InvalidDataError, match="at most 65536 are allowed in a patch"):
+        codec.encode_patch({"blob": "x" * 65536}, LIMITS)
+    with pytest.raises(errors.InvalidDataError, match="at most 65536"):
+        codec.encode_patch({"blob": "ü" * 33_000}, LIMITS)  # bytes, not characters
+    assert codec.encode_patch({"blob": "x" * 65_000}, LIMITS)
+
+
+@pytest.mark.parametrize("data", ["text", 5, [("a", 1)], {"a"}])
+def test_patch_that_is_no_mapping_is_refused(data: Any) -> None:
+    with pytest.raises(errors.InvalidDataError, match="it must map field names to values"):
+        codec.encode_patch(data, LIMITS)
+
+
+def test_text_of_a_patch_is_a_json_object() -> None:
+    pairs = codec.encode_patch({"a": 'x"y', "b": [1, None], "c.d": {"e": 1.5}}, LIMITS)
+    assert json.loads(codec.patch_text(pairs)) == {"a": 'x"y', "b": [1, None], "c.d": {"e": 1.5}}
+    assert codec.patch_text([]) == ""
+
+
+@pytest.mark.parametrize(
+    ("delta", "encoded"),
+    [
+        (1, ["n", "1", "i"]),
+        (-5, ["n", "-5", "i"]),
+        (0.5, ["n", "0.5", "f"]),
+        (10**15 - 1, ["n", "999999999999999", "i"]),
+    ],
+)
+def test_increments_tell_their_kind(delta: float, encoded: list[str]) -> None:
+    assert codec.encode_increments({"n": delta}) == [encoded]
+
+
+@given(st.floats(-1e15, 1e15, exclude_min=True, exclude_max=True))
+def test_deltas_survive_their_text(delta: float) -> None:
+    ((_, text, _),) = codec.encode_increments({"n": delta})
+    assert float(text) == pytest.approx(delta, rel=1e-15, abs=1e-20)
+
+
+@pytest.mark.parametrize("delta", [True, "1", None, 10**15, -(10**15), math.nan, math.inf, 1e15, [1]])
+def test_increments_that_are_refused(delta: Any) -> None:
+    with pytest.raises(errors.InvalidDataError, match="increment of 'n': .* is refused"):
+        codec.encode_increments({"n": delta})
+
+
+def test_unset_wants_a_list() -> None:
+    with pytest.raises(errors.InvalidDataError, match="give a list of field names"):
+        codec.encode_unset("note")
+
+
+def test_ring_keeps_the_last_eight_tokens() -> None:
+    ring = ""
+    tokens = [codec.token_of(str(number)) for number in range(20)]
+    for token in tokens:
+        ring = codec.push_token(ring, token)
+    assert ring == "".join(tokens[-8:])
+    assert all(len(token) == 8 and token.isascii() for token in tokens)
+    assert len(set(tokens)) == 20
+
+
+def test_ids_made_here_are_never_made_twice_and_a_forked_child_has_its_own() -> None:
+    ids = codec.TransitionIds()
+    made = {ids.next() for _ in range(1000)}
+    assert len(made) == 1000
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.write(write, ids.next().encode())
+        os._exit(0)
+    os.waitpid(pid, 0)
+    child = os.read(read, 100).decode()
+    os.close(read)
+    os.close(write)
+    assert child[:12] != ids.next()[:12]
+    assert codec.check_text("transition_id", child, 200) == child
