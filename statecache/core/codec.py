@@ -143,7 +143,15 @@ def _check_string(field: str, value: str) -> None:
         ) from None
 
 
-_encode_json = msgspec.json.Encoder().encode  # ten times as fast as the standard library's; NaN was refused before
+def _plain(value: object) -> object:
+    """A text or number of a class of its own (``numpy.float64``, ``markupsafe.Markup``) as what it is."""
+    if isinstance(value, str):
+        return str.__str__(value)
+    return int.__index__(value) if isinstance(value, int) else float.__float__(value)  # type: ignore[arg-type]
+
+
+# Ten times as fast as the standard library's; what is no JSON value was refused before.
+_encode_json = msgspec.json.Encoder(enc_hook=_plain).encode
 
 
 def encode_value(field: str, value: object) -> str:
@@ -229,6 +237,6 @@ def encode_increments(increments: Mapping[str, int | float]) -> list[list[str]]:
 
 
 def encode_unset(names: Iterable[str]) -> list[str]:
-    if isinstance(names, str):
-        raise errors.InvalidDataError(f"unset {names!r} is refused: give a list of field names")
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        raise errors.InvalidDataError(f"unset {_shown(names)} is refused: give a list of field names")
     return [check_field_name(name) for name in names]

@@ -183,7 +183,9 @@ def transition(request: Request) -> Generator[Wish, Any, model.Receipt]:
                 attempt = yield from _miss(request, outcome, attempt, misses)
             elif code in items.ADMISSION_CODES:
                 yield Admit(code)
-                item.absent = ""
+                # Nothing that was read before is used: begin again.
+                item.absent, item.expected = "", request.expect_version or 0
+                guard_wanted = request.guard is not None
             elif code in _PAUSES:
                 item.retry = item.retry or code == "LOST"
                 attempt = yield from _pause(request, outcome, attempt)
@@ -364,7 +366,7 @@ def _miss(request: Request, outcome: items.Outcome, attempt: int, misses: int) -
             raise _parked_error(request, found)
         if not starting:
             raise errors.NotFoundError(f"{request.address} does not exist")
-        item.absent = str(found.watermark)
+        item.absent, item.asked_under = str(found.watermark), found.asked_under
         return attempt
     if misses > _CORRUPT_ROUNDS:
         raise errors.IntegrityError(

@@ -54,6 +54,7 @@ class Item(msgspec.Struct, gc=False):
     transition_id: str
     retry: bool = False
     absent: str = ""
+    asked_under: tuple[int, str] | None = None
     unset: list[str] = []
     increments: list[list[str]] = []
     confirm: Confirm | None = None

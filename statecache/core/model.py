@@ -231,3 +231,5 @@ class Lookup(msgspec.Struct, frozen=True):
     watermark: entry.EntryId
     checkpoint: Checkpoint | None
     letters: tuple[str, ...] = ()
+    asked_under: tuple[int, str] | None = None
+    """The epoch and owner that the client believed in before it asked: what follows from the answer goes under these."""

@@ -57,7 +57,7 @@ class Door:
 
     def transition(self, move: model.Move) -> flows.Request:
         """A transition as a request. Raises ``InvalidTransitionError`` for an event that the machine does not have."""
-        spec = self._moves.get(move.event)
+        spec = self._moves.get(move.event) if isinstance(move.event, str) else None
         if spec is None:
             name = self.definition.name
             raise errors.InvalidTransitionError(
@@ -91,7 +91,9 @@ class Door:
     ) -> flows.Request:
         limits = self._limits
         self.check_id(id)
-        pairs = codec.encode_patch(self.definition.validate_patch(data), limits) if data else []
+        pairs = (
+            codec.encode_patch(self.definition.validate_patch(data), limits) if data or data not in (None, {}) else []
+        )
         dropped = codec.encode_unset(unset) if unset else []
         increments = codec.encode_increments(increment) if increment else []
         if dropped or increments:

@@ -168,6 +168,11 @@ class FlushTransaction:
         with self._guarded():
             return letters.take(self._connection, machine, id)
 
+    def note_discards(self, rows: Sequence[Row], discarded_ms: int) -> None:
+        """Remember letters, in ``schema.ENTRY_COLUMNS`` order, as discarded: recovery must know them again."""
+        with self._guarded():
+            letters.note_discards(self._connection, rows, discarded_ms)
+
     def report(self, epoch: int, owner: str, report_json: str) -> None:
         """Note in a recovery's row what it has to report so far."""
         with self._guarded():

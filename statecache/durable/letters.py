@@ -9,7 +9,7 @@ import sqlalchemy as sa
 
 from statecache.core import entry
 from statecache.durable import schema
-from statecache.durable.rows import Instance, Letter, Row
+from statecache.durable.rows import Discard, Instance, Letter, Row
 
 _letters = schema.dead_letters.c
 _PARKED = (
@@ -44,6 +44,26 @@ def take(connection: sa.Connection, machine: str, id: str) -> list[Row]:
     rows = connection.execute(sa.select(*_ENTRY).where(*mine).order_by(_letters.version)).fetchall()
     connection.execute(sa.delete(schema.dead_letters).where(*mine))
     return [tuple(row) for row in rows]
+
+
+def note_discards(connection: sa.Connection, rows: Sequence[Row], discarded_ms: int) -> None:
+    """Remember entries as discarded."""
+    values = []
+    for row in rows:
+        found = dict(zip(schema.ENTRY_COLUMNS, row, strict=True))
+        names = ("machine", "id", "epoch", "seq", "partition", "version", "transition_id")
+        values.append({name: found[name] for name in names} | {"discarded_ms": discarded_ms})
+    connection.execute(sa.insert(schema.discards), values)
+
+
+def discards(connection: sa.Connection, partition: int) -> list[Discard]:
+    """Return everything that was ever discarded of a partition."""
+    c = schema.discards.c
+    asked = sa.select(c.machine, c.id, c.epoch, c.seq, c.version, c.transition_id).where(c.partition == partition)
+    return [
+        Discard(row.machine, row.id, entry.EntryId(row.epoch, row.seq), row.version, row.transition_id)
+        for row in connection.execute(asked)
+    ]
 
 
 def of_instance(connection: sa.Connection, machine: str, id: str) -> list[Letter]:

@@ -94,6 +94,16 @@ class Letter(msgspec.Struct, frozen=True):
     noted_ms: int
 
 
+class Discard(msgspec.Struct, frozen=True):
+    """A letter that an operator discarded: these entries count as known, though SQL holds them no more."""
+
+    machine: str
+    id: str
+    entry_id: entry.EntryId
+    version: int
+    transition_id: str
+
+
 class Above(NamedTuple):
     """An instance that SQL knows beyond some entry id."""
 

@@ -154,6 +154,20 @@ dead_letters = sa.Table(
     sa.Column("noted_ms", sa.BigInteger, nullable=False),
 )
 
+# What an operator discarded: recovery must know these entries when an older copy of Redis brings them back.
+discards = sa.Table(
+    "statecache_discards",
+    metadata,
+    sa.Column("machine", NAME, primary_key=True),
+    sa.Column("id", ID, primary_key=True),
+    sa.Column("epoch", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("seq", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("partition", sa.Integer, nullable=False),
+    sa.Column("version", sa.BigInteger, nullable=False),
+    sa.Column("transition_id", ID, nullable=False),
+    sa.Column("discarded_ms", sa.BigInteger, nullable=False),
+)
+
 recoveries = sa.Table(
     "statecache_recoveries",
     metadata,

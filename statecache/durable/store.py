@@ -14,7 +14,7 @@ import sqlalchemy as sa
 
 from statecache.core import errors, model
 from statecache.durable import bulk, connecting, engine, faults, flush, forms, letters, queries, schema
-from statecache.durable.rows import Instance, Letter, MachineRow, PartitionRow, Standing, StoreRow
+from statecache.durable.rows import Discard, Instance, Letter, MachineRow, PartitionRow, Standing, StoreRow
 
 
 class DurableStore:
@@ -178,6 +178,10 @@ class DurableStore:
     def letters(self, machine: str, id: str) -> list[Letter]:
         """Return an instance's open letters, oldest first. Any means that it is parked."""
         return self.database.read(lambda connection: letters.of_instance(connection, machine, id))
+
+    def discards(self, partition: int) -> list[Discard]:
+        """Return everything that was ever discarded of a partition."""
+        return self.database.read(lambda connection: letters.discards(connection, partition))
 
     def parked_instances(self, limit: int = 1000) -> list[Instance]:
         """Return up to ``limit`` instances that have open letters."""

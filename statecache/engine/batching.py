@@ -59,7 +59,9 @@ def checked(row: PartitionRow, lines: Sequence[str], tail: entry.EntryId, seen_m
     prefix = f"{row.partition}{entry.SEPARATOR}"
     hole = ""
     if tail < cursor:
-        hole = f"partition {row.partition}: the log ends at {tail}, before {cursor}, which is in SQL: entries were deleted"
+        hole = (
+            f"partition {row.partition}: the log ends at {tail}, before {cursor}, which is in SQL: entries were deleted"
+        )
     for line in lines:
         record = parse_any(row.partition, line)
         if not entry.follows(record.entry_id, cursor, record.prev if record.is_mark else None):

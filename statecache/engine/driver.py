@@ -13,10 +13,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import msgspec
+
 from statecache.core import entry, errors, failpoints, flows, items, model
 from statecache.durable.store import DurableStore
 from statecache.engine.admission import Admission
 from statecache.engine.batcher import Batcher
+from statecache.hot import scripts
 from statecache.hot.store import HotStore
 
 CHUNK_ITEMS = 125
@@ -198,10 +201,14 @@ class Driver:
         if kind is flows.Hot:
             return self.hot.hashes([(wish.partition, wish.machine, wish.id) for wish in wishes])
         if kind is flows.Lookup:
+            stamp = self.hot.stamp
             found = self.durable.lookup([(wish.machine, wish.id, wish.partition) for wish in wishes])
             failpoints.hit("hydrate.looked_up")
-            return found
+            return [msgspec.structs.replace(one, asked_under=(stamp.epoch, stamp.owner)) for one in found]
         if kind is flows.Hydrate:
+            asked_under = {wish.found.asked_under for wish in wishes}
+            if len(asked_under) > 1:  # admitted to another epoch between their look-ups
+                return [self._hydrate([wish.found])[0] for wish in wishes]
             return self._hydrate([wish.found for wish in wishes])
         if kind is flows.Admit:
             self.admission.ensure(wishes[0].code, deadline)
@@ -227,7 +234,8 @@ class Driver:
                 return self._find(wish, deadline)
             case flows.Unpark(partition, machine, id, found):
                 version = found.checkpoint.version if found.checkpoint else 0
-                return self.hot.evict([(partition, f"{machine}:{id}", version, str(found.watermark), 1)])[0]
+                row = (partition, f"{machine}:{id}", version, str(found.watermark), 1)
+                return self.hot.evict([row], _stamp_of(found))[0]
         raise AssertionError(wish)
 
     def _where(self, partition: int) -> tuple[str, bool, entry.EntryId]:
@@ -293,7 +301,7 @@ class Driver:
             assert kept is not None
             own, ring, pairs = flows.hash_texts(one)
             rows.append((kept.partition, f"{kept.machine}:{kept.id}", own, ring, str(one.watermark), pairs))
-        codes = self.hot.hydrate(rows)
+        codes = self.hot.hydrate(rows, _stamp_of(found[0]))
         failpoints.hit("hydrate.done")
         return codes
 
@@ -304,6 +312,10 @@ class Driver:
             return False
         self.closing.wait(min(left, pause_seconds(attempt) * random.uniform(0.5, 1.0)))
         return True
+
+
+def _stamp_of(found: model.Lookup) -> scripts.Stamp | None:
+    return None if found.asked_under is None else scripts.Stamp(*found.asked_under)
 
 
 def pause_seconds(attempt: int) -> float:

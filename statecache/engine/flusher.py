@@ -116,7 +116,10 @@ class Flusher:
             self._forget(pair)
         seen_ms = int(time.time() * 1000)
         replies = self.hot.read(
-            [(row.partition, row.watermark) for row in rows], entries=self.batch_entries, bytes_max=self.batch_bytes
+            [(row.partition, row.watermark) for row in rows],
+            entries=self.batch_entries,
+            bytes_max=self.batch_bytes,
+            under=pair,
         )
         failpoints.hit("flusher.read")
         refused = next((reply.code for reply in replies if reply.code != "OK"), None)
@@ -150,7 +153,7 @@ class Flusher:
         self._after(rows, batches)
         if parked:
             keyspace = self.hot.keyspace
-            self.hot.park([(keyspace.partition_of(*one), ":".join(one)) for one in sorted(parked)])
+            self.hot.park([(keyspace.partition_of(*one), ":".join(one)) for one in sorted(parked)], pair)
         more = any(batch.last < batch.tail for batch in batches) or count >= self.batch_entries
         return Step(count, more, stopped)
 
@@ -261,7 +264,7 @@ class Flusher:
                 told.append((row.partition, watermark, trim_to, self.limit()))
         if not told:
             return
-        codes = self.hot.flushed(told)
+        codes = self.hot.flushed(told, self._stamp)
         failpoints.hit("flusher.told")
         for (partition, watermark, trim_to, _), code in zip(told, codes, strict=True):
             if code == "OK":

@@ -4,15 +4,18 @@ Both acts take the whole queue of an instance, and only when nothing of it is un
 no transition is accepted), and its last entry must be at or below the watermark (so every entry of it is in history or in the
 queue). Then ONE SQL transaction, which holds the partition's row against flushers and recoveries, moves or deletes the letters;
 afterwards the hash is dropped, and comes back from SQL when it is asked for. Dead in between: whoever meets a parked hash
-without open letters drops it the same way (``core/flows.py``).
+without open letters drops it the same way (``core/flows.py``). What was discarded is remembered (``statecache_discards``): an
+older copy of Redis may bring those entries back, and their hash with them, which recovery then drops.
 """
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 from statecache.core import entry, errors, failpoints, fold, keys
 from statecache.durable.rows import PartitionRow
+from statecache.hot import scripts
 
 if TYPE_CHECKING:
     from statecache.engine.cache import StateCache
@@ -69,6 +72,7 @@ def discard(cache: StateCache, machine: str, id: str) -> int:
         transaction.hold(row.partition, row.epoch, row.owner)
         found = transaction.take_letters(machine, id)
         _require(found, machine, id)
+        transaction.note_discards(found, int(time.time() * 1000))
     failpoints.hit("letters.moved")
     _drop_hash(cache, machine, id, row.partition)
     return len(found)
@@ -99,5 +103,6 @@ def _quiet(cache: StateCache, machine: str, id: str) -> PartitionRow:
 
 def _drop_hash(cache: StateCache, machine: str, id: str, partition: int) -> None:
     """Drop a parked hash (no other: it has not version 0)."""
-    watermark = cache.durable.partitions([partition])[0].watermark
-    cache.hot.evict([(partition, f"{machine}:{id}", 0, str(watermark), 1)])
+    row = cache.durable.partitions([partition])[0]
+    stamp = scripts.Stamp(row.epoch, row.owner)
+    cache.hot.evict([(partition, f"{machine}:{id}", 0, str(row.watermark), 1)], stamp)

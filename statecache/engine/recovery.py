@@ -26,14 +26,14 @@ from __future__ import annotations
 import contextlib
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import msgspec
 
 from statecache.core import entry, errors, failpoints, fold, mending
 from statecache.durable import recoveries
 from statecache.durable.faults import CommitUnknown, Superseded
-from statecache.durable.rows import Advance, PartitionRow
+from statecache.durable.rows import Advance, Discard, PartitionRow
 from statecache.durable.store import DurableStore
 from statecache.engine import admission
 from statecache.hot import scripts
@@ -164,6 +164,7 @@ class _Attempt:
         self.stamp = scripts.NEVER
         self.rewritten: list[PartitionReport] = []
         self.strays: dict[int, list[str]] | None = None
+        self.discarded: dict[int, dict[fold.Instance, list[Discard]]] = {}
 
     def run(self) -> Report:
         self.row = self.durable.identity()
@@ -251,6 +252,7 @@ class _Attempt:
         elif kind in _REWRITTEN:
             watermark, mend = self._planned(row, probed, kind, identity)
             dropped = len(mend.drops)
+        dropped += self._drop_discarded(row, fenced)
         gap = _entries_between(row.watermark, watermark) if kind == SQL_BEHIND else 0
         lost = _entries_between(max(last, row.watermark), row.tail) + max(0, gap - mend.covered)
         untrue = not fenced.existed or fenced.recorded_identity != fenced.identity or self._strange(fenced)
@@ -299,8 +301,9 @@ class _Attempt:
             return recoveries.recovery(self.durable, record.entry_id.epoch, record.transition_id) is not None
         if record.machine == entry.FOREIGN:
             return True  # it never had anything to tell it by
-        held = [(row.version, row.transition_id) for row in self.durable.history(record.machine, record.id)]
-        return (record.version, record.transition_id) in [*held, *self._letters((record.machine, record.id))]
+        return (record.machine, record.id, record.version, record.transition_id) in set(
+            self._in_sql([(record.machine, record.id)])
+        )
 
     def _is_known(self, partition: int, last: entry.EntryId, identity: str) -> bool:
         """Does SQL hold the newest transition of the log up to ``last``, and so all of them?
@@ -365,6 +368,30 @@ class _Attempt:
             self._drop(row.partition, fenced, row.watermark, [])
         for start in range(0, len(names), _DROP_PAGE):
             self._drop(row.partition, fenced, row.watermark, names[start : start + _DROP_PAGE])
+        return len(names)
+
+    def _discards(self, partition: int) -> dict[fold.Instance, list[Discard]]:
+        """What operators ever discarded of a partition, by instance."""
+        if partition not in self.discarded:
+            found: dict[fold.Instance, list[Discard]] = {}
+            for one in self.durable.discards(partition):
+                found.setdefault((one.machine, one.id), []).append(one)
+            self.discarded[partition] = found
+        return self.discarded[partition]
+
+    def _drop_discarded(self, row: PartitionRow, fenced: Fenced) -> int:
+        """Drop every hash whose newest entry was discarded: an older copy of Redis has brought it back."""
+        gone = self._discards(row.partition)
+        instances = list(gone)
+        names = []
+        for instance, fields in zip(
+            instances, self.hot.hashes([(row.partition, *one) for one in instances]), strict=True
+        ):
+            parsed = mending.Hash.parse(fields)
+            if parsed is not None and parsed.entry_id in {one.entry_id for one in gone[instance]}:
+                names.append(":".join(instance))
+        if names:
+            self._drop(row.partition, fenced, row.watermark, names)
         return len(names)
 
     def _drop(self, partition: int, fenced: Fenced, evicted_to: entry.EntryId, names: list[str]) -> None:
@@ -470,9 +497,11 @@ class _Attempt:
                 known[address] = mending.Known(kept.get(address), letters)
         return known
 
-    def _in_sql(self, groups: Mapping[fold.Instance, Sequence[entry.Entry]]) -> Iterator[tuple[str, str, int, str]]:
-        """The (machine, id, version, transition id) that SQL holds of the instances in the log."""
-        for instance in groups:
+    def _in_sql(self, instances: Iterable[fold.Instance]) -> Iterator[tuple[str, str, int, str]]:
+        """The (machine, id, version, transition id) that SQL holds of some instances, or held until they were discarded."""
+        for instance in instances:
+            for gone in self._discards(self.hot.keyspace.partition_of(*instance)).get(instance, ()):
+                yield *instance, gone.version, gone.transition_id
             for row in self.durable.history(*instance):
                 yield *instance, row.version, row.transition_id
             for version, transition_id in self._letters(instance):

@@ -216,6 +216,8 @@ class HotStore:
         partitions: dict[int, int] = {}
         moves: dict[items.MoveSpec, int] = {}
         rows = []
+        stamp = self.stamp
+        asked_under = (stamp.epoch, stamp.owner)
         for item in chunk:
             partition = partitions.get(item.partition)
             if partition is None:
@@ -223,6 +225,8 @@ class HotStore:
             move = moves.get(item.move)
             if move is None:
                 move = moves[item.move] = len(moves) + 1
+            if item.asked_under not in (None, asked_under):
+                item.absent = ""  # SQL was asked in another epoch
             rows.append(item.row(partition, move))
         key_count = 2 * len(partitions)
         due = self.wires.identity_due(line, self.identity_interval_seconds)
@@ -230,7 +234,7 @@ class HotStore:
         return b"".join(
             [
                 _HEADERS[7 + key_count],
-                scripts.stamped("apply", self.stamp, self.emulated).call,
+                scripts.stamped("apply", stamp, self.emulated).call,
                 _NUMBERS[key_count],
                 *[self._pair_keys[partition] for partition in partitions],
                 resp.bulk(_encode(rows)),
@@ -313,24 +317,30 @@ class HotStore:
 
     # --- cold tier ---------------------------------------------------------------------------------------------------
 
-    def hydrate(self, rows: Sequence[tuple[int, str, str, str, str, list[str]]]) -> list[str]:
+    def hydrate(
+        self, rows: Sequence[tuple[int, str, str, str, str, list[str]]], under: scripts.Stamp | None = None
+    ) -> list[str]:
         """Bring instances back: (partition, "machine:id", text of @, ring, watermark, [name, text, ...]); a code for each."""
-        return self._by_partition("hydrate", rows)
+        return self._by_partition("hydrate", rows, under)
 
-    def evict(self, rows: Sequence[tuple[int, str, int, str, int]]) -> list[str]:
+    def evict(self, rows: Sequence[tuple[int, str, int, str, int]], under: scripts.Stamp | None = None) -> list[str]:
         """Drop flushed hot copies: (partition, "machine:id", version, SQL's watermark, parked); a code for each."""
-        return self._by_partition("evict", rows)
+        return self._by_partition("evict", rows, under)
 
-    def park(self, rows: Sequence[tuple[int, str]]) -> list[str]:
+    def park(self, rows: Sequence[tuple[int, str]], under: scripts.Stamp | None = None) -> list[str]:
         """Flag instances as parked: (partition, "machine:id"); the reply's line for each."""
-        return self._by_partition("park", rows)
+        return self._by_partition("park", rows, under)
 
-    def _by_partition(self, name: str, rows: Sequence[tuple[Any, ...]]) -> list[str]:
+    def _by_partition(
+        self, name: str, rows: Sequence[tuple[Any, ...]], under: scripts.Stamp | None = None
+    ) -> list[str]:
         partitions: dict[int, int] = {}
         packed = []
         for partition, *rest in rows:
             packed.append([partitions.setdefault(partition, len(partitions) + 1), *rest])
-        reply = self._call(name, [self._meta_keys[p] for p in partitions], len(partitions), _encode(packed))
+        reply = self._call(
+            name, [self._meta_keys[p] for p in partitions], len(partitions), _encode(packed), under=under
+        )
         lines = reply.split("\n")
         return lines if len(lines) == len(rows) else lines * len(rows)
 
@@ -344,6 +354,7 @@ class HotStore:
         bytes_max: int,
         fenced_identity: str = "",
         stamp: scripts.Stamp | None = None,
+        under: scripts.Stamp | None = None,
     ) -> list[PartitionReply]:
         """Entries behind each (partition, cursor), if the partition has this store's stamp, is ready and is true.
 
@@ -358,6 +369,7 @@ class HotStore:
             fenced_identity,
             *[str(cursor) for _, cursor in cursors],
             stamp=stamp,
+            under=under,
         )
         replies = []
         lines = iter(reply.split("\n"))
@@ -372,10 +384,12 @@ class HotStore:
             return replies * len(cursors)
         return replies
 
-    def flushed(self, rows: Sequence[tuple[int, entry.EntryId, entry.EntryId, int]]) -> list[str]:
+    def flushed(
+        self, rows: Sequence[tuple[int, entry.EntryId, entry.EntryId, int]], under: scripts.Stamp | None = None
+    ) -> list[str]:
         """Raise watermarks and trim: (partition, watermark, trim to, limit); a code for each."""
         arguments = [str(part) for _, *parts in rows for part in parts]
-        reply = self._call("flushed", [self._pair_keys[p] for p, *_ in rows], 2 * len(rows), *arguments)
+        reply = self._call("flushed", [self._pair_keys[p] for p, *_ in rows], 2 * len(rows), *arguments, under=under)
         lines = [line.split(" ")[0] for line in reply.split("\n")]
         return lines if len(lines) == len(rows) else lines * len(rows)
 
@@ -492,10 +506,20 @@ class HotStore:
             raise failures.translated(error, what) from error
 
     def _call(
-        self, name: str, key_parts: Sequence[bytes], key_count: int, *arguments: Any, stamp: scripts.Stamp | None = None
+        self,
+        name: str,
+        key_parts: Sequence[bytes],
+        key_count: int,
+        *arguments: Any,
+        stamp: scripts.Stamp | None = None,
+        under: scripts.Stamp | None = None,
     ) -> str:
-        """Call a script. A recovery's scripts (given a stamp) go by EVAL: its fence admits the server, nobody else does."""
-        script = scripts.stamped(name, stamp or self.stamp, self.emulated)
+        """Call a script. A recovery's scripts (given a ``stamp``) go by EVAL: its fence admits the server, nobody else does.
+
+        What was decided from a look at SQL must go ``under`` the stamp of before that look: another thread may have been
+        admitted to a newer epoch meanwhile, for which SQL may say something else.
+        """
+        script = scripts.stamped(name, stamp or under or self.stamp, self.emulated)
         start = resp.bulk("EVAL") + resp.bulk(script.text) if stamp else script.call
         packed = b"".join(
             [

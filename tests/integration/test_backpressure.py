@@ -120,6 +120,12 @@ def test_the_bound_holds_for_many_writers(world: worlds.World) -> None:
         assert kinds == sorted(kinds, reverse=True), id
 
 
+def test_the_bound_holds_for_starts(world: worlds.World) -> None:
+    results = world.orders.start_many([f"s{number}" for number in range(BACKLOG + 50)], timeout=0.1)
+    assert sum(isinstance(one, model.Receipt) for one in results) == BACKLOG - 1  # and the mark of the epoch
+    assert len(world.log()) == BACKLOG
+
+
 # --- Redis has no memory left ------------------------------------------------------------------------------------------
 
 

@@ -70,6 +70,29 @@ def test_values_that_are_refused(value: object, rule: str) -> None:
         codec.encode_value("amount", value)
 
 
+class Text(str):
+    """As markupsafe's Markup is."""
+
+
+class Number(int):
+    """As an enumeration's member may be."""
+
+
+class Measure(float):
+    """As numpy's float64 is."""
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (Text("x"), '"x"'), (Number(3), "3"), (Measure(1.5), "1.5"), ([Measure(2), (Text("y"),)], '[2.0,["y"]]'),
+        ({Text("k"): Number(1)}, '{"k":1}'),
+    ],
+)  # fmt: skip
+def test_texts_and_numbers_of_classes_of_their_own_are_what_they_are(value: object, text: str) -> None:
+    assert codec.encode_value("a", value) == text
+
+
 def test_value_that_is_too_deep_is_refused() -> None:
     value: Any = 1
     for _ in range(100):
@@ -110,11 +133,11 @@ def test_field_names_that_are_accepted(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["", "9a", "a b", "@", "@r", "ü", "x" * 65, "a\n", "a:b", 5, None, "-a"])
 def test_field_names_that_are_refused(name: Any) -> None:
-    with pytest.raises(errors.InvalidDataError, match="field name .* is refused: a letter or '_'"):
+    with pytest.raises(errors.InvalidDataError, match=r"field name .* is refused: a letter or '_'"):
         codec.encode_patch({name: 1}, LIMITS)
-    with pytest.raises(errors.InvalidDataError, match="field name .* is refused"):
+    with pytest.raises(errors.InvalidDataError, match=r"field name .* is refused"):
         codec.encode_unset([name])
-    with pytest.raises(errors.InvalidDataError, match="field name .* is refused"):
+    with pytest.raises(errors.InvalidDataError, match=r"field name .* is refused"):
         codec.encode_increments({name: 1})
 
 
@@ -162,7 +185,7 @@ def test_deltas_survive_their_text(delta: float) -> None:
 
 @pytest.mark.parametrize("delta", [True, "1", None, 10**15, -(10**15), math.nan, math.inf, 1e15, [1]])
 def test_increments_that_are_refused(delta: Any) -> None:
-    with pytest.raises(errors.InvalidDataError, match="increment of 'n': .* is refused"):
+    with pytest.raises(errors.InvalidDataError, match=r"increment of 'n': .* is refused"):
         codec.encode_increments({"n": delta})
 
 

@@ -23,7 +23,7 @@ def test_id_survives_its_text(id: EntryId) -> None:
 @given(ids, ids)
 def test_ids_are_ordered_by_epoch_then_number(left: EntryId, right: EntryId) -> None:
     assert (left < right) == ((left.epoch, left.seq) < (right.epoch, right.seq))
-    assert entry.ZERO <= left
+    assert left >= entry.ZERO
 
 
 def test_entry_of_a_text() -> None:

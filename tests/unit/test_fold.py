@@ -12,9 +12,9 @@ from statecache.core.entry import Entry, EntryId
 
 def record(version: int, event: str = "note", *, seq: int = 0, id: str = "1", **parts: Any) -> Entry:
     values: dict[str, Any] = {
-        "machine": "order", "id": id, "version": version, "event": event, "from_state": "a", "to_state": "b", "at_ms": 1000 + version,
-        "transition_id": f"t{version}", "actor": "", "reason": "", "occurred_ms": "", "patch": "", "unset": "", "increments": "",
-        "machine_version": 1,
+        "machine": "order", "id": id, "version": version, "event": event, "from_state": "a", "to_state": "b",
+        "at_ms": 1000 + version, "transition_id": f"t{version}", "actor": "", "reason": "", "occurred_ms": "", "patch": "",
+        "unset": "", "increments": "", "machine_version": 1,
     } | parts  # fmt: skip
     return Entry(EntryId(1, seq or version), **values)
 

@@ -19,7 +19,9 @@ local code = refusal(meta, identity(), ARGV[1])
 if code then return code end
 local m = redis.call('HMGET', meta, 'watermark', 'cold', 'evicted_to', 'prev', 'carry')
 if m[1] and id_above(m[1], watermark) then watermark = m[1] end
+-- The mark's prev: never below SQL's watermark, so that an older copy of SQL, restored later, shows that it is one.
 local time, prev = redis.call('TIME'), last_id(log)
+if id_above(ARGV[2], prev) then prev = ARGV[2] end
 local carry = redis.call('XLEN', log) - kept(log, watermark, m[4], m[5])
 local at = time[1] .. string.format('%03d', math.floor(time[2] / 1000))
 local mark = redis.call('XADD', log, EPOCH .. '-0', 'e',

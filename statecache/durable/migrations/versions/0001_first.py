@@ -134,6 +134,17 @@ def _create_history() -> None:
         postgresql_ops={"seq": "int8_minmax_multi_ops"},
     )
     op.create_table(
+        "statecache_discards",
+        sa.Column("machine", _text(64), primary_key=True),
+        sa.Column("id", _text(200), primary_key=True),
+        sa.Column("epoch", sa.BigInteger, primary_key=True, autoincrement=False),
+        sa.Column("seq", sa.BigInteger, primary_key=True, autoincrement=False),
+        sa.Column("partition", sa.Integer, nullable=False),
+        sa.Column("version", sa.BigInteger, nullable=False),
+        sa.Column("transition_id", _text(200), nullable=False),
+        sa.Column("discarded_ms", sa.BigInteger, nullable=False),
+    )
+    op.create_table(
         "statecache_dead_letters",
         *_entry_columns(),
         sa.Column("error", sa.Text, nullable=False),

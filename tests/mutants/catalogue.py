@@ -1,0 +1,777 @@
+"""The mistakes of the trade, each as a textual patch of the package, and the tests that must turn red.
+
+A patch's old text must stand exactly once in its file: ``test_catalogue.py`` sees to it in every test run, so that a change
+of the code takes its mutants along.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+_LUA = "statecache/hot/lua"
+_ITEM = f"{_LUA}/include/apply_item.lua"
+_GUARD = f"{_LUA}/include/ready_or_fenced.lua"
+_CODES = "tests/lua/test_reply_codes.py::test_code_is_reached_and_writes_what_the_header_says"
+_SCRIPTS = "tests/lua/test_partition_scripts.py::"
+_APPLY = "tests/lua/test_apply.py::"
+_HOLES = "tests/integration/test_holes.py::"
+_FLUSHER = "tests/integration/test_flusher.py::"
+_RECOVERY = "tests/integration/test_recovery.py::"
+_CLIENT = "tests/integration/test_faults_client.py::"
+_LETTERS = "tests/integration/test_letters.py::"
+_DURABILITY = "tests/integration/test_durability.py::"
+_DURABLE = "tests/integration/test_durable_flush.py::"
+_POINTS = "tests/crash/test_crash_points.py::test_dying_between_any_two_steps"
+
+
+class Patch(NamedTuple):
+    """Replace a text that stands once in a file."""
+
+    file: str
+    old: str
+    new: str
+
+
+class Mutant(NamedTuple):
+    """One mistake. ``tests`` are node ids; at least one must fail."""
+
+    name: str
+    patches: tuple[Patch, ...]
+    tests: tuple[str, ...]
+
+
+def _codes(script: str, *codes: str) -> tuple[str, ...]:
+    return tuple(f"{_CODES}[real-{script}-{code}]" for code in codes)
+
+
+_ADMISSION = ("EPOCH", "RECOVERING", "IDENTITY")
+
+MUTANTS = [
+    # --- the list of the trade -------------------------------------------------------------------------------------------
+    Mutant(
+        "offset in a separate transaction",
+        (
+            Patch(
+                "statecache/engine/flusher.py",
+                "        with self.durable.flush_transaction() as transaction:\n"
+                "            transaction.advance([batch.advance() for batch in batches])\n",
+                "        with self.durable.flush_transaction() as first:\n"
+                "            first.advance([batch.advance() for batch in batches])\n"
+                "        with self.durable.flush_transaction() as transaction:\n",
+            ),
+        ),
+        (f"{_POINTS}[flush]",),
+    ),
+    Mutant(
+        "no epoch in the compare-and-set",
+        (
+            Patch(
+                "statecache/durable/flush.py",
+                '        _partitions.epoch == sa.bindparam("e"),\n'
+                '        _partitions.owner == sa.bindparam("o"),\n'
+                '        _partitions.watermark_epoch == sa.bindparam("old_epoch"),\n',
+                '        sa.bindparam("e", type_=sa.Integer) >= 0,\n'
+                '        sa.bindparam("o", type_=sa.Text).is_not(None),\n'
+                '        _partitions.watermark_epoch == sa.bindparam("old_epoch"),\n',
+            ),
+        ),
+        (f"{_HOLES}test_h1_flusher_that_read_before_the_recovery_commits_nothing",),
+    ),
+    Mutant(
+        "no owner in the compare-and-set",
+        (
+            Patch(
+                "statecache/durable/flush.py",
+                '        _partitions.owner == sa.bindparam("o"),\n'
+                '        _partitions.watermark_epoch == sa.bindparam("old_epoch"),\n',
+                '        sa.bindparam("o", type_=sa.Text).is_not(None),\n'
+                '        _partitions.watermark_epoch == sa.bindparam("old_epoch"),\n',
+            ),
+        ),
+        (
+            "tests/integration/test_durable_flush.py::test_another_flusher_went_ahead",
+            f"{_HOLES}test_h14_epoch_that_is_taken_twice_is_not_the_same",
+        ),
+    ),
+    Mutant(
+        "watermark not compared",
+        (
+            Patch(
+                "statecache/durable/flush.py",
+                '        _partitions.watermark_seq == sa.bindparam("old_seq"),\n',
+                '        sa.bindparam("old_seq", type_=sa.BigInteger) >= 0,\n',
+            ),
+        ),
+        (f"{_FLUSHER}test_overtaken_flusher_drops_what_it_read",),
+    ),
+    Mutant(
+        "compare-and-set dropped",
+        (Patch("statecache/durable/flush.py", "            if changed != len(values):\n", "            if False:\n"),),
+        (f"{_FLUSHER}test_overtaken_flusher_drops_what_it_read", f"{_DURABLE}test_another_flusher_went_ahead"),
+    ),
+    Mutant(
+        "DO NOTHING in history",
+        (
+            Patch(
+                "statecache/durable/sqlite.py",
+                '_INSERT_HISTORY = _insert("statecache_transitions", schema.ENTRY_COLUMNS)',
+                '_INSERT_HISTORY = _insert("statecache_transitions", schema.ENTRY_COLUMNS) + " ON CONFLICT DO NOTHING"',
+            ),
+        ),
+        (f"{_LETTERS}test_a_row_that_is_in_history_already_is_not_swallowed[sqlite]",),
+    ),
+    Mutant(
+        "trim before commit",
+        (
+            Patch(
+                "statecache/engine/flusher.py",
+                "            try:\n                parked = self._commit(batches)\n",
+                "            try:\n"
+                "                self._after(rows, batches)\n"
+                "                parked = self._commit(batches)\n",
+            ),
+        ),
+        (f"{_POINTS}[flush]",),
+    ),
+    Mutant(
+        "WAIT on another connection",
+        (
+            Patch(
+                "statecache/hot/store.py",
+                '                _confirm_command(confirm) if confirm is not None else b"",\n',
+                "",
+            ),
+            Patch(
+                "statecache/hot/store.py",
+                "            if confirm is not None and not _read_confirmation(line, confirm):\n"
+                "                outcomes = unconfirmed(outcomes)\n",
+                "            if confirm is not None:\n"
+                "                other = self.wires.take()\n"
+                "                other.send(_confirm_command(confirm))\n"
+                "                if not _read_confirmation(other, confirm):\n"
+                "                    outcomes = unconfirmed(outcomes)\n"
+                "                other.close()\n",
+            ),
+        ),
+        (f"{_DURABILITY}test_replica_that_does_not_answer",),
+    ),
+    Mutant(
+        "a duplicate writes nothing",
+        (Patch(_ITEM, "    call('HSET', key, '@r', ring) -- a WAIT after this call speaks of this write\n", ""),),
+        (f"{_DURABILITY}test_a_repetition_waits_for_a_write_of_its_own",),
+    ),
+    Mutant(
+        "redis-py's default retries",
+        (
+            Patch(
+                "statecache/hot/wire.py",
+                "            retry=Retry(NoBackoff(), 0),\n            retry_on_error=[],\n",
+                "",
+            ),
+            Patch(
+                "statecache/hot/wire.py",
+                "    def call(self, packed: bytes) -> Any:\n        self.send(packed)\n        return self.read()\n",
+                "    def call(self, packed: bytes) -> Any:\n"
+                "        def once() -> Any:\n"
+                "            self.send(packed)\n"
+                "            return self.read()\n"
+                "        return self.connection.retry.call_with_retry(once, lambda error: self.connection.disconnect())\n",
+            ),
+        ),
+        (f"{_CLIENT}test_a_wire_sends_once",),
+    ),
+    Mutant(
+        "duplicate check outside the script",
+        (
+            Patch(_ITEM, "  if place then\n", "  if false then\n"),
+            Patch(
+                "statecache/core/flows.py",
+                "        outcome: items.Outcome = yield item\n",
+                "        early = yield Find(item.partition, item.move.machine, item.id, None, item.transition_id)\n"
+                "        if early is not None:\n"
+                "            return _receipt_of(request, early)\n"
+                "        outcome: items.Outcome = yield item\n",
+            ),
+        ),
+        (f"{_CLIENT}test_two_processes_with_one_transition_id",),
+    ),
+    Mutant(
+        "recovery without fence",
+        (
+            Patch(f"{_LUA}/fence.lua", "if ARGV[4] ~= '1' then\n", "if false then\n"),
+            Patch(_GUARD, "  if fenced == '*' then return false end\n", "  if fenced ~= '' then return false end\n"),
+            Patch(
+                f"{_LUA}/ready.lua",
+                "redis.call('HSET', meta, 'identity', ARGV[1], ",
+                "redis.call('HSET', meta, 'epoch', EPOCH, 'owner', OWNER, 'identity', ARGV[1], ",
+            ),
+        ),
+        (
+            f"{_RECOVERY}test_call_in_the_middle_of_a_recovery",
+            f"{_HOLES}test_h4a_redis_rolls_back_between_the_fence_and_a_step",
+        ),
+    ),
+    Mutant(
+        "NOSCRIPT answered by a plain reload",
+        (
+            Patch(
+                "statecache/engine/admission.py",
+                "            self._ensure_alone(deadline)\n",
+                '            if code == "NOSCRIPT" and stamp.epoch:\n'
+                "                with self._hot.wires.wire() as line:\n"
+                "                    self._hot._load(line, stamp)\n"
+                "                return\n"
+                "            self._ensure_alone(deadline)\n",
+            ),
+            Patch(
+                "statecache/hot/store.py",
+                "            except redis.ResponseError as error:\n                self.wires.distrust(line)\n",
+                "            except redis.ResponseError as error:\n",
+            ),
+        ),
+        (f"{_CLIENT}test_unknown_scripts_are_not_simply_loaded_again",),
+    ),
+    Mutant(
+        "epoch compared in another row",
+        (
+            Patch(
+                "statecache/durable/flush.py",
+                '        _partitions.epoch == sa.bindparam("e"),\n'
+                '        _partitions.owner == sa.bindparam("o"),\n'
+                '        _partitions.watermark_epoch == sa.bindparam("old_epoch"),\n',
+                "        sa.exists(\n"
+                "            sa.select(schema.store.c.id).where(\n"
+                '                schema.store.c.epoch == sa.bindparam("e"), schema.store.c.owner == sa.bindparam("o")\n'
+                "            )\n"
+                "        ),\n"
+                '        _partitions.watermark_epoch == sa.bindparam("old_epoch"),\n',
+            ),
+        ),
+        ("tests/mutants/test_more.py::test_an_open_recovery_ends_a_flush_that_waits_for_it",),
+    ),
+    Mutant(
+        "recovery writes its epoch into the store's row only",
+        (
+            Patch(
+                "statecache/durable/recoveries.py",
+                '            [{"p": number, "e": new_epoch, "o": new_owner} for number in numbers],\n',
+                '            [{"p": -1 - number, "e": new_epoch, "o": new_owner} for number in numbers],\n',
+            ),
+        ),
+        (f"{_HOLES}test_h1_recovery_waits_for_an_open_flush_and_counts_it",),
+    ),
+    Mutant(
+        "unstamped trim",
+        (Patch(f"{_LUA}/flushed.lua", "  local code = refusal(meta, here, '')\n", "  local code = false\n"),),
+        (f"{_HOLES}test_h7_trim_that_comes_after_a_wipe_makes_no_meta", *_codes("flushed", *_ADMISSION)),
+    ),
+    Mutant(
+        "hydrate that overwrites",
+        (Patch(f"{_LUA}/hydrate.lua", "  elseif redis.call('EXISTS', key) == 1 then\n", "  elseif false then\n"),),
+        (f"{_HOLES}test_h10_slow_hydrator_overwrites_nothing", *_codes("hydrate", "EXISTS")),
+    ),
+    Mutant(
+        "contiguity across epochs by 'starts at 0'",
+        (
+            Patch(
+                "statecache/core/entry.py",
+                "        return prev <= cursor < entry_id\n",
+                "        return entry_id.seq == 0 and cursor < entry_id\n",
+            ),
+        ),
+        (f"{_HOLES}test_h5_epochs_are_not_crossed_by_their_numbers",),
+    ),
+    # --- the flusher -----------------------------------------------------------------------------------------------------
+    Mutant(
+        "contiguity not checked",
+        (
+            Patch(
+                "statecache/engine/batching.py",
+                "        if not entry.follows(",
+                "        if False and not entry.follows(",
+            ),
+        ),
+        (f"{_FLUSHER}test_hole_stops_its_partition_and_the_others_go_on",),
+    ),
+    Mutant(
+        "trim including the witness",
+        (
+            Patch(
+                f"{_LUA}/flushed.lua",
+                "redis.call('XTRIM', log, 'MINID', '=', trim_to)",
+                "redis.call('XTRIM', log, 'MAXLEN', '=', 0)",
+            ),
+        ),
+        (f"{_FLUSHER}test_trimming_leaves_the_witness",),
+    ),
+    Mutant(
+        "the watermark in Redis may go back",
+        (
+            Patch(
+                f"{_LUA}/flushed.lua",
+                "    if m[1] and id_above(m[1], watermark) then watermark = m[1] end\n",
+                "",
+            ),
+        ),
+        (f"{_SCRIPTS}test_watermark_only_grows_and_the_witness_stays",),
+    ),
+    Mutant(
+        "whether an instance is parked is not asked in SQL",
+        (
+            Patch(
+                "statecache/engine/flusher.py",
+                "            plan.put_aside(transaction.parked(plan.instances),",
+                "            plan.put_aside(set(),",
+            ),
+        ),
+        (f"{_LETTERS}test_moves_that_come_before_the_flag[sqlite]",),
+    ),
+    Mutant(
+        "waiting entries are not kept",
+        (
+            Patch(
+                "statecache/engine/flusher.py",
+                "            for letter in plan.letters:\n",
+                "            for letter in [one for one in plan.letters if not one.waiting]:\n",
+            ),
+        ),
+        (f"{_LETTERS}test_one_refused_entry_stops_only_its_own_instance[sqlite]",),
+    ),
+    Mutant(
+        "a refused entry stops its partition",
+        (
+            Patch(
+                "statecache/engine/flusher.py",
+                "                return self._put_aside(batches[0], error)\n",
+                "                raise\n",
+            ),
+        ),
+        (f"{_LETTERS}test_one_refused_entry_stops_only_its_own_instance[sqlite]",),
+    ),
+    Mutant(
+        "checkpoints may go back",
+        (
+            Patch(
+                "statecache/durable/sqlite.py",
+                '    + " WHERE statecache_checkpoints.version < excluded.version"\n',
+                "",
+            ),
+        ),
+        (f"{_DURABLE}test_checkpoints_only_go_forward",),
+    ),
+    Mutant(
+        "the flusher remembers folds of an older epoch",
+        (
+            Patch(
+                "statecache/engine/flusher.py",
+                "    def _forget(self, pair: scripts.Stamp) -> None:\n        self._cache.clear()\n",
+                "    def _forget(self, pair: scripts.Stamp) -> None:\n",
+            ),
+        ),
+        ("tests/mutants/test_more.py::test_a_flusher_forgets_what_it_folded_before_a_recovery",),
+    ),
+    # --- the apply script ------------------------------------------------------------------------------------------------
+    Mutant(
+        "ring searched unaligned",
+        (Patch(_ITEM, "  while at_byte and at_byte % 8 ~= 1 do", "  while false do"),),
+        (f"{_APPLY}test_token_across_two_others_is_no_hit", f"{_APPLY}test_token_is_found_behind_a_misaligned_hit"),
+    ),
+    Mutant(
+        "FULL ignored",
+        (
+            Patch(
+                _ITEM,
+                "  if rooms[p] <= 0 then return 'FULL' end\n  if expected ~= 0",
+                "  if expected ~= 0",
+            ),
+        ),
+        (*_codes("apply", "FULL"), f"{_APPLY}test_backlog_limit_counts_within_one_call"),
+    ),
+    Mutant(
+        "FULL ignored for starts",
+        (
+            Patch(
+                _ITEM,
+                "    if rooms[p] <= 0 then return 'FULL' end\n    if #fields",
+                "    if #fields",
+            ),
+        ),
+        ("tests/integration/test_backpressure.py::test_the_bound_holds_for_starts",),
+    ),
+    Mutant(
+        "expected version not compared",
+        (Patch(_ITEM, "  if expected ~= 0 and expected ~= version then", "  if false then"),),
+        _codes("apply", "VERSION"),
+    ),
+    Mutant(
+        "undeclared moves are taken",
+        (
+            Patch(
+                _ITEM,
+                "  if not to then return string.format('STATE %s %.0f', state, version) end\n",
+                "  if not to then for _, one in pairs(move[3]) do to = one end end\n",
+            ),
+        ),
+        _codes("apply", "STATE"),
+    ),
+    Mutant(
+        "parked instances go on",
+        (Patch(_ITEM, "  if flags == 'p' then return 'PARKED' end\n", ""),),
+        (*_codes("apply", "PARKED"), f"{_LETTERS}test_who_waits_for_it_is_told[sqlite]"),
+    ),
+    Mutant(
+        "a ring that dropped ids is believed",
+        (Patch(_ITEM, "  if extras and extras[1] == 1 and version > #ring / 8", "  if false and version > #ring / 8"),),
+        (*_codes("apply", "OLD"), f"{_CLIENT}test_an_id_that_the_ring_has_dropped"),
+    ),
+    Mutant(
+        "a cold partition's start needs no look at SQL",
+        (
+            Patch(
+                _ITEM,
+                "(cold ~= '0' and (absent == '' or id_above(evicted_to, absent)))",
+                "false",
+            ),
+        ),
+        (
+            f"{_APPLY}test_start_of_a_cold_partition_needs_a_look_at_sql",
+            f"{_RECOVERY}test_start_in_the_lost_tail_is_not_started_again",
+        ),
+    ),
+    Mutant(
+        "`evicted_to` not compared by a start",
+        (Patch(_ITEM, "(absent == '' or id_above(evicted_to, absent))", "absent == ''"),),
+        (f"{_APPLY}test_start_of_a_cold_partition_needs_a_look_at_sql",),
+    ),
+    Mutant(
+        "apply admits another epoch",
+        (Patch(f"{_LUA}/apply.lua", "((m[1] ~= EPOCH or m[2] ~= OWNER) and 'EPOCH')", "false"),),
+        _codes("apply", "EPOCH"),
+    ),
+    Mutant(
+        "apply admits another owner",
+        (Patch(f"{_LUA}/apply.lua", "((m[1] ~= EPOCH or m[2] ~= OWNER) and 'EPOCH')", "(m[1] ~= EPOCH and 'EPOCH')"),),
+        ("tests/lua/test_reply_codes.py::test_wrong_stamp_is_refused",),
+    ),
+    Mutant(
+        "apply admits while it is recovering",
+        (Patch(f"{_LUA}/apply.lua", "(m[3] ~= 'ready' and 'RECOVERING')", "false"),),
+        _codes("apply", "RECOVERING"),
+    ),
+    Mutant(
+        "apply admits another server",
+        (Patch(f"{_LUA}/apply.lua", "(here and m[4] ~= here and 'IDENTITY')", "false"),),
+        _codes("apply", "IDENTITY"),
+    ),
+    # --- admission in the other scripts ----------------------------------------------------------------------------------
+    Mutant(
+        "the guard admits another epoch and owner",
+        (Patch(_GUARD, "  if m[1] ~= EPOCH or m[2] ~= OWNER then return 'EPOCH' end\n", ""),),
+        _codes("evict", "EPOCH") + _codes("hydrate", "EPOCH") + _codes("ready", "EPOCH"),
+    ),
+    Mutant(
+        "the guard admits another owner",
+        (Patch(_GUARD, "  if m[1] ~= EPOCH or m[2] ~= OWNER then", "  if m[1] ~= EPOCH then"),),
+        ("tests/lua/test_reply_codes.py::test_wrong_stamp_is_refused",),
+    ),
+    Mutant(
+        "the guard admits any status",
+        (Patch(_GUARD, "  if m[3] ~= (fenced == '' and 'ready' or 'recovering') then return 'RECOVERING' end\n", ""),),
+        _codes("evict", "RECOVERING") + _codes("drop", "RECOVERING"),
+    ),
+    Mutant(
+        "the guard admits another server",
+        (Patch(_GUARD, "  if here ~= (fenced == '' and m[4] or fenced) then return 'IDENTITY' end\n", ""),),
+        _codes("evict", "IDENTITY") + _codes("ready", "IDENTITY"),
+    ),
+    *[
+        Mutant(
+            f"{script} is not guarded",
+            (Patch(f"{_LUA}/{script}.lua", old, new),),
+            _codes(script, *_ADMISSION),
+        )
+        for script, old, new in (
+            ("evict", "  refused[p] = refusal(KEYS[p], here, '')\n", ""),
+            ("hydrate", "  refused[p] = refusal(KEYS[p], here, '')\n", ""),
+            ("park", "  refused[p] = refusal(KEYS[p], here, '')\n", ""),
+            ("read", "  local code = refusal(meta, here, fenced)\n", "  local code = false\n"),
+            ("find", "local code = refusal(KEYS[1], identity(), '')\n", "local code = false\n"),
+            ("probe", "local code = refusal(meta, identity(), ARGV[1])\n", "local code = false\n"),
+            ("drop", "local code = refusal(meta, identity(), ARGV[1])\n", "local code = false\n"),
+            ("ready", "local code = refusal(meta, identity(), ARGV[1])\n", "local code = false\n"),
+        )
+    ],
+    Mutant(
+        "admission compares no epoch",
+        (Patch(f"{_LUA}/admit.lua", "  if m[1] ~= EPOCH or m[2] ~= OWNER then\n", "  if false then\n"),),
+        _codes("admit", "EPOCH"),
+    ),
+    Mutant(
+        "admission compares no identity",
+        (Patch(f"{_LUA}/admit.lua", "(m[4] ~= here and 'IDENTITY')", "false"),),
+        _codes("admit", "IDENTITY"),
+    ),
+    Mutant(
+        "identity not compared on a new connection",
+        (
+            Patch(
+                "statecache/hot/wire.py",
+                "        if wire.fresh or ",
+                "        if ",
+            ),
+        ),
+        (f"{_HOLES}test_h13b_first_call_on_a_connection_compares_the_identity",),
+    ),
+    Mutant(
+        "a partition of another deployment is fenced",
+        (
+            Patch(
+                f"{_LUA}/fence.lua", "if m[7] and m[7] ~= ARGV[1] then return 'FOREIGN deployment ' .. m[7] end\n", ""
+            ),
+        ),
+        (f"{_SCRIPTS}test_fence_refuses_a_partition_of_others", *_codes("fence", "FOREIGN")),
+    ),
+    # --- the cold tier ---------------------------------------------------------------------------------------------------
+    Mutant(
+        "evict without version check",
+        (
+            Patch(
+                f"{_LUA}/evict.lua",
+                "    local droppable = tonumber(hot_version) == version\n",
+                "    local droppable = true\n",
+            ),
+        ),
+        (f"{_SCRIPTS}test_evict_wants_the_checkpoints_version_and_a_watermark",),
+    ),
+    Mutant(
+        "evict above the watermark",
+        (Patch(f"{_LUA}/evict.lua", "or id_above(entry_id, watermark) then", "then"),),
+        (f"{_SCRIPTS}test_evict_wants_the_checkpoints_version_and_a_watermark",),
+    ),
+    Mutant(
+        "evict takes parked hashes",
+        (Patch(f"{_LUA}/evict.lua", "    if flags == 'p' then droppable = unpark == 1 end\n", ""),),
+        (f"{_SCRIPTS}test_parked_hash_is_evicted_only_to_unpark_it",),
+    ),
+    Mutant(
+        "evict does not mark cold",
+        (
+            Patch(
+                f"{_LUA}/evict.lua",
+                "redis.call('HSET', KEYS[p], 'cold', '1', 'evicted_to', evicted[p])",
+                "redis.call('HSET', KEYS[p], 'evicted_to', evicted[p])",
+            ),
+        ),
+        _codes("evict", "OK"),
+    ),
+    Mutant(
+        "`evicted_to` not compared by hydrate",
+        (Patch(f"{_LUA}/hydrate.lua", "  elseif id_above(evicted[p], item[5]) then\n", "  elseif false then\n"),),
+        (*_codes("hydrate", "STALE"), f"{_HOLES}test_h9_evicted_again_behind_the_look_up"),
+    ),
+    Mutant(
+        "`evicted_to` not compared by the flow",
+        (
+            Patch(
+                "statecache/core/flows.py",
+                "    if found.watermark < entry.EntryId.parse(evicted_to):\n",
+                "    if False:\n",
+            ),
+        ),
+        (
+            f"{_HOLES}test_h9_sql_that_went_back_hydrates_nothing",
+            f"{_HOLES}test_h9_sql_goes_back_between_apply_and_the_look_up",
+        ),
+    ),
+    Mutant(
+        "hydrated instances forget that they are parked",
+        (Patch("statecache/core/flows.py", '    if found.letters:\n        own += " p"\n', ""),),
+        (f"{_LETTERS}test_a_parked_instance_is_not_evicted_and_comes_back_parked[sqlite]",),
+    ),
+    Mutant(
+        "checkpoints hold no ring",
+        (
+            Patch(
+                "statecache/core/fold.py",
+                "        recent = codec.push_token(recent, codec.token_of(record.transition_id))\n",
+                "        recent = codec.push_token('', codec.token_of(record.transition_id))\n",
+            ),
+        ),
+        (f"{_RECOVERY}test_repetitions_are_known_after_every_class",),
+    ),
+    # --- recovery --------------------------------------------------------------------------------------------------------
+    Mutant(
+        "cold stays 0 after a lost tail",
+        (
+            Patch(
+                f"{_LUA}/drop.lua",
+                "redis.call('HSET', meta, 'cold', '1', 'evicted_to', evicted_to)",
+                "redis.call('HSET', meta, 'evicted_to', evicted_to)",
+            ),
+        ),
+        (
+            f"{_RECOVERY}test_start_in_the_lost_tail_is_not_started_again",
+            f"{_SCRIPTS}test_drop_marks_cold_even_without_a_name",
+        ),
+    ),
+    Mutant(
+        "fence overwrites the recorded identity",
+        (
+            Patch(
+                f"{_LUA}/fence.lua",
+                "  redis.call('HSET', meta, 'epoch', EPOCH, ",
+                "  redis.call('HSET', meta, 'identity', identity(), 'epoch', EPOCH, ",
+            ),
+        ),
+        (
+            f"{_HOLES}test_h15_recoverer_that_dies_after_its_fence_hides_no_loss",
+            f"{_SCRIPTS}test_fence_leaves_what_ready_must_judge",
+        ),
+    ),
+    Mutant(
+        "fence goes back",
+        (Patch(f"{_LUA}/fence.lua", "if m[1] and tonumber(m[1]) >= tonumber(EPOCH) then", "if false then"),),
+        (f"{_HOLES}test_h4d_paused_older_recoverer_fences_after_the_newer_is_ready", *_codes("fence", "NEWER")),
+    ),
+    Mutant(
+        "report not in the transaction of the tails' reset",
+        (
+            Patch(
+                "statecache/durable/recoveries.py",
+                "finished_ms=now_ms, classes=classes, report=report_json)\n        )\n",
+                "finished_ms=now_ms, classes=classes, report=report_json)\n        )\n"
+                "    with store.database.transaction() as connection:\n",
+            ),
+        ),
+        ("tests/mutants/test_more.py::test_the_report_and_the_tails_are_one_transaction",),
+    ),
+    Mutant(
+        "what was rewritten is reported at the end only",
+        (
+            Patch(
+                "statecache/durable/recoveries.py",
+                "            tx.report(move.epoch, move.owner, report_json)\n",
+                "",
+            ),
+        ),
+        (f"{_POINTS}[recover SQL behind]",),
+    ),
+    Mutant(
+        "*intact* by ids",
+        (
+            Patch(
+                "statecache/engine/recovery.py",
+                "        if probed.at_watermark is not None and not self._same(probed.at_watermark):\n",
+                "        if False:\n",
+            ),
+        ),
+        (f"{_HOLES}test_h13a_ids_that_were_given_twice_are_no_proof",),
+    ),
+    Mutant(
+        "a mark below the watermark is passed over",
+        (
+            Patch(
+                "statecache/engine/recovery.py",
+                "        if behind.is_mark and behind.prev < watermark:\n",
+                "        if False:\n",
+            ),
+        ),
+        (f"{_HOLES}test_h17_mark_of_an_unknown_recovery_below_the_watermark",),
+    ),
+    Mutant(
+        "an unseen loss is not called possible",
+        (
+            Patch(
+                "statecache/engine/recovery.py",
+                "        untrue = not fenced.existed or fenced.recorded_identity != fenced.identity or self._strange(fenced)\n",
+                "        untrue = False\n",
+            ),
+        ),
+        (f"{_HOLES}test_h18_unseen_tail_is_reported_as_a_possible_loss",),
+    ),
+    Mutant(
+        "an ambiguous take is taken for a failure",
+        (
+            Patch(
+                "statecache/engine/recovery.py",
+                "            if (taken.epoch, taken.owner) != (epoch, self.stamp.owner):\n                raise\n",
+                "            raise\n",
+            ),
+        ),
+        (f"{_RECOVERY}test_answer_to_the_take_is_lost",),
+    ),
+    # --- durability ------------------------------------------------------------------------------------------------------
+    Mutant(
+        "durable by comparing ids",
+        (
+            Patch(
+                "statecache/engine/durability.py",
+                "    if transition_id == receipt.transition_id:\n        return True\n",
+                "    if transition_id == receipt.transition_id or watermark >= entry.EntryId.parse(receipt.entry_id):\n"
+                "        return True\n",
+            ),
+        ),
+        (f"{_DURABILITY}test_lost_is_not_durable",),
+    ),
+    Mutant(
+        "WAITAOF's count is not looked at",
+        (
+            Patch(
+                "statecache/hot/store.py",
+                "    return bool(counts >= confirm.replicas)\n",
+                "    return True\n",
+            ),
+        ),
+        (f"{_DURABILITY}test_replica_that_does_not_answer",),
+    ),
+    Mutant(
+        "WAITAOF is believed under everysec everywhere",
+        (
+            Patch(
+                "statecache/engine/durability.py",
+                '        "valkey_version" not in facts\n        and wanted',
+                "        wanted",
+            ),
+        ),
+        (f"{_DURABILITY}test_fsync_under_everysec",),
+    ),
+    Mutant(
+        "no-appendfsync-on-rewrite is not looked at",
+        (
+            Patch(
+                "statecache/engine/durability.py",
+                '    if wanted.get("no-appendfsync-on-rewrite") == "yes":\n',
+                "    if False:\n",
+            ),
+        ),
+        (f"{_DURABILITY}test_fsync_is_refused",),
+    ),
+    # --- clients ---------------------------------------------------------------------------------------------------------
+    Mutant(
+        "a repetition gets a new transition id",
+        (
+            Patch(
+                "statecache/core/flows.py",
+                '            item.retry = item.retry or code == "LOST"\n',
+                '            item.token = str(attempt).rjust(8, "x") if code == "LOST" else item.token\n',
+            ),
+        ),
+        (f"{_CLIENT}test_a_call_that_gets_lost_is_applied_once",),
+    ),
+    Mutant(
+        "a connection is used again after a failure",
+        (
+            Patch(
+                "statecache/hot/wire.py",
+                "        except BaseException:\n            wire.close()\n            raise\n",
+                "        except BaseException:\n            self.give_back(wire)\n            raise\n",
+            ),
+        ),
+        (f"{_CLIENT}test_a_cancelled_call_takes_its_connection_with_it",),
+    ),
+    Mutant(
+        "the full id behind a ring's token is not compared",
+        (Patch("statecache/core/flows.py", "    if known.transition_id != item.transition_id:\n", "    if False:\n"),),
+        ("tests/mutants/test_more.py::test_two_ids_with_one_token",),
+    ),
+]

@@ -1,0 +1,137 @@
+"""From a caller's arguments to an item: everything is checked before anything is sent (P12)."""
+
+from __future__ import annotations
+
+import datetime
+from typing import Any
+
+import pytest
+
+from statecache import Move
+from statecache.core import codec, errors, flows, keys, requests
+from tests.support.worlds import Order
+
+
+def door(**limits: int) -> requests.Door:
+    return requests.Door(
+        Order.definition, Order.guards, 16, codec.Limits(**limits), codec.TransitionIds(), lambda id, fields, source: None  # type: ignore[arg-type,return-value]
+    )  # fmt: skip
+
+
+DOOR = door()
+
+
+def test_transition_as_an_item() -> None:
+    move = Move(
+        "1", "pay", {"a": 1, "b": "x"}, unset=["c"], increment={"n": 2}, actor="me", reason="why", expect_version=3,
+        transition_id="t", occurred_at=datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC),
+    )  # fmt: skip
+    request = DOOR.transition(move)
+    item = request.item
+    assert item.partition == keys.partition_of("order", "1", 16)
+    assert (item.id, item.expected, item.token, item.transition_id) == ("1", 3, codec.token_of("t"), "t")
+    assert item.tail.split("\x1f") == ["t", "me", "why", "1767225600000", '{"a":1,"b":"x"}', "c"]
+    assert (item.pairs, item.unset, item.increments) == (["a", "1", "b", '"x"'], ["c"], [["n", "2", "i"]])
+    assert (item.move.event, item.move.targets, request.own_id, request.address) == (
+        "pay",
+        {"placed": "paid"},
+        True,
+        "order:1",
+    )
+    assert item.row(2, 5) == [2, "1", 5, 3, item.token, item.tail, item.pairs, [0, "", ["c"], [["n", "2", "i"]]]]
+
+
+def test_short_item_has_a_short_row() -> None:
+    request = DOOR.transition(Move("1", "pay"))
+    assert len(request.item.row(1, 1)) == 7
+    assert not request.own_id
+    assert DOOR.transition(Move("1", "pay")).item.transition_id != request.item.transition_id
+
+
+def test_start_is_a_move_from_nowhere() -> None:
+    request = DOOR.start("1", {"a": 1})
+    assert request.item.move.targets == {"": "placed"}
+    assert request.item.expected == 0
+    assert request.guard is None
+
+
+def test_guarded_event_brings_its_guard() -> None:
+    guard = DOOR.transition(Move("1", "approve")).guard
+    assert isinstance(guard, flows.Guard)
+    assert list(guard.predicates) == ["placed"]
+    assert DOOR.transition(Move("1", "pay")).guard is None
+
+
+def test_moves_are_made_once_per_event() -> None:
+    """``apply.lua`` gets each distinct move once: they are known by identity."""
+    assert DOOR.transition(Move("1", "pay")).item.move is DOOR.transition(Move("2", "pay")).item.move
+
+
+REFUSED: list[tuple[Move, str]] = [
+    (Move("", "pay"), "id '' is refused"),
+    (Move("a\n", "pay"), "id .* holds the control character"),
+    (Move(5, "pay"), "id 5 is refused: it must be text"),  # type: ignore[arg-type]
+    (Move("1", "pay", {"a": float("nan")}), "field 'a': nan is refused"),
+    (Move("1", "pay", {"@": 1}), "field name '@' is refused"),
+    (Move("1", "pay", "text"), "data 'text' is refused"),  # type: ignore[arg-type]
+    (Move("1", "pay", unset="note"), "unset 'note' is refused: give a list"),
+    (Move("1", "pay", unset=["9"]), "field name '9' is refused"),
+    (Move("1", "pay", unset=5), "unset 5 is refused"),  # type: ignore[arg-type]
+    (Move("1", "pay", increment={"n": True}), "increment of 'n': True is refused"),
+    (Move("1", "pay", increment=5), "increment 5 is refused"),  # type: ignore[arg-type]
+    (Move("1", "pay", {"a": 1}, unset=["a"]), "field 'a' is refused: it stands in more than one"),
+    (Move("1", "pay", {"a": 1}, increment={"a": 1}), "field 'a' is refused: it stands in more than one"),
+    (Move("1", "pay", unset=["a", "a"]), "field 'a' is refused: it stands in more than one"),
+    (Move("1", "pay", unset=[f"f{n}" for n in range(65)]), "touches 65 fields, at most 64"),
+    (Move("1", "pay", actor=""), "actor '' is refused"),
+    (Move("1", "pay", actor="a\x1fb"), "actor .* control character"),
+    (Move("1", "pay", actor=5), "actor 5 is refused"),  # type: ignore[arg-type]
+    (Move("1", "pay", reason="x" * 1001), "reason .* has 1001 characters"),
+    (Move("1", "pay", reason="a\nb"), "reason .* control character"),
+    (Move("1", "pay", transition_id=""), "transition_id '' is refused"),
+    (Move("1", "pay", transition_id="x" * 201), "transition_id .* has 201 characters"),
+    (Move("1", "pay", transition_id=7), "transition_id 7 is refused"),  # type: ignore[arg-type]
+    (Move("1", "pay", expect_version=0), "expect_version 0 is refused"),
+    (Move("1", "pay", expect_version=True), "expect_version True is refused"),
+    (Move("1", "pay", expect_version=1.0), "expect_version 1.0 is refused"),  # type: ignore[arg-type]
+    (Move("1", "pay", expect_version="2"), "expect_version '2' is refused"),  # type: ignore[arg-type]
+    (Move("1", "pay", expect_version=2**60), "expect_version .* is refused"),
+    (Move("1", "pay", occurred_at="now"), "occurred_at 'now' is refused: it must be a datetime"),  # type: ignore[arg-type]
+    (Move("1", "pay", occurred_at=datetime.date(2026, 1, 1)), "occurred_at .* must be a datetime"),  # type: ignore[arg-type]
+    (Move("1", "fly"), "machine 'order' has no event 'fly'; it has pay"),
+    (Move("1", None), "has no event None"),  # type: ignore[arg-type]
+    (Move("1", ["pay"]), r"has no event \['pay'\]"),  # type: ignore[arg-type]
+]
+
+
+@pytest.mark.parametrize(("move", "message"), REFUSED, ids=lambda value: value if isinstance(value, str) else "")
+def test_bad_input_is_refused_with_field_value_and_rule(move: Move, message: str) -> None:
+    with pytest.raises(errors.StateCacheError, match=message) as refused:
+        DOOR.transition(move)
+    assert type(refused.value) in (errors.InvalidDataError, errors.InvalidTransitionError)
+
+
+@pytest.mark.parametrize("data", [[], 0, "", False])
+def test_data_that_is_empty_and_no_mapping_is_refused(data: Any) -> None:
+    """Falsy is not the same as none."""
+    with pytest.raises(errors.InvalidDataError, match="must map field names to values"):
+        DOOR.start("1", data)
+
+
+def test_limits_are_those_of_the_settings() -> None:
+    tight = door(id_length_max=3, patch_fields_max=1, patch_bytes_max=10)
+    with pytest.raises(errors.InvalidDataError, match="1 to 3 are allowed"):
+        tight.start("1234")
+    with pytest.raises(errors.InvalidDataError, match="at most 1 are allowed"):
+        tight.start("1", {"a": 1, "b": 2})
+    with pytest.raises(errors.InvalidDataError, match="at most 10 are allowed"):
+        tight.start("1", {"a": "x" * 20})
+
+
+def test_naive_time_is_utc_and_times_before_1970_are_times() -> None:
+    for when, text in (
+        (datetime.datetime(2026, 1, 1), "1767225600000"),
+        (datetime.datetime(1969, 12, 31, 23, 59, 59), "-1000"),
+        (datetime.datetime(2026, 1, 1, 2, tzinfo=datetime.timezone(datetime.timedelta(hours=2))), "1767225600000"),
+    ):
+        assert DOOR.transition(Move("1", "pay", occurred_at=when)).item.tail.split("\x1f")[3] == text
