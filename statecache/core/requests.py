@@ -57,7 +57,8 @@ class Door:
 
     def transition(self, move: model.Move) -> flows.Request:
         """A transition as a request. Raises ``InvalidTransitionError`` for an event that the machine does not have."""
-        spec = self._moves.get(move.event) if isinstance(move.event, str) else None
+        event: object = move.event
+        spec = self._moves.get(event) if isinstance(event, str) else None
         if spec is None:
             name = self.definition.name
             raise errors.InvalidTransitionError(

@@ -180,6 +180,19 @@ class _Case:
             return True
         return any(_is_it(letter, told) for letter in self.letters.get(id, ()))
 
+    def stands(self, id: str, told: ledger.Told) -> bool:
+        """Is it in history, not only kept aside?"""
+        row = self.row(id, told.version)
+        return row is not None and _is_it(row, told)
+
+    def waiting(self) -> Iterator[Row]:
+        """The letters that go on where their instance's history ends. Others were kept aside because SQL has gone another
+        way (a lost tail that an older snapshot brought back): they can only be discarded, and apply nothing."""
+        for id, letters in self.letters.items():
+            rows = self.by_instance.get(id)
+            if min(letter.version for letter in letters) == (rows[-1].version if rows else 0) + 1:
+                yield from letters
+
     def may_have_been_restored_away(self, attempt: Attempt) -> bool:
         """Was SQL restored from a copy that need not hold what this attempt was told?"""
         return any(
@@ -273,7 +286,7 @@ def _no_phantoms(case: _Case) -> Rule:
 def _applied_once(case: _Case) -> Rule:
     """P4, P5: a wish stands for at most one version."""
     places: dict[str, set[tuple[str, int]]] = defaultdict(set)
-    for row in itertools.chain(case.evidence.history, case.evidence.letters):
+    for row in itertools.chain(case.evidence.history, case.waiting()):
         if row.event != "@reconciled":
             places[row.reason].add((row.id, row.version))
     for key, found in places.items():
@@ -380,7 +393,7 @@ def _real_time_order(case: _Case) -> Rule:
     events: dict[str, list[tuple[float, int, int, str]]] = defaultdict(list)
     for attempt in case.attempts:
         told = attempt.told
-        if told is None or not attempt.is_acknowledged or not case.holds(attempt.wanted.id, told):
+        if told is None or not attempt.is_acknowledged or not case.stands(attempt.wanted.id, told):
             continue
         events[attempt.wanted.id].append((attempt.answered_ms, 1, told.version, attempt.wanted.key))
         events[attempt.wanted.id].append((first_sent[attempt.wanted.key], 0, told.version, attempt.wanted.key))
@@ -399,7 +412,7 @@ def _receipts_agree(case: _Case) -> Rule:
         receipts = {
             (one.told.version, one.told.entry_id, one.told.transition_id)
             for one in attempts
-            if one.told is not None and one.is_acknowledged and case.holds(one.wanted.id, one.told)
+            if one.told is not None and one.is_acknowledged and case.stands(one.wanted.id, one.told)
         }
         if len(receipts) > 1:
             yield Violation("P4", attempts[0].wanted.id, f"{key} has got the receipts {sorted(receipts)}")

@@ -37,8 +37,14 @@ def attempt(version: int, word: str = "ok", *, client: str = "w", **changes: Any
 
 def report(**changes: Any) -> Report:
     """A recovery of partition 0, from 100 to 110, to epoch 2."""
-    given: dict[str, Any] = {"kind": "tail lost", "started_ms": 100.0, "ended_ms": 110.0, "tail_seen_ms": 25.0}
-    return Report(epoch=2, owner="owner", partition=0, **{**given, **changes})
+    given: dict[str, Any] = {
+        "epoch": 2,
+        "kind": "tail lost",
+        "started_ms": 100.0,
+        "ended_ms": 110.0,
+        "tail_seen_ms": 25.0,
+    }
+    return Report(owner="owner", partition=0, **{**given, **changes})
 
 
 def evidence(**changes: Any) -> Evidence:
@@ -129,6 +135,18 @@ def test_applied_twice() -> None:
 def test_applied_once_in_history_and_once_as_a_letter() -> None:
     letters = [row(4, reason="key-3", transition_id="id-3")]
     assert "P4" in promises(evidence(letters=letters, reports=[report(parked=1)]))
+
+
+def test_a_lost_transition_that_came_back_beside_its_repetition() -> None:
+    """Version 2 was lost with Redis, repeated, and is version 2 again in epoch 2; then an older snapshot brought the first one
+    back, and it was kept aside as a letter. It applies nothing, and nobody was served out of order."""
+    again = row(2, entry_id="2-1")
+    attempts = [attempt(1), attempt(2), attempt(2, at=120.0, entry="2-1")]
+    reports = [
+        report(loss_possible=True, tail_seen_ms=15.0),
+        report(epoch=3, kind="diverged", parked=1, ended_ms=200.0),
+    ]
+    assert checker.judge(evidence(history=[row(1), again], letters=[row(2)], attempts=attempts, reports=reports)) == []
 
 
 def test_refused_and_yet_applied() -> None:
