@@ -27,9 +27,7 @@ class Server:
         self.gate = threading.Semaphore(0)
         self.fail: BaseException | None = None
 
-    def apply(
-        self, batch: Sequence[items.Item], timeout_seconds: float | None = None
-    ) -> list[items.Outcome]:
+    def apply(self, batch: Sequence[items.Item], timeout_seconds: float | None = None) -> list[items.Outcome]:
         self.batches.append([item.id for item in batch])
         self.gate.acquire()
         if self.fail is not None:
