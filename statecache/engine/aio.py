@@ -245,7 +245,7 @@ class AsyncMachineHandle:
         self, ids: Iterable[str], *, timeout: float | None = None
     ) -> list[model.Snapshot | errors.StateCacheError]:
         """As ``MachineHandle.get_many``."""
-        return await asyncio.to_thread(self._sync.get_many, list(ids), timeout=timeout)
+        return await asyncio.to_thread(self._sync.get_many, ids, timeout=timeout)
 
     async def state(self, id: str, *, timeout: float | None = None) -> str:
         """As ``MachineHandle.state``."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
-from statecache.core import codec, entry, errors, flows, fold, model, requests
+from statecache.core import codec, entry, errors, flows, fold, model, requests, wording
 from statecache.core.machine import StateMachine
 from statecache.settings import Settings
 
@@ -68,6 +68,8 @@ class Calls:
         """The instance as it was, from its history."""
         if (version is None) == (when is None):
             raise errors.InvalidDataError("at() wants either a version or a moment (when=)")
+        _check_kind("version", version, int)
+        _check_kind("when", when, datetime)
         if version is not None:
             kept = [row for row in rows if row.version <= version]
             if not kept or kept[-1].version != version:
@@ -82,12 +84,16 @@ class Calls:
                 )
         return self._folded(kept)
 
-    def find_bound(self, state: str | None, older_than: timedelta | None) -> int | None:
+    def find_bound(self, state: str | None, older_than: timedelta | None, limit: int) -> int | None:
         """Check the arguments of ``find``; returns the time before which instances must have changed last."""
         if state is not None and state not in self.definition.states:
             raise errors.InvalidDataError(
                 f"state {state!r} is refused: machine {self.name!r} has {', '.join(self.definition.states)}"
             )
+        _check_kind("older_than", older_than, timedelta)
+        _check_kind("limit", limit, int)
+        if limit < 1:
+            raise errors.InvalidDataError(f"limit {limit} is refused: it must be 1 or more")
         return None if older_than is None else int((time.time() - older_than.total_seconds()) * 1000)
 
     def found(self, rows: Sequence[model.Checkpoint]) -> list[model.Snapshot]:
@@ -121,6 +127,21 @@ class Calls:
             available_events=self.definition.available_events(last.to_state),
             source="durable" if last.durable else "hot",
         )  # fmt: skip
+
+
+def as_ids(ids: Iterable[str]) -> list[str]:
+    """A list of ids; a text is one id, not a list of its characters."""
+    if isinstance(ids, str):
+        raise errors.InvalidDataError(f"ids {wording.shown(ids)} is refused: give a list of ids")
+    return list(ids)
+
+
+def _check_kind(what: str, value: object, kind: type) -> None:
+    """None passes: it means "not given"."""
+    if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+        raise errors.InvalidDataError(
+            f"{what} {wording.shown(value)} is refused: it must be a {kind.__name__}, not {type(value).__name__}"
+        )
 
 
 def _as_start(start: model.Start | tuple[str, Mapping[str, Any] | None] | str) -> model.Start:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from statecache.core import errors, flows, model
 from statecache.core.machine import StateMachine
-from statecache.engine.calls import Build, Calls, Start
+from statecache.engine.calls import Build, Calls, Start, as_ids
 
 if TYPE_CHECKING:
     from statecache.engine.cache import StateCache
@@ -162,7 +162,7 @@ class MachineHandle:
         self, ids: Iterable[str], *, timeout: float | None = None
     ) -> list[model.Snapshot | errors.StateCacheError]:
         """Many instances as they are now; a snapshot or an error (``NotFoundError``) for each, in order."""
-        wanted = list(ids)
+        wanted = as_ids(ids)
         results: list[Any] = [None] * len(wanted)
         lanes = [[index] for index in range(len(wanted))]
         deadline = self._cache.deadline(timeout)
@@ -194,7 +194,7 @@ class MachineHandle:
 
         Without a state: in any.
         """
-        older_than_ms = self.calls.find_bound(state, older_than)
+        older_than_ms = self.calls.find_bound(state, older_than, limit)
         return self.calls.found(self._cache.durable.find(self.name, state, older_than_ms, limit))
 
     def counts(self) -> dict[str, int]:
