@@ -688,13 +688,14 @@ def test_h15_recoverer_that_dies_after_its_fence_hides_no_loss(world: World) -> 
 
 @pytest.mark.parametrize("written", [False, True])
 def test_h17_mark_of_an_unknown_recovery_below_the_watermark(world: World, written: bool) -> None:
-    """H17. SQL was restored under a recovery whose owner it has forgotten: the log ends before SQL's watermark and goes on with
+    """H17. A recovery saw an older SQL (its watermark below what Redis had lost), and SQL has forgotten its owner: the log ends before SQL's watermark and goes on with
     that recovery's mark. Ids above the watermark exist, so by their order the log would "cover" it. It has lost a tail, counted
     from before the mark; and if an instance that SQL is ahead of was moved behind the mark, two lines of history exist."""
     partition = world.partition_of("1")
     world.start("1")
     world.flush()
     saved = world.redis_copy()
+    seen = [world.watermark(0), world.watermark(1)]
     world.orders.transition("1", "note", data={"line": "SQL"})
     world.flush()
     world.redis_back(saved)
@@ -703,9 +704,8 @@ def test_h17_mark_of_an_unknown_recovery_below_the_watermark(world: World, writt
     for one in (0, 1):
         _, fenced = world.hot.fence(one, forgotten, row.deployment, row.protocol)
         assert fenced is not None
-        watermark = world.watermark(one)
         code = world.hot.ready(
-            one, forgotten, identity=fenced.identity, watermark=watermark, limit=100, new=False, report=""
+            one, forgotten, identity=fenced.identity, watermark=seen[one], limit=100, new=False, report=""
         )
         assert code == "OK 2-0"
     world.hot.adopt(2, "forgotten")
