@@ -119,7 +119,7 @@ def test_declared_data_is_checked_field_by_field(world: World) -> None:
         invoices.start("1", data={"amount": "much"})
     invoices.start("1", data={"amount": "12.5", "free": 1})
     assert invoices.get("1").data == {"amount": 12.5, "free": 1}
-    with pytest.raises(errors.InvalidDataError, match="field 'lines.0': 1 is refused"):
+    with pytest.raises(errors.InvalidDataError, match=r"field 'lines\.0': 1 is refused"):
         invoices.transition("1", "touch", data={"lines": [1]})
     assert invoices.get("1").version == 1
 

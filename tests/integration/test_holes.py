@@ -688,9 +688,10 @@ def test_h15_recoverer_that_dies_after_its_fence_hides_no_loss(world: World) -> 
 
 @pytest.mark.parametrize("written", [False, True])
 def test_h17_mark_of_an_unknown_recovery_below_the_watermark(world: World, written: bool) -> None:
-    """H17. A recovery saw an older SQL (its watermark below what Redis had lost), and SQL has forgotten its owner: the log ends before SQL's watermark and goes on with
-    that recovery's mark. Ids above the watermark exist, so by their order the log would "cover" it. It has lost a tail, counted
-    from before the mark; and if an instance that SQL is ahead of was moved behind the mark, two lines of history exist."""
+    """H17. A recovery saw an older SQL (its watermark below what Redis had lost), and SQL has forgotten its owner: the log
+    ends before SQL's watermark and goes on with that recovery's mark. Ids above the watermark exist, so by their order the
+    log would "cover" it. It has lost a tail, counted from before the mark; and if an instance that SQL is ahead of was moved
+    behind the mark, two lines of history exist."""
     partition = world.partition_of("1")
     world.start("1")
     world.flush()
