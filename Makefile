@@ -20,6 +20,9 @@ help:
 	@echo "              (PYTEST_ARGS='--server redis8 -k name' for others or fewer, WORKERS=n)"
 	@echo "make check    format, lint, types, layers"
 	@echo "make format   let ruff put the format right"
+	@echo "make crash    only the tests in which processes die, at every point"
+	@echo "make mutants  put in the mistakes of the trade one at a time: a test must catch each"
+	@echo "make matrix   a short form of the tests on the other servers"
 	@echo "make bench    the benchmarks"
 	@echo "make venv     only the virtual environment, in $(VENV)"
 	@echo "make clean    remove it and every cache"
@@ -78,3 +81,29 @@ AOF ?= everysec
 CHAOS_ARGS ?=
 chaos: $(VENV)/.installed-for-development
 	$(BIN)/python -m tests.chaos --seed "$(SEED)" --minutes $(MINUTES) --sql $(SQL) --server $(SERVER) --aof $(AOF) $(CHAOS_ARGS)
+
+.PHONY: crash mutants matrix
+
+# The processes of the project die, fail, hang and are stopped at every point; docs/testing.md, 1 and 5.
+crash: $(VENV)/.installed-for-development
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/crash $(PYTEST_ARGS)
+
+# One mistake at a time is put into a copy of the code, and must be caught; MUTANTS="word word" tries some of them.
+MUTANTS ?=
+mutants: $(VENV)/.installed-for-development
+	$(BIN)/python -m tests.mutants --workers $(WORKERS) $(MUTANTS)
+
+# The short form of the suites on the other servers of the wheels.
+SERVERS ?= valkey8 redis8
+matrix: $(VENV)/.installed-for-development
+	for server in $(SERVERS); do \
+		$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --server $$server -m "not postgres" $(PYTEST_ARGS) \
+			-k "not failing_there and not hanging_there and not going_on_there" \
+			tests/lua tests/integration/test_holes.py tests/integration/test_faults_client.py \
+			tests/integration/test_durability.py tests/crash/test_failpoints.py || exit 1; \
+	done
+
+.PHONY: model
+# Every interleaving of the protocol; docs/testing.md, 9.
+model: $(VENV)/.installed-for-development
+	$(BIN)/python -m tests.model --large

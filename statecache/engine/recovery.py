@@ -321,9 +321,12 @@ class _Attempt:
             record = parse_any(partition, reply.lines[0]) if reply.lines else None
             if record is None or record.entry_id != last:
                 return True  # trimmed, so it is in SQL
-            if not record.is_mark:
+            if record.is_mark:
+                last = record.prev
+            elif record.machine == entry.FOREIGN and last.seq:
+                last = before
+            else:
                 return self._same(record)
-            last = record.prev
         return True
 
     def _letters(self, instance: fold.Instance) -> tuple[tuple[int, str], ...]:
@@ -419,7 +422,9 @@ class _Attempt:
         if first is None:
             watermark = probed.last
         else:
-            watermark = first.prev if first.is_mark else entry.EntryId(first.entry_id.epoch, first.entry_id.seq - 1)
+            # Number 0 is a mark's: another record there is a stranger's, written before the mark, and is passed over.
+            epoch, seq = first.entry_id
+            watermark = first.prev if first.is_mark else entry.EntryId(epoch, max(0, seq - 1))
         return watermark, mending.sql_behind(
             row.partition, groups, hashes, known, watermark, self.finals, f"reconciled-{self.stamp.epoch}"
         )

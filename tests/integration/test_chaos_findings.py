@@ -231,6 +231,25 @@ def test_an_older_snapshot_that_holds_nothing_new_is_a_lost_tail(world: worlds.W
     world.verify()
 
 
+def test_garbage_written_during_a_recovery(world: worlds.World) -> None:
+    """A stranger writes to the log under the epoch of a recovery that is under way, before its mark: the record gets number
+    0, which is the mark's. That recovery fails; the next one must not fail for ever at a record that follows nothing (it
+    asked for the id before number 0), and the partition goes on (P10)."""
+    world.start("a")
+    world.start("b", ["pay"])
+    world.flush()
+    world.disown()
+
+    def garbage() -> None:
+        world.client.xadd(world.keyspace.log(0), {"e": "garbage"}, id="2-*")
+
+    with worlds.before_call(world.cache.hot, "ready", garbage), pytest.raises(errors.IntegrityError):
+        world.cache.recover()
+    assert world.orders.transition("a", "pay", durability="durable").version == 2
+    assert world.orders.transition("b", "ship", durability="durable").version == 3
+    world.verify()
+
+
 @pytest.mark.parametrize("point", ["recovery.fenced", "recovery.mended", "recovery.reported", "recovery.ready"])
 def test_a_recovery_that_failed_is_not_waited_for(world: worlds.World, point: str) -> None:
     """A recoverer lives, but its recovery fails half-way (the server goes away once more). Its row in SQL says "under way"

@@ -80,7 +80,7 @@ def tried(mutant: catalogue.Mutant) -> Verdict:
             )
             (folder / patch.file).write_text(text.replace(patch.old, patch.new))
         code, output = pytest_in(folder, mutant.tests, "-x")
-    failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", output, re.MULTILINE)
+    failed = re.search(r"^(?:FAILED|ERROR) ((?:tests/|\().+?)(?: - .*)?$", output, re.MULTILINE)
     broken = mutant is not _CANARY and (code > 1 or (failed is not None and "rror during collection" in output))
     by = failed.group(1).rpartition("::")[2] if failed else ""
     if broken:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -10,8 +11,9 @@ from unittest import mock
 import pytest
 
 from statecache.core import codec, errors
-from statecache.durable import recoveries
-from tests.support import servers, waiting, worlds
+from statecache.durable import engine, recoveries
+from statecache.durable.store import DurableStore
+from tests.support import batches, servers, waiting, worlds
 
 
 @pytest.fixture
@@ -27,8 +29,10 @@ def test_an_open_recovery_ends_a_flush_that_waits_for_it(
     """Recovery has written its epoch and has not committed; a flusher's compare-and-set waits for the row; recovery commits.
     An epoch compared in any other row than the one that is waited for would be the old one, from the statement's snapshot."""
     with worlds.World(redis_url, postgres_url, namespace) as world:
-        world.start("1")
-        before = world.durable.history("order", "1")
+        world.flush()
+        world.start(
+            "1"
+        )  # one partition alone has something: a second row's statement would begin with a newer snapshot
         row = world.durable.identity()
         results: list[Any] = []
         flusher = world.flusher()
@@ -47,8 +51,61 @@ def test_an_open_recovery_ends_a_flush_that_waits_for_it(
             taking.execute("COMMIT")
             thread.join()
         assert results[0].entries == 0
-        assert world.durable.history("order", "1") == before == []
+        assert world.durable.history("order", "1") == []
         assert world.durable.identity().epoch == row.epoch + 1
+
+
+@pytest.mark.postgres
+def test_postgresql_ends_a_transaction_that_stands_still(
+    postgres_url: str, postgres_server: servers.PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process stops right after the compare-and-set of several partitions, a statement with many parameter sets: psycopg
+    sends those in a way that stops PostgreSQL's idle timer, and the rows would stay locked for ever."""
+    monkeypatch.setattr(
+        engine,
+        "_POSTGRESQL_LIMITS",
+        "SET LOCAL idle_in_transaction_session_timeout = '200ms'; SET LOCAL lock_timeout = '5s'",
+    )
+    log = batches.Log()
+    store = DurableStore.connect(postgres_url)
+    with contextlib.closing(store), postgres_server.connect(postgres_url.rpartition("/")[2]) as look:
+        moves = log.batch(batches.ids(50)).moves
+        assert len(moves) > 1
+
+        def stand_still() -> None:
+            with store.flush_transaction() as transaction:
+                transaction.advance(moves)
+                idle = "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND state LIKE 'idle in%'"
+                waiting.wait_until(lambda: look.execute(idle).fetchone() is None, "the session to be ended")
+
+        with pytest.raises(errors.UnavailableError):
+            stand_still()
+        assert {row.watermark for row in store.partitions()} == {worlds.entry.ZERO}
+
+
+def test_a_slower_flusher_does_not_set_the_watermark_back(lite: worlds.World) -> None:
+    """A has read two entries; B reads five, commits and trims; A's compare-and-set must find another watermark: what it would
+    set has been trimmed behind."""
+    id = lite.id(0)
+    lite.flush()
+    lite.start(id, ["note", "note", "note", "note"])
+    slow = lite.flusher(batch_entries=2)
+    with worlds.before_call(lite.durable, "flush_transaction", lite.flush):
+        assert slow.step().entries == 0
+    after = lite.watermark(lite.partition_of(id))
+    assert str(after) == lite.log(lite.partition_of(id))[-1]
+    lite.verify()
+
+
+def test_an_evicted_instance_comes_back(lite: worlds.World) -> None:
+    """In a partition that held everything so far: from the first eviction on a missing hash is a reason to ask SQL."""
+    lite.start("1", ["pay"])
+    lite.flush()
+    assert lite.evict("1") == "OK"
+    with pytest.raises(errors.AlreadyExistsError):
+        lite.orders.start("1")
+    assert lite.evict("1") == "OK"
+    assert lite.orders.transition("1", "ship").version == 3
 
 
 def test_a_flusher_forgets_what_it_folded_before_a_recovery(lite: worlds.World) -> None:

@@ -363,7 +363,7 @@ class StoreAgainstModel(RuleBasedStateMachine):
                     assert self.world.orders.at(id, version=row.version).data == record.data
 
 
-def _die(rows: object) -> None:
+def _die(*arguments: object) -> None:
     raise Died
 
 
