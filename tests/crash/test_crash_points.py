@@ -211,6 +211,8 @@ def frozen(request: pytest.FixtureRequest, redis_url: str, tmp_path: Path, names
     return Frozen(redis_url, tmp_path, namespace, SCENARIOS[request.param])
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_dying_between_any_two_steps(frozen: Frozen) -> None:
     """Die before the first call, before the second ... and after the last: the end is always the same."""
     database_url = frozen.thaw()

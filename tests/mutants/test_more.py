@@ -78,8 +78,9 @@ def test_postgresql_ends_a_transaction_that_stands_still(
                 idle = "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND state LIKE 'idle in%'"
                 waiting.wait_until(lambda: look.execute(idle).fetchone() is None, "the session to be ended")
 
-        with pytest.raises(errors.UnavailableError):
-            stand_still()
+        for _ in range(5):  # whether the timer stops depends on how the messages happen to arrive
+            with pytest.raises(errors.UnavailableError):
+                stand_still()
         assert {row.watermark for row in store.partitions()} == {worlds.entry.ZERO}
 
 
