@@ -15,3 +15,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="run the stateful tests on real servers (name tests/property for it)",
     )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of the two forms of the same test only the one asked for is in the run."""
+    unwanted = "test_emulated_store" if config.getoption("real_servers", default=False) else "test_real_store"
+    dropped = [item for item in items if item.name.startswith(unwanted)]
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = [item for item in items if item not in dropped]

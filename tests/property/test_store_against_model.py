@@ -386,10 +386,8 @@ def _empty_database() -> Path:
     return path
 
 
-def test_emulated_store_does_what_the_model_says(tmp_path: Path, pytestconfig: pytest.Config) -> None:
+def test_emulated_store_does_what_the_model_says(tmp_path: Path) -> None:
     """fakeredis runs the real scripts; SQLite holds the rest."""
-    if pytestconfig.getoption("real_servers", default=False):
-        pytest.skip("--real-servers was asked for")
     numbers = iter(range(10**9))
 
     class Emulated(StoreAgainstModel):
@@ -403,8 +401,7 @@ def test_emulated_store_does_what_the_model_says(tmp_path: Path, pytestconfig: p
 
 
 def test_real_store_does_what_the_model_says(request: pytest.FixtureRequest, namespace: str) -> None:
-    if not request.config.getoption("real_servers", default=False):
-        pytest.skip("only with --real-servers")
+    """The same on a real server and a real database; only with ``--real-servers``."""
     redis_url = request.getfixturevalue("redis_url")
     postgres = request.getfixturevalue("postgres_server")
     numbers = iter(range(10**9))
