@@ -107,3 +107,12 @@ matrix: $(VENV)/.installed-for-development
 # Every interleaving of the protocol; docs/testing.md, 9.
 model: $(VENV)/.installed-for-development
 	$(BIN)/python -m tests.model --large
+
+# One instrument each; docs/testing.md, 2, 4 and 6.
+.PHONY: property failover power-loss
+property: $(VENV)/.installed-for-development
+	$(BIN)/python -m pytest tests/property $(PYTEST_ARGS)
+failover: $(VENV)/.installed-for-development
+	$(BIN)/python -m pytest tests/integration/test_failover.py $(PYTEST_ARGS)
+power-loss: $(VENV)/.installed-for-development
+	$(BIN)/python -m pytest tests/integration/test_power_loss.py $(PYTEST_ARGS)

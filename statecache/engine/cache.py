@@ -23,7 +23,7 @@ from statecache.engine.admission import Admission
 from statecache.engine.driver import Driver
 from statecache.engine.embedded import EmbeddedServer
 from statecache.engine.flusher import Flusher
-from statecache.engine.handle import MachineHandle
+from statecache.engine.handle import CONFIRMED, MachineHandle
 from statecache.hot.store import HotStore
 from statecache.settings import Settings, failpoint_variable, redact
 
@@ -133,7 +133,7 @@ class StateCache:
             servers.check(hot.server_facts())
             cache = cls(settings, hot, durable, server=server)
             cache._admit_at_connect()
-            if settings.durability in (model.Durability.FSYNC, model.Durability.REPLICA):
+            if settings.durability in CONFIRMED:
                 cache.confirmation(settings.durability, cache.deadline(None))
         except BaseException:
             if durable is not None:
@@ -211,8 +211,9 @@ class StateCache:
         """The handle of a machine: of a class (or ``StateMachine.load(path)``), which is registered in SQL, or of a
         registered name, in its latest version.
 
-        Raises ``DefinitionError`` if another definition is registered under the same name and version, and
-        ``NotFoundError`` for a name that nobody registered.
+        Raises ``DefinitionError`` if another definition is registered under the same name and version,
+        ``NotFoundError`` for a name that nobody registered, and ``ConfigurationError`` if the server cannot give the
+        machine's durability.
         """
         if isinstance(machine, str):
             found = self.durable.machine(machine)
@@ -232,6 +233,10 @@ class StateCache:
                 int(time.time() * 1000),
             )
         self._finals[machine.definition.name, machine.definition.version] = machine.definition.finals
+        if (
+            machine.definition.durability in CONFIRMED
+        ):  # a server that cannot give it is refused now, not at the first call
+            self.confirmation(model.Durability(machine.definition.durability), self.deadline(None))
         return MachineHandle(self, machine)
 
     def finals(self, machine: str, version: int) -> frozenset[str]:
