@@ -12,7 +12,6 @@ from typing import NamedTuple
 from statecache.core import errors
 
 SEPARATOR = "\x1f"
-FIELD = "e"
 EVENT_START = "@start"
 EVENT_EPOCH = "@epoch"
 EVENT_RECONCILED = "@reconciled"

@@ -443,7 +443,7 @@ def hash_of(found: model.Lookup) -> dict[bytes, bytes]:
 def hash_texts(found: model.Lookup) -> tuple[str, str, list[str]]:
     """``@``, ``@r`` and ``[name, text, ...]`` of the hash that a checkpoint and its open letters are hydrated to.
 
-    Open letters park it (H12), and their ids count as recent: a repetition of one is answered, not applied again.
+    Open letters park it (H12): a repetition of one of them is told so, and not applied again.
     """
     kept = found.checkpoint
     assert kept is not None

@@ -19,9 +19,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from statecache.core import errors, items
-
-BATCH_ITEMS_MAX = 250
-BATCH_BYTES_MAX = 1_000_000
+from statecache.hot.store import BATCH_BYTES_MAX, BATCH_ITEMS_MAX
 
 
 class _Waiter:

@@ -50,7 +50,7 @@ class StateCache:
         self._finals: dict[tuple[str, int], frozenset[str]] = {}
         self._partitions = list(range(settings.partition_count))
         self._thread: threading.Thread | None = None
-        self._confirmations: dict[Any, tuple[items.Confirm | None, bool]] = {}
+        self._confirmations: dict[Any, items.Confirm | None] = {}
         self._make_parts()
         _open_caches.add(self)
 
@@ -271,11 +271,12 @@ class StateCache:
 
         Raises ``ConfigurationError`` when the server cannot give the level.
         """
-        known = self._confirmations.get((self.hot.stamp, level))
-        if known is None:
-            known = durability_wait.confirmation(self.hot, level, self.settings.replicas, 1.0), True
-            self._confirmations = {(self.hot.stamp, level): known}
-        confirm = known[0]
+        key = self.hot.stamp, level
+        known = self._confirmations  # another thread may put its own there meanwhile: this one's is looked at
+        if key not in known:
+            known = {key: durability_wait.confirmation(self.hot, level, self.settings.replicas, 1.0)}
+            self._confirmations = known
+        confirm = known[key]
         if confirm is None:
             return None
         # The connection must outlive the wait, and the script before it.

@@ -26,8 +26,6 @@ from statecache.hot import failures, resp, store
 Sent = TypeVar("Sent")
 Received = TypeVar("Received")
 
-BATCH_ITEMS_MAX = 250
-BATCH_BYTES_MAX = 1_000_000
 EXCHANGES_IN_FLIGHT = 2
 
 
@@ -85,7 +83,7 @@ class _Pump(Generic[Sent, Received]):
             return await self._alone(wish)
         answer: asyncio.Future[Received] = asyncio.get_running_loop().create_future()
         self._waiting.append(_Call(wish, answer))
-        if self._active < EXCHANGES_IN_FLIGHT and len(self._waiting) >= BATCH_ITEMS_MAX:
+        if self._active < EXCHANGES_IN_FLIGHT and len(self._waiting) >= store.BATCH_ITEMS_MAX:
             self._start()
         return await answer
 
@@ -129,13 +127,13 @@ class _Pump(Generic[Sent, Received]):
     def _taken(self) -> list[_Call[Sent, Received]]:
         batch: list[_Call[Sent, Received]] = []
         size = 0
-        while self._waiting and len(batch) < BATCH_ITEMS_MAX:
+        while self._waiting and len(batch) < store.BATCH_ITEMS_MAX:
             call = self._waiting[0]
             if call.answer.cancelled():
                 self._waiting.popleft()
                 continue
             size += self._size(call.wish)
-            if batch and (size > BATCH_BYTES_MAX or not self._together(batch[0].wish, call.wish)):
+            if batch and (size > store.BATCH_BYTES_MAX or not self._together(batch[0].wish, call.wish)):
                 break
             batch.append(self._waiting.popleft())
         return batch

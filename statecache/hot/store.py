@@ -10,7 +10,6 @@ script (protocol hole H13).
 from __future__ import annotations
 
 import re
-import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +25,9 @@ _encode = msgspec.json.encode
 _NUMBERS = [resp.bulk(number) for number in range(4096)]
 _HEADERS = [b"*%d\r\n" % number for number in range(4096)]
 CHUNKS_IN_FLIGHT = 2
+BATCH_ITEMS_MAX = 250
+BATCH_BYTES_MAX = 1_000_000
+"""What calls that are batched by themselves (threads, tasks) put into one script call at most."""
 Answered = tuple[Sequence[items.Item], list[items.Outcome]]
 
 
@@ -105,7 +107,6 @@ class HotStore:
         self._socket_timeout_seconds = socket_timeout_seconds
         self._fields_max = resp.bulk(instance_fields_max)
         self.stamp = scripts.NEVER
-        self._stamp_lock = threading.Lock()
         count = keyspace.partition_count
         self._meta_keys = [resp.bulk(keyspace.meta(p)) for p in range(count)]
         self._pair_keys = [resp.bulk(keyspace.meta(p)) + resp.bulk(keyspace.log(p)) for p in range(count)]
@@ -114,14 +115,12 @@ class HotStore:
         self.wires.close()
 
     def after_fork(self) -> None:
-        """Begin anew in a forked child: no connection and no lock of the parent's is used."""
-        self._stamp_lock = threading.Lock()
+        """Begin anew in a forked child: no connection of the parent's is used."""
         self.wires = wire.Wires(self.wires.pool)
 
     def adopt(self, epoch: int, owner: str) -> None:
         """Speak for this epoch from now on."""
-        with self._stamp_lock:
-            self.stamp = scripts.Stamp(epoch, owner)
+        self.stamp = scripts.Stamp(epoch, owner)
 
     # --- transitions -------------------------------------------------------------------------------------------------
 
