@@ -96,12 +96,16 @@ def log_progress(entries: int, seconds: float, total: int) -> None:
 
 
 def run(cache: StateCache, tell: Told = log_progress) -> int:
-    """Flush until a signal; returns how many entries were flushed. Raises ``StopNow`` at the second signal."""
+    """Flush until a signal, and do the duties beside; returns how many entries were flushed.
+
+    Raises ``StopNow`` at the second signal.
+    """
     progress = Progress(tell)
     with stopping(cache.flusher.wake.set) as stop:
         _log.info("flushing")
         try:
-            cache.flusher.run(stop, progress.step)
+            with cache.duties:
+                cache.flusher.run(stop, progress.step)
         finally:
             progress.tell()
     _log.info("stopped")

@@ -18,7 +18,7 @@ from statecache.core.machine import StateMachine
 from statecache.core.spec import MachineSpec
 from statecache.durable.store import DurableStore
 from statecache.engine import durability as durability_wait
-from statecache.engine import recovery, servers
+from statecache.engine import duties, recovery, servers
 from statecache.engine.admission import Admission
 from statecache.engine.driver import Driver
 from statecache.engine.embedded import EmbeddedServer
@@ -63,6 +63,7 @@ class StateCache:
         )
         self.driver = Driver(self.hot, self.durable, self.admission, self._revive)
         self.flusher = self.make_flusher(self._partitions)
+        self.duties = duties.of(self)
         self._moved_by_others_at = 0.0
 
     # --- opening and closing -----------------------------------------------------------------------------------------
@@ -152,17 +153,19 @@ class StateCache:
             _log.warning("connected, but not admitted: %s", error)
 
     def start_flusher(self) -> None:
-        """Flush from a thread of this process until ``close``."""
+        """Flush from a thread of this process until ``close``, and do what a flusher's process does beside (``duties``)."""
         if self._thread is not None:
             return
         self._thread = threading.Thread(
             target=self.flusher.run, args=(self._stop,), name="statecache-flusher", daemon=True
         )
         self._thread.start()
+        self.duties.start()
 
     def close(self) -> None:
         """Flush what is pending (if this process flushes), then close every connection. Safe to call twice."""
         thread, self._thread = self._thread, None
+        self.duties.close()
         self._stop.set()
         self.flusher.wake.set()
         if thread is not None:
