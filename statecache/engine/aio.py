@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping, S
 from datetime import datetime, timedelta
 from typing import Any, Generic, Self, TypeVar
 
-from statecache.core import errors, flows, items, model
+from statecache.core import entry, errors, flows, items, model
 from statecache.core.machine import StateMachine
 from statecache.engine import recovery
 from statecache.engine.cache import StateCache
@@ -181,10 +181,17 @@ class AsyncMachineHandle:
         timeout: float | None = None,
     ) -> model.Receipt:
         """As ``MachineHandle.start``."""
-        request = self._sync.calls.door.start(
-            id, data, actor=actor, reason=reason, transition_id=transition_id, occurred_at=occurred_at
-        )
-        return await self._write(request, durability, timeout)
+        began = time.perf_counter()
+        try:
+            request = self._sync.calls.door.start(
+                id, data, actor=actor, reason=reason, transition_id=transition_id, occurred_at=occurred_at
+            )
+            receipt = await self._write(request, durability, timeout)
+        except errors.StateCacheError as error:
+            self._sync.meter.refused(entry.EVENT_START, error)
+            raise
+        self._sync.meter.done(receipt, durability, time.perf_counter() - began)
+        return receipt
 
     async def transition(
         self,
@@ -203,8 +210,15 @@ class AsyncMachineHandle:
         timeout: float | None = None,
     ) -> model.Receipt:
         """As ``MachineHandle.transition``."""
+        began = time.perf_counter()
         move = model.Move(id, event, data, unset, increment, actor, reason, expect_version, transition_id, occurred_at)
-        return await self._write(self._sync.calls.door.transition(move), durability, timeout)
+        try:
+            receipt = await self._write(self._sync.calls.door.transition(move), durability, timeout)
+        except errors.StateCacheError as error:
+            self._sync.meter.refused(event, error)
+            raise
+        self._sync.meter.done(receipt, durability, time.perf_counter() - began)
+        return receipt
 
     async def _write(self, request: flows.Request, durability: str | None, timeout: float | None) -> model.Receipt:
         sync = self._cache.sync
@@ -238,7 +252,14 @@ class AsyncMachineHandle:
 
     async def get(self, id: str, *, timeout: float | None = None) -> model.Snapshot:
         """As ``MachineHandle.get``."""
-        snapshot: model.Snapshot = await self._cache.run(self._sync.calls.get(id), self._cache.sync.deadline(timeout))
+        try:
+            snapshot: model.Snapshot = await self._cache.run(
+                self._sync.calls.get(id), self._cache.sync.deadline(timeout)
+            )
+        except errors.NotFoundError:
+            self._sync.meter.read("missing")
+            raise
+        self._sync.meter.read(snapshot.source)
         return snapshot
 
     async def get_many(

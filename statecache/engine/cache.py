@@ -9,10 +9,11 @@ import time
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import msgspec
 
+from statecache import metrics as metering
 from statecache.core import codec, definition, entry, errors, failpoints, items, keys, model
 from statecache.core.machine import StateMachine
 from statecache.core.spec import MachineSpec
@@ -27,6 +28,9 @@ from statecache.engine.handle import CONFIRMED, MachineHandle
 from statecache.hot.store import HotStore
 from statecache.settings import Settings, failpoint_variable, redact
 
+if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry
+
 _log = logging.getLogger(__name__)
 _CLOSE_SECONDS = 10.0
 
@@ -40,9 +44,17 @@ class StateCache:
     """
 
     def __init__(
-        self, settings: Settings, hot: HotStore, durable: DurableStore, *, server: EmbeddedServer | None = None
+        self,
+        settings: Settings,
+        hot: HotStore,
+        durable: DurableStore,
+        *,
+        server: EmbeddedServer | None = None,
+        metrics: metering.Metrics | CollectorRegistry | None = None,
     ) -> None:
         self.settings = settings
+        self.metrics = metering.of(metrics)
+        """What this process counts; ``metrics.registry`` is the Prometheus registry, ``metrics.text()`` its text."""
         self.hot = hot
         self.durable = durable
         self.ids = codec.TransitionIds()
@@ -61,7 +73,13 @@ class StateCache:
         self.admission = Admission(
             self.hot, self.durable, self.recover, auto_recover=settings.auto_recover, revive=self._revive
         )
-        self.driver = Driver(self.hot, self.durable, self.admission, self._revive)
+        self.driver = Driver(
+            self.hot,
+            self.durable,
+            self.admission,
+            self._revive,
+            lambda count: self.metrics.add("statecache_hydrations_total", count),
+        )
         self.flusher = self.make_flusher(self._partitions)
         self.duties = duties.of(self)
         self._moved_by_others_at = 0.0
@@ -76,6 +94,7 @@ class StateCache:
         namespace: str | None = None,
         *,
         flusher: bool = False,
+        metrics: metering.Metrics | CollectorRegistry | None = None,
         **settings: Any,
     ) -> Self:
         """Connect to a Redis or Valkey server and a database; ``settings`` are those of ``statecache.settings``.
@@ -83,25 +102,39 @@ class StateCache:
         An empty database gets its tables; an empty Redis is made ready. What is not given comes from the environment
         (``STATECACHE_REDIS_URL`` ...) or the config file; without any URL the embedded server of ``data_dir`` is used.
         With ``flusher`` a thread of this process flushes; otherwise flusher processes do (``statecache flusher``).
+        ``metrics`` is the Prometheus registry to count in; without one it is one of statecache's own, for all stores.
 
         Raises ``ConfigurationError`` when the servers are too old, do not belong together, or refuse the user, and
         ``UnavailableError`` when they cannot be reached.
         """
         wanted = Settings(redis_url=redis_url, database_url=database_url, namespace=namespace, **settings)
-        return cls.open(wanted, flusher=flusher)
+        return cls.open(wanted, flusher=flusher, metrics=metrics)
 
     @classmethod
-    def embedded(cls, folder: str | os.PathLike[str], *, flusher: bool = True, **settings: Any) -> Self:
+    def embedded(
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        flusher: bool = True,
+        metrics: metering.Metrics | CollectorRegistry | None = None,
+        **settings: Any,
+    ) -> Self:
         """Start the server of a data folder, or join it, and flush from a thread of this process into its SQLite file.
 
         The last process to close stops the server. For one machine: development, tests, small deployments.
         """
         given = {"redis_url": None, "database_url": None, **settings}
         wanted = Settings(data_dir=Path(folder), **given)
-        return cls.open(wanted.model_copy(update=given), flusher=flusher)
+        return cls.open(wanted.model_copy(update=given), flusher=flusher, metrics=metrics)
 
     @classmethod
-    def open(cls, settings: Settings, *, flusher: bool = False) -> Self:
+    def open(
+        cls,
+        settings: Settings,
+        *,
+        flusher: bool = False,
+        metrics: metering.Metrics | CollectorRegistry | None = None,
+    ) -> Self:
         """Open what the settings name: see ``connect``."""
         failpoints.arm(failpoint_variable())
         server = None
@@ -132,7 +165,7 @@ class StateCache:
                 instance_fields_max=settings.instance_fields_max,
             )
             servers.check(hot.server_facts())
-            cache = cls(settings, hot, durable, server=server)
+            cache = cls(settings, hot, durable, server=server, metrics=metrics)
             cache._admit_at_connect()
             if settings.durability in CONFIRMED:
                 cache.confirmation(settings.durability, cache.deadline(None))
@@ -379,6 +412,7 @@ class StateCache:
             log_keep_seconds=settings.log_keep_seconds,
             revive=self._revive,
             on_hole=self._recover_hole,
+            metrics=self.metrics,
         )
 
     # --- recovery ----------------------------------------------------------------------------------------------------

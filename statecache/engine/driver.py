@@ -44,12 +44,18 @@ class Driver:
     """Runs flows against the two stores. Thread-safe: it holds no state of a call."""
 
     def __init__(
-        self, hot: HotStore, durable: DurableStore, admission: Admission, revive: Callable[[], None] = lambda: None
+        self,
+        hot: HotStore,
+        durable: DurableStore,
+        admission: Admission,
+        revive: Callable[[], None] = lambda: None,
+        on_hydrated: Callable[[int], None] = lambda count: None,
     ) -> None:
         self.hot = hot
         self.durable = durable
         self.admission = admission
         self._revive = revive
+        self._on_hydrated = on_hydrated
         self._batcher = Batcher(hot.apply)
         self.closing = threading.Event()
 
@@ -302,6 +308,7 @@ class Driver:
             own, ring, pairs = flows.hash_texts(one)
             rows.append((kept.partition, f"{kept.machine}:{kept.id}", own, ring, str(one.watermark), pairs))
         codes = self.hot.hydrate(rows, _stamp_of(found[0]))
+        self._on_hydrated(codes.count("OK"))
         failpoints.hit("hydrate.done")
         return codes
 

@@ -29,6 +29,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
+from statecache import metrics as metering
 from statecache.core import entry, errors, failpoints, fold
 from statecache.durable.faults import CommitUnknown, KeyHit, Overtaken, Refused
 from statecache.durable.rows import PartitionRow
@@ -69,6 +70,7 @@ class Flusher:
         log_keep_seconds: float = 0.0,
         revive: Callable[[], None] = lambda: None,
         on_hole: Callable[[str], bool] = lambda hole: False,
+        metrics: metering.Metrics | None = None,
     ) -> None:
         self.hot = hot
         self.durable = durable
@@ -76,6 +78,7 @@ class Flusher:
         self._admit = admit
         self._revive = revive
         self._on_hole = on_hole
+        self._metrics = metering.of(metrics)
         self._holes: dict[int, entry.EntryId] = {}
         self.partitions = list(partitions)
         self.batch_entries = batch_entries
@@ -101,7 +104,13 @@ class Flusher:
         Raises ``UnavailableError`` when a server cannot be reached (nothing is lost: step again) and
         ``IntegrityError`` when what is in the log contradicts SQL."""
         with self._lock:
-            return self._step(time.monotonic() + 5.0 if deadline is None else deadline)
+            result = "failed"
+            try:
+                step = self._step(time.monotonic() + 5.0 if deadline is None else deadline)
+                result = "stopped" if step.stopped else "moved" if step.entries else "idle"
+            finally:
+                self._metrics.add("statecache_flush_steps_total", 1, result)
+            return step
 
     def _step(self, deadline: float) -> Step:
         rows = self._in_turn(self.durable.partitions(self.partitions))
@@ -149,7 +158,11 @@ class Flusher:
             except CommitUnknown:
                 self._forget(pair)
                 raise
-            self._measure(count, time.monotonic() - started)
+            seconds = time.monotonic() - started
+            self._measure(count, seconds)
+            self._metrics.add("statecache_flushed_transitions_total", count)
+            self._metrics.observe("statecache_flush_batch_size", count)
+            self._metrics.observe("statecache_flush_commit_seconds", seconds)
         self._after(rows, batches)
         if parked:
             keyspace = self.hot.keyspace

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
-from statecache.core import errors, flows, model
+from statecache import metrics
+from statecache.core import entry, errors, flows, model
 from statecache.core.machine import StateMachine
 from statecache.engine.calls import Build, Calls, Start, as_ids
 
@@ -35,6 +37,8 @@ class MachineHandle:
         self.machine = machine
         self.name = machine.definition.name
         self.calls = Calls(machine, cache.settings, cache.ids)
+        default = machine.definition.durability or cache.settings.durability
+        self.meter = metrics.MachineMeter(cache.metrics, self.name, machine.definition.events, default)
 
     def __repr__(self) -> str:
         return f"<MachineHandle {self.name} version {self.machine.definition.version}>"
@@ -55,10 +59,17 @@ class MachineHandle:
     ) -> model.Receipt:
         """Begin an instance in the machine's initial state, at version 1. One round trip when Redis holds the partition
         whole; one SQL look-up more when some of it is cold."""
-        request = self.calls.door.start(
-            id, data, actor=actor, reason=reason, transition_id=transition_id, occurred_at=occurred_at
-        )
-        return self._write(request, durability, timeout)
+        began = time.perf_counter()
+        try:
+            request = self.calls.door.start(
+                id, data, actor=actor, reason=reason, transition_id=transition_id, occurred_at=occurred_at
+            )
+            receipt = self._write(request, durability, timeout)
+        except errors.StateCacheError as error:
+            self.meter.refused(entry.EVENT_START, error)
+            raise
+        self.meter.done(receipt, durability, time.perf_counter() - began)
+        return receipt
 
     def transition(
         self,
@@ -82,8 +93,15 @@ class MachineHandle:
         With ``transition_id`` the call may be repeated for ever: it is applied once, and answered with the same receipt
         (``duplicate=True``). ``expect_version`` refuses if somebody else moved the instance.
         """
+        began = time.perf_counter()
         move = model.Move(id, event, data, unset, increment, actor, reason, expect_version, transition_id, occurred_at)
-        return self._write(self.calls.door.transition(move), durability, timeout)
+        try:
+            receipt = self._write(self.calls.door.transition(move), durability, timeout)
+        except errors.StateCacheError as error:
+            self.meter.refused(event, error)
+            raise
+        self.meter.done(receipt, durability, time.perf_counter() - began)
+        return receipt
 
     def start_many(
         self,
@@ -98,7 +116,7 @@ class MachineHandle:
         ``actor`` is that of the starts that name none.
         """
         ids, build = self.calls.starts(starts, actor)
-        return self._write_many(ids, build, durability, timeout)
+        return self._write_many(ids, build, lambda index: entry.EVENT_START, durability, timeout)
 
     def transition_many(
         self, moves: Iterable[model.Move], *, durability: str | None = None, timeout: float | None = None
@@ -108,8 +126,9 @@ class MachineHandle:
         Several moves of one instance are applied in the order given. Cost: one script call per 125 moves, two in flight.
         Without ``timeout`` a long list may take its time: it fails when nothing of it has gone on for the default timeout.
         """
-        ids, build = self.calls.moves(moves)
-        return self._write_many(ids, build, durability, timeout)
+        wanted = list(moves)
+        ids, build = self.calls.moves(wanted)
+        return self._write_many(ids, build, lambda index: wanted[index].event, durability, timeout)
 
     def _write(self, request: flows.Request, durability: str | None, timeout: float | None) -> model.Receipt:
         deadline = self._cache.deadline(timeout)
@@ -125,9 +144,11 @@ class MachineHandle:
         self,
         ids: Sequence[Any],
         build: Build,
+        event_of: Callable[[int], object],
         durability: str | None,
         timeout: float | None,
     ) -> list[model.Receipt | errors.StateCacheError]:
+        began = time.perf_counter()
         deadline = self._cache.deadline(timeout)
         level = self._cache.level(durability or self.machine.definition.durability)
         confirm = self._cache.confirmation(level, deadline) if level in CONFIRMED else None
@@ -145,6 +166,7 @@ class MachineHandle:
         self._cache.driver.run_many(lanes.values(), begin, results, deadline, patience)
         if level is model.Durability.DURABLE:
             self._cache.confirm_many(results, deadline)
+        self.meter.many(results, event_of, durability, time.perf_counter() - began)
         return results
 
     # --- reads -------------------------------------------------------------------------------------------------------
@@ -155,7 +177,12 @@ class MachineHandle:
         Raises ``NotFoundError``. A Redis that has just become untrue (a failover that lost its tail) may be seen by a
         read until the first checked call, at most half a second later; writes are never accepted there.
         """
-        snapshot: model.Snapshot = self._cache.driver.run(self.calls.get(id), self._cache.deadline(timeout))
+        try:
+            snapshot: model.Snapshot = self._cache.driver.run(self.calls.get(id), self._cache.deadline(timeout))
+        except errors.NotFoundError:
+            self.meter.read("missing")
+            raise
+        self.meter.read(snapshot.source)
         return snapshot
 
     def get_many(
@@ -167,6 +194,7 @@ class MachineHandle:
         lanes = [[index] for index in range(len(wanted))]
         deadline = self._cache.deadline(timeout)
         self._cache.driver.run_many(lanes, lambda index: self.calls.get(wanted[index]), results, deadline)
+        self.meter.read_many(results)
         return results
 
     def state(self, id: str, *, timeout: float | None = None) -> str:
