@@ -126,6 +126,21 @@ class Settings(pydantic_settings.BaseSettings):
     batch_items_max: Annotated[int, Field(ge=1, le=5_000)] = 1_000
     """Most transitions of one script call; longer lists are split."""
 
+    web_host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
+    """Address that ``statecache serve`` listens on. Any but a loopback one needs ``web_token``."""
+
+    web_port: Annotated[int, Field(ge=0, le=65_535)] = 8080
+    """Port of ``statecache serve``; 0 takes a free one."""
+
+    web_token: Annotated[str, Field(min_length=16)] | None = None
+    """Secret of at least 16 characters that readers (but on a loopback address) and all who act must give."""
+
+    web_actions: bool = False
+    """Whether the web pages and the JSON API may change anything. Needs ``web_token``."""
+
+    web_ready_lag_seconds: PositiveSeconds = 60.0
+    """Age of the oldest unflushed transition above which ``/readyz`` answers 503."""
+
     def __init__(self, **values: Any) -> None:
         refuse_unknown_variables(os.environ)
         given = {name: value for name, value in values.items() if value is not None}
@@ -180,7 +195,7 @@ class Settings(pydantic_settings.BaseSettings):
 
     def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
         for name, value in super().__repr_args__():
-            yield name, _shown(value)
+            yield name, _shown(value, name or "")
 
 
 def failpoint_variable() -> str | None:
@@ -231,7 +246,7 @@ def _explained_one(detail: Mapping[str, Any], given: Mapping[str, Any]) -> str:
     if detail["type"] == "extra_forbidden":
         return f"unknown setting {name!r} in {origin}{_did_you_mean(name, Settings.model_fields)}"
     rule = detail["msg"].removeprefix("Value error, ")
-    return f"{name} = {_shown(detail['input'])!r} in {origin} is refused: {rule[:1].lower()}{rule[1:]}"
+    return f"{name} = {_shown(detail['input'], name)!r} in {origin} is refused: {rule[:1].lower()}{rule[1:]}"
 
 
 def _origin(name: str, given: Mapping[str, Any]) -> str:
@@ -248,7 +263,9 @@ def _did_you_mean(name: str, known: Iterable[str]) -> str:
     return f": did you mean {close[0]}?" if close else ""
 
 
-def _shown(value: object) -> object:
+def _shown(value: object, name: str) -> object:
+    if name.endswith("_token") and value is not None:
+        return "***"
     return redact(value) if isinstance(value, str) else value
 
 

@@ -218,6 +218,20 @@ def find(
     return sorted(found, key=lambda checkpoint: (checkpoint.updated_ms, checkpoint.id))[:limit]
 
 
+_LAST_CHARACTER = chr(0x10FFFF)
+
+
+def beginning_with(connection: sa.Connection, machine: str, prefix: str, limit: int) -> list[model.Checkpoint]:
+    """Served by the primary key of checkpoints: ids are compared byte by byte, so those that begin alike stand together."""
+    asked = (
+        sa.select(*_CHECKPOINT)
+        .where(_checkpoints.machine == machine, _checkpoints.id >= prefix, _checkpoints.id < prefix + _LAST_CHARACTER)
+        .order_by(_checkpoints.id)
+        .limit(limit)
+    )
+    return [checkpoint_of(row) for row in connection.execute(asked)]
+
+
 _MAX = 2**63 - 1
 _OF_INSTANCE = sa.select(*_TRANSITION).where(
     _transitions.machine == sa.bindparam("k_machine"), _transitions.id == sa.bindparam("k_id")

@@ -147,6 +147,10 @@ class DurableStore:
         """
         return self.database.read(lambda connection: queries.find(connection, machine, state, after, until_ms, limit))
 
+    def beginning_with(self, machine: str, prefix: str, limit: int) -> list[model.Checkpoint]:
+        """Return up to ``limit`` instances whose id begins with ``prefix``, by id. As of the watermark."""
+        return self.database.read(lambda connection: queries.beginning_with(connection, machine, prefix, limit))
+
     def counts(self, machine: str) -> dict[str, int]:
         """Return how many instances are in each state that has any. As of the watermark."""
         return self.database.read(lambda connection: queries.counts(connection, machine))

@@ -167,6 +167,15 @@ def test_find_counts_and_what_may_be_evicted(filled: tuple[DurableStore, Log]) -
     assert plans.scans == []
 
 
+def test_ids_that_begin_alike(filled: tuple[DurableStore, Log]) -> None:
+    store, _ = filled
+    with Plans(store) as plans:
+        found = [kept.id for kept in store.beginning_with("order", "i199", limit=50)]
+    assert found == sorted(id for id in ids(INSTANCES) if id.startswith("i199"))[:50]
+    assert plans.scans == []
+    assert plans.sorts == []
+
+
 def test_pages(filled: tuple[DurableStore, Log]) -> None:
     store, _ = filled
     with Plans(store) as plans:

@@ -1,0 +1,103 @@
+"""What every request shares: the store, its machines' handles, and one look at its health a second."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+
+from statecache.core import codec, errors
+from statecache.core.machine import StateMachine
+from statecache.core.model import Checkpoint, Snapshot
+from statecache.engine import status as engine_status
+from statecache.engine.cache import StateCache
+from statecache.engine.handle import MachineHandle
+from statecache.web.policy import Policy
+
+_STATUS_SECONDS = 0.8
+_PARKED_MAX = 1000
+_RECOVERIES = 20
+
+
+class Site:
+    """Thread-safe. ``machines`` are classes whose guards this process can judge; all others come from SQL."""
+
+    def __init__(self, cache: StateCache, policy: Policy, machines: tuple[type[StateMachine], ...] = ()) -> None:
+        self.cache = cache
+        self.policy = policy
+        self.closing = False
+        """Set when the server stops: streams end by themselves."""
+        self._given = {machine.definition.name: machine for machine in machines}
+        self._handles: dict[str, MachineHandle] = {}
+        self._lock = threading.Lock()
+        self._looked_at = -math.inf
+        self._status: tuple[engine_status.Status, int] | errors.StateCacheError
+
+    def handle(self, name: str) -> MachineHandle:
+        """The handle of a machine's latest version. One query; the machine itself is built once a version.
+
+        Raises ``NotFoundError``.
+        """
+        found = self.cache.durable.machine(name) if codec.NAME.fullmatch(name) else None
+        if found is None:
+            raise errors.NotFoundError(f"no machine {name!r} is registered here")
+        known = self._handles.get(name)
+        if known is None or known.machine.fingerprint != found[1]:
+            given = self._given.get(name)
+            known = self.cache.machine(given if given is not None and given.fingerprint == found[1] else name)
+            self._handles[name] = known
+        return known
+
+    def machine_names(self) -> list[str]:
+        return sorted({row.name for row in self.cache.durable.machines()})
+
+    def exact(self, id: str) -> list[Snapshot]:
+        """The instances with this id, one a machine at most; also that of an address ``machine:id``."""
+        found = []
+        for name in self.machine_names():
+            for wanted in (id, id.removeprefix(f"{name}:")) if id.startswith(f"{name}:") else (id,):
+                try:
+                    found.append(self.handle(name).get(wanted))
+                except errors.NotFoundError:
+                    continue
+        return found
+
+    def similar(self, prefix: str, limit: int) -> list[Checkpoint]:
+        """Instances whose id begins so, as of the watermark, ``limit`` at most."""
+        codec.check_text("id", prefix, self.cache.settings.id_length_max)
+        found: list[Checkpoint] = []
+        for name in self.machine_names():
+            if len(found) < limit:
+                found += self.cache.durable.beginning_with(name, prefix, limit - len(found))
+        return found
+
+    def status(self) -> tuple[engine_status.Status, int]:
+        """How the store is doing, and how many instances are parked (1000 at most); at most a second old.
+
+        Raises ``UnavailableError`` when SQL is away.
+        """
+        with self._lock:  # one look serves all who wait, a failed one too: else they would wait for SQL one by one
+            if time.monotonic() - self._looked_at > _STATUS_SECONDS:
+                try:
+                    found = engine_status.status(self.cache, _RECOVERIES)
+                    self._status = found, len(self.cache.durable.parked_instances(_PARKED_MAX))
+                except errors.StateCacheError as error:
+                    self._status = error
+                self._looked_at = time.monotonic()
+            if isinstance(self._status, errors.StateCacheError):
+                raise self._status
+            return self._status
+
+    def not_ready(self) -> list[str]:
+        """Why this deployment should get no traffic now; empty when it should."""
+        try:
+            found, _ = self.status()
+        except errors.StateCacheError as error:
+            return [f"SQL: {error}"]
+        if found.redis != engine_status.READY:
+            return [f"Redis: {found.redis_problem or found.redis}"]
+        bound = self.cache.settings.web_ready_lag_seconds
+        if found.lag_seconds is not None and found.lag_seconds > bound:
+            oldest = f"the oldest unflushed transition is {found.lag_seconds:.1f} s old, more than {bound:g} s"
+            return [f"lag: {oldest}; is a flusher running?"]
+        return []

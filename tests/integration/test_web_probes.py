@@ -1,0 +1,69 @@
+"""``/healthz`` and ``/readyz`` while servers go away and come back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from statecache.web.policy import Policy
+from tests.support import servers, webs, worlds
+from tests.support.waiting import wait_until
+
+
+def test_ready_while_all_is_well(redis_url: str, database_url: str, namespace: str) -> None:
+    with worlds.World(redis_url, database_url, namespace) as world, webs.serving(world) as web:
+        assert web.get("/healthz").json() == {"status": "alive"}
+        answer = web.get("/readyz")
+        assert (answer.status_code, answer.json()) == (200, {"ready": True, "reasons": []})
+
+
+def test_not_ready_without_redis(
+    start_redis: Callable[..., servers.ValkeyServer], sqlite_url: str, namespace: str
+) -> None:
+    server = start_redis()
+    short = {"call_timeout_seconds": 0.5, "socket_timeout_seconds": 0.5, "auto_recover": False}
+    with worlds.World(server.url, sqlite_url, namespace, **short) as world, webs.serving(world) as web:
+        assert web.get("/readyz").status_code == 200
+        server.kill()
+        told = wait_until(lambda: _reasons(web), "it is not ready")
+        assert told[0].startswith("Redis: ")
+        assert web.get("/healthz").status_code == 200
+        assert web.get("/api/v1/instances/order?id=1").status_code == 503
+        health = web.get("/api/v1/health").json()
+        assert (health["redis"], health["lag_seconds"]) == ("away", None)
+        server.start()
+        told = wait_until(lambda: [one for one in _reasons(web) if "recover" in one], "it waits for its recovery")
+        world.cache.recover()
+        wait_until(lambda: not _reasons(web), "it is ready again")
+
+
+def _reasons(web: webs.Served) -> list[str]:
+    answer = web.get("/readyz")
+    assert (answer.status_code == 200) is answer.json()["ready"]
+    reasons: list[str] = answer.json()["reasons"]
+    return reasons
+
+
+def test_not_ready_without_sql(redis_url: str, private_postgres: servers.PostgresServer, namespace: str) -> None:
+    url = private_postgres.url(private_postgres.create_database())
+    with worlds.World(redis_url, url, namespace) as world, webs.serving(world) as web:
+        world.start("1")
+        assert web.get("/readyz").status_code == 200
+        private_postgres.kill()
+        told = wait_until(lambda: _reasons(web), "it is not ready")
+        assert told[0].startswith("SQL: ")
+        answer = web.get("/api/v1/machines")
+        assert (answer.status_code, answer.json()["type"]) == (503, "urn:statecache:UnavailableError")
+        assert "retry-after" in answer.headers
+        private_postgres.start()
+        wait_until(lambda: not _reasons(web), "it is ready again", 30)
+
+
+def test_not_ready_behind_its_bound(redis_url: str, sqlite_url: str, namespace: str) -> None:
+    """Nobody flushes, so the oldest transition grows older than the bound, however small that is."""
+    bound = {"web_ready_lag_seconds": 0.001}
+    with worlds.World(redis_url, sqlite_url, namespace, **bound) as world, webs.serving(world, Policy()) as web:
+        world.start("1")
+        told = wait_until(lambda: _reasons(web), "it is not ready")
+        assert told[0].startswith("lag: ")
+        world.flush()
+        wait_until(lambda: not _reasons(web), "it is ready again")
