@@ -23,7 +23,7 @@ help:
 	@echo "make crash    only the tests in which processes die, at every point"
 	@echo "make mutants  put in the mistakes of the trade one at a time: a test must catch each"
 	@echo "make matrix   a short form of the tests on the other servers"
-	@echo "make bench    the benchmarks"
+	@echo "make bench    the benchmarks, beside their peers, in a quarter of an hour (BENCH_ARGS='--only NAME', '--full')"
 	@echo "make venv     only the virtual environment, in $(VENV)"
 	@echo "make clean    remove it and every cache"
 
@@ -45,8 +45,10 @@ format: $(VENV)/.installed-for-development
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# BENCH_ARGS="--only hot", "--full", "--list"; docs/performance.md.
+BENCH_ARGS ?=
 bench: $(VENV)/.installed-for-development
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
