@@ -102,6 +102,13 @@ class Settings(pydantic_settings.BaseSettings):
     flush_batch_bytes: Positive = 8 * 1024 * 1024
     """Most bytes of log entries that the flusher reads at once from a partition."""
 
+    lease_seconds: Annotated[float, Field(ge=0.2, allow_inf_nan=False)] = 4.0
+    """How long after its last heartbeat (four in this time) a flusher keeps its partitions: others take over after that.
+    By the database's clock; a flusher that stops says so and needs no such wait."""
+
+    drain_timeout_seconds: Seconds = 10.0
+    """How long a flusher that is told to stop goes on with what was acknowledged, if no other one takes over."""
+
     lag_target_seconds: PositiveSeconds = 1.0
     """Age of the oldest unflushed transition above which writers are slowed down while SQL is healthy."""
 
@@ -201,6 +208,14 @@ class Settings(pydantic_settings.BaseSettings):
 def failpoint_variable() -> str | None:
     """What ``STATECACHE_FAILPOINT`` says: the failpoints that a test arms in this process."""
     return os.environ.get(f"{ENV_PREFIX}FAILPOINT")
+
+
+def systemd_variables() -> tuple[str | None, float | None]:
+    """What systemd wants to be told: its socket, and within how many seconds a sign of life (None: it wants none)."""
+    microseconds = os.environ.get("WATCHDOG_USEC", "")
+    for_us = os.environ.get("WATCHDOG_PID") in (None, "", str(os.getpid()))
+    wanted = microseconds.isascii() and microseconds.isdigit() and int(microseconds) > 0 and for_us
+    return os.environ.get("NOTIFY_SOCKET") or None, int(microseconds) / 1e6 if wanted else None
 
 
 def refuse_unknown_variables(environment: Mapping[str, str]) -> None:

@@ -1,9 +1,11 @@
 """The flusher as a process: the loop of ``engine/flusher.py``, what it says of its progress, and how it is stopped.
 
-SIGTERM or SIGINT: finish the batch under way, then stop. A second one: stop now; the transaction under way is rolled back,
-and whoever flushes next begins where SQL stands (P5). A SIGKILL at any moment does no harm either.
+SIGTERM or SIGINT: finish the batch under way. Where other flushers are alive, give them the partitions at once and stop; the
+last one goes on until everything that was acknowledged is in SQL, or ``drain_timeout_seconds`` are over. A second signal: stop
+now; the transaction under way is rolled back, and whoever flushes next begins where SQL stands (P5). A SIGKILL at any moment
+does no harm either.
 
-Several may run at once: SQL's compare-and-set lets one win each batch, so the others only cost.
+Any number may run at once: they share the partitions by leases (``engine/leases.py``).
 """
 
 from __future__ import annotations
@@ -19,10 +21,14 @@ from types import FrameType
 from statecache.core import errors
 from statecache.engine.cache import StateCache
 from statecache.engine.flusher import Step
+from statecache.engine.leases import leave_quietly
+from statecache.settings import systemd_variables
+from workers.notify import Notifier
 
 _log = logging.getLogger(__name__)
 _TELL_SECONDS = 5.0
 _ONCE_SECONDS = 5.0
+_AGAIN_SECONDS = 0.2
 
 Told = Callable[[int, float, int], None]
 """Receives how many entries were flushed in how many seconds, and how many since the start."""
@@ -95,21 +101,62 @@ def log_progress(entries: int, seconds: float, total: int) -> None:
     _log.info("flushed %d transitions in %.1f s, %d since the start", entries, seconds, total)
 
 
-def run(cache: StateCache, tell: Told = log_progress) -> int:
+def run(cache: StateCache, tell: Told = log_progress, notifier: Notifier | None = None) -> int:
     """Flush until a signal, and do the duties beside; returns how many entries were flushed.
 
     Raises ``StopNow`` at the second signal.
     """
     progress = Progress(tell)
+    notifier = notifier or Notifier(*systemd_variables())
+    leases = cache.leases
+
+    def turn() -> None:
+        notifier.turn(
+            f"{len(leases.held)} of {cache.settings.partition_count} partitions, {max(1, leases.living)} flushers; "
+            f"{progress.total} transitions flushed"
+        )
+
     with stopping(cache.flusher.wake.set) as stop:
-        _log.info("flushing")
+        _log.info("flushing as %s", leases.name)
         try:
             with cache.duties:
-                cache.flusher.run(stop, progress.step)
+                cache.flusher.run(stop, progress.step, leases, turn)
+            notifier.stopping("stopping")
+            _hand_over(cache)
         finally:
             progress.tell()
     _log.info("stopped")
     return progress.total
+
+
+def _hand_over(cache: StateCache) -> None:
+    """Leave the partitions to others, or, as the last one, with nothing left to do in them."""
+    try:
+        others = cache.leases.others()
+    except errors.StateCacheError:
+        others = 0
+    if others:
+        _log.info("%d other flushers go on", others)
+    else:
+        _drain(cache, cache.settings.drain_timeout_seconds)
+    leave_quietly(cache.leases)
+
+
+def _drain(cache: StateCache, timeout_seconds: float) -> None:
+    """Flush what was acknowledged. Servers that are away are waited for."""
+    deadline = time.monotonic() + timeout_seconds
+    reason: errors.StateCacheError | None = None
+    while (left := deadline - time.monotonic()) > 0:
+        try:
+            cache.flush_alone(left)
+            return
+        except errors.UnavailableError as error:
+            reason = error
+            time.sleep(min(_AGAIN_SECONDS, max(0.0, deadline - time.monotonic())))
+        except errors.StateCacheError as error:
+            reason = error
+            break
+    _log.warning("stopped before everything was flushed; the log keeps the rest: %s", reason or "no time was given")
 
 
 def once(cache: StateCache) -> None:

@@ -47,7 +47,7 @@ def status(
         int, typer.Option("--recoveries", metavar="N", help="How many of the last ones to look at.", min=0)
     ] = 20,
 ) -> int:
-    """How the store is doing: epoch, backlog and lag, machines and counts, the last recoveries.
+    """How the store is doing: epoch, backlog and lag, flushers and what they hold, machines and counts, the last recoveries.
 
     It recovers no server: exit code 1 when Redis waits for that, 3 when it is away.
     """
@@ -112,6 +112,8 @@ def _status_document(cache: StateCache, found: Status) -> dict[str, Any]:
     document: dict[str, Any] = msgspec.to_builtins(found)
     for one in document["recoveries"]:
         one["started_at"], one["finished_at"] = output.iso(one.pop("started_ms")), output.iso(one.pop("finished_ms"))
+    for one in document["flushers"]:
+        one["started_at"] = output.iso(one.pop("started_ms"))
     head = {
         "namespace": cache.settings.namespace, "redis_url": redact(cache.redis_url),
         "database_url": redact(cache.database_url), "at": output.iso(int(time.time() * 1000)),
@@ -135,6 +137,7 @@ def _status_view(cache: StateCache, found: Status) -> RenderableType:
                 ("epoch", found.epoch),
                 ("backlog", backlog),
                 ("lag", None if found.lag_seconds is None else output.seconds(found.lag_seconds)),
+                ("flushers", sum(one.alive for one in found.flushers) or "none is running"),
             ]
         )
     ]
@@ -145,6 +148,16 @@ def _status_view(cache: StateCache, found: Status) -> RenderableType:
     ]
     columns = ["partition", "watermark", "tail", "backlog", "lag"]
     parts.append(output.table(columns, rows, right=columns))
+    flushers = [
+        (
+            one.name, "yes" if one.alive else "no", output.moment(one.started_ms), output.seconds(one.silent_seconds),
+            output.ranges(one.partitions),
+        )
+        for one in found.flushers
+    ]  # fmt: skip
+    columns = ["flusher", "alive", "since", "last heartbeat", "partitions"]
+    if flushers:
+        parts.append(output.table(columns, flushers, right=["last heartbeat"]))
     machines = [
         (
             one.name,

@@ -157,6 +157,17 @@ def seconds(value: float | None) -> str:
     )
 
 
+def ranges(numbers: Sequence[int]) -> str:
+    """Rising numbers for people: ``0-3, 7``."""
+    runs: list[tuple[int, int]] = []
+    for number in numbers:
+        if runs and runs[-1][1] == number - 1:
+            runs[-1] = runs[-1][0], number
+        else:
+            runs.append((number, number))
+    return ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)
+
+
 def moment(ms: int | None) -> str | None:
     """A time for people: UTC, milliseconds."""
     return None if ms is None else model.datetime_of(ms).strftime("%Y-%m-%d %H:%M:%S.%f")[:-3] + "Z"

@@ -63,8 +63,10 @@ def flusher(
     store: options.Store,
     once: Annotated[bool, typer.Option("--once", help="Flush what is there, then end.")] = False,
 ) -> int:
-    """Move the logs into SQL until SIGTERM or Ctrl-C, which let it finish the batch under way; a second one does not.
+    """Move the logs into SQL until SIGTERM or Ctrl-C. Any number of them share the partitions.
 
+    The signal lets it finish the batch under way and hand over to the others, or, as the last one, flush what is there
+    (drain_timeout_seconds); a second one stops it at once. Under systemd (Type=notify, WatchdogSec) it says how it is.
     Progress is logged; with --json it is a line of JSON every few seconds.
     """
     from workers import flusher as worker

@@ -90,6 +90,8 @@ def _create(database: engine.Database, partition_count: int, now_ms: int) -> Non
             connection.execute(sa.insert(schema.store), row)
             numbered = [{"partition": number, **nothing} for number in range(partition_count)]
             connection.execute(sa.insert(schema.partitions), numbered)
+            free = [{"partition": number, "holder": "", "since_ms": 0} for number in range(partition_count)]
+            connection.execute(sa.insert(schema.leases), free)
 
 
 def _check_store(database: engine.Database, store: StoreRow, partition_count: int | None) -> None:

@@ -68,6 +68,10 @@ class Database:
 
     def read(self, work: Callable[[sa.Connection], T]) -> T:
         """Run ``work``, which reads only, on a connection where each statement is a snapshot of its own."""
+        return self.alone(work)
+
+    def alone(self, work: Callable[[sa.Connection], T]) -> T:
+        """Run ``work``, each statement of which commits by itself. It may be run twice, so repeating it must do no harm."""
         with self.translated():
             try:
                 with self.reader.connect() as connection:

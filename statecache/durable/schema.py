@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sqlalchemy as sa
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 PROTOCOL = 1
 
 metadata = sa.MetaData()
@@ -178,6 +178,27 @@ recoveries = sa.Table(
     sa.Column("finished_ms", sa.BigInteger),
     sa.Column("classes", sa.Text, nullable=False),
     sa.Column("report", sa.Text, nullable=False),
+)
+
+# Who flushes what. Tables of their own: the partitions' rows are the flush's compare-and-set, and stay as small as it needs.
+flushers = sa.Table(
+    "statecache_flushers",
+    metadata,
+    sa.Column("name", TOKEN, primary_key=True),
+    sa.Column("host", sa.Text, nullable=False),
+    sa.Column("pid", sa.BigInteger, nullable=False),
+    sa.Column("place", sa.Text, nullable=False),
+    sa.Column("started_ms", sa.BigInteger, nullable=False),
+    sa.Column("beat_ms", sa.BigInteger, nullable=False),
+    sa.Column("lease_ms", sa.BigInteger, nullable=False),
+)
+
+leases = sa.Table(
+    "statecache_leases",
+    metadata,
+    sa.Column("partition", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("holder", TOKEN, nullable=False),
+    sa.Column("since_ms", sa.BigInteger, nullable=False),
 )
 
 ENTRY_COLUMNS = tuple(column.name for column in _entry_columns())

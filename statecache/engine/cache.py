@@ -25,6 +25,7 @@ from statecache.engine.driver import Driver
 from statecache.engine.embedded import EmbeddedServer
 from statecache.engine.flusher import Flusher
 from statecache.engine.handle import CONFIRMED, MachineHandle
+from statecache.engine.leases import Leases, leave_quietly, someone_flushes
 from statecache.hot.store import HotStore
 from statecache.settings import Settings, failpoint_variable, redact
 
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _CLOSE_SECONDS = 10.0
+_HELP_AFTER_SECONDS = 0.5
+"""Where others flush, this long without a sign of it is left to them before ``flush`` does the work itself."""
 
 
 class StateCache:
@@ -81,6 +84,7 @@ class StateCache:
             lambda count: self.metrics.add("statecache_hydrations_total", count),
         )
         self.flusher = self.make_flusher(self._partitions)
+        self.leases = Leases(self.durable, settings.partition_count, lease_seconds=settings.lease_seconds)
         self.duties = duties.of(self)
         self._moved_by_others_at = 0.0
 
@@ -190,7 +194,11 @@ class StateCache:
         if self._thread is not None:
             return
         self._thread = threading.Thread(
-            target=self.flusher.run, args=(self._stop,), name="statecache-flusher", daemon=True
+            target=self.flusher.run,
+            args=(self._stop,),
+            kwargs={"leases": self.leases},
+            name="statecache-flusher",
+            daemon=True,
         )
         self._thread.start()
         self.duties.start()
@@ -204,6 +212,7 @@ class StateCache:
         if thread is not None:
             thread.join(_CLOSE_SECONDS)
             self._drain()
+            leave_quietly(self.leases)
         self.driver.closing.set()
         self.hot.close()
         self.durable.close()
@@ -213,7 +222,7 @@ class StateCache:
 
     def _drain(self) -> None:
         try:
-            self.flush(timeout=_CLOSE_SECONDS)
+            self.flush_alone(timeout=_CLOSE_SECONDS)
         except errors.StateCacheError as error:
             _log.warning("closed before everything was flushed: %s", error)
 
@@ -354,8 +363,17 @@ class StateCache:
         Raises ``DurabilityTimeout``, ``RecoveringError`` (Redis was recovered meanwhile: what was acknowledged may be
         lost, the report tells), ``IntegrityError`` (a hole in a log: recover) or ``UnavailableError``.
         """
-        deadline = time.monotonic() + timeout
+        others = self._flusher_about() or someone_flushes(self.durable)
+        self._flush(time.monotonic() + timeout, _HELP_AFTER_SECONDS if others else 0.0)
+
+    def flush_alone(self, timeout: float = 10.0) -> None:
+        """As ``flush``, but do the work here and at once, whoever else flushes."""
+        self._flush(time.monotonic() + timeout, 0.0)
+
+    def _flush(self, deadline: float, patience_seconds: float) -> None:
+        """``patience_seconds``: how long to look on while others flush and none of the watermarks waited for moves."""
         owner, tails = self._tails(deadline)
+        before, help_at = None, 0.0
         while True:
             rows = self.durable.partitions()
             if any((row.epoch, row.owner) != (owner.epoch, owner.owner) for row in rows):
@@ -364,15 +382,22 @@ class StateCache:
                     "Redis was recovered while this call waited: what was acknowledged before may be lost; "
                     "see 'statecache status'"
                 )
-            if all(row.watermark >= tails[row.partition] for row in rows):
+            behind = {row.partition: row.watermark for row in rows if row.watermark < tails[row.partition]}
+            if not behind:
                 return
-            if time.monotonic() >= deadline:
-                behind = sum(row.watermark < tails[row.partition] for row in rows)
-                raise errors.DurabilityTimeout(f"{behind} partitions were not flushed in time; is SQL slow or away?")
-            if self._thread is not None and self._thread.is_alive():
+            now = time.monotonic()
+            if now >= deadline:
+                raise errors.DurabilityTimeout(
+                    f"{len(behind)} partitions were not flushed in time; is SQL slow or away?"
+                )
+            if behind != before:
+                before, help_at = behind, now + patience_seconds
+            if now < help_at:
                 self.flusher.wake.set()
                 time.sleep(0.002)
-            elif not self._push(deadline):
+            elif self._push(deadline, sorted(behind)):
+                patience_seconds = 0.0  # who did not move this will not move the rest
+            else:
                 time.sleep(0.002)
 
     def _tails(self, deadline: float) -> tuple[Any, dict[int, entry.EntryId]]:
@@ -385,9 +410,9 @@ class StateCache:
                 return stamp, {partition: reply.last for partition, reply in enumerate(replies)}
             self.admission.ensure(refused, deadline)
 
-    def _push(self, deadline: float) -> bool:
+    def _push(self, deadline: float, partitions: Sequence[int] | None = None) -> bool:
         """Run a step of the flusher; raises ``IntegrityError`` if a hole stops it."""
-        step = self.flusher.step(deadline)
+        step = self.flusher.step(deadline, partitions)
         if step.stopped and not step.entries:
             raise errors.IntegrityError(f"{next(iter(step.stopped.values()))}; run 'statecache recover'")
         return step.entries > 0

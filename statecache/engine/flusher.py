@@ -12,6 +12,11 @@ The cursor lives in SQL with the data, so there is no moment at which one is ahe
 - after COMMIT, before the trim: the next step's trim does both.
 
 Two flushers of one partition: one compare-and-set wins, the other's changes no row; it drops everything and starts from SQL.
+That this is rare is what leases are for (``leases.py``). What a flusher remembers of a partition stays right when another went
+ahead: a folded checkpoint is used only where the next entry's version follows it, watermarks are told only upwards.
+
+A batch is what is there, up to ``batch_entries``; less where SQL takes longer for it than the wanted lag, so that the watermark
+moves under a slow database too, and heartbeats and signals are not kept waiting. No pause while there is more.
 A hole in the log stops its partition: it is never skipped; a recovery is asked for.
 
 Rejected: consumer groups (their cursor rolls back with Redis, and every read is a write); ``DO NOTHING`` in history (it hides
@@ -31,15 +36,17 @@ import msgspec
 
 from statecache import metrics as metering
 from statecache.core import entry, errors, failpoints, fold
-from statecache.durable.faults import CommitUnknown, KeyHit, Overtaken, Refused
+from statecache.durable.faults import CommitUnknown, KeyHit, Overtaken, Refused, Transient
 from statecache.durable.rows import PartitionRow
 from statecache.durable.store import DurableStore
 from statecache.engine import batching
+from statecache.engine.leases import Leases
 from statecache.hot import scripts
 from statecache.hot.store import HotStore
 
 _log = logging.getLogger(__name__)
 CACHE_INSTANCES_MAX = 200_000
+BATCH_ENTRIES_MIN = 100
 _REFUSALS = (Refused, KeyHit)
 
 
@@ -95,25 +102,31 @@ class Flusher:
         self._told: dict[int, tuple[entry.EntryId, entry.EntryId]] = {}
         self._first = 0
         self._rate = 0.0
+        self._size = batch_entries
+        self._at_work = len(self.partitions)
 
     # --- one step ----------------------------------------------------------------------------------------------------
 
-    def step(self, deadline: float | None = None) -> Step:
-        """Move one batch; one thread at a time.
+    def step(self, deadline: float | None = None, partitions: Sequence[int] | None = None) -> Step:
+        """Move one batch, of some partitions or of all; one thread at a time.
 
         Raises ``UnavailableError`` when a server cannot be reached (nothing is lost: step again) and
         ``IntegrityError`` when what is in the log contradicts SQL."""
+        numbers = self.partitions if partitions is None else partitions
+        if not numbers:
+            return Step(0, False, {})
         with self._lock:
             result = "failed"
             try:
-                step = self._step(time.monotonic() + 5.0 if deadline is None else deadline)
+                step = self._step(time.monotonic() + 5.0 if deadline is None else deadline, numbers)
                 result = "stopped" if step.stopped else "moved" if step.entries else "idle"
             finally:
                 self._metrics.add("statecache_flush_steps_total", 1, result)
             return step
 
-    def _step(self, deadline: float) -> Step:
-        rows = self._in_turn(self.durable.partitions(self.partitions))
+    def _step(self, deadline: float, numbers: Sequence[int]) -> Step:
+        self._at_work, size = len(numbers), min(self._size, self.batch_entries)
+        rows = self._in_turn(self.durable.partitions(numbers))
         pair = scripts.Stamp(rows[0].epoch, rows[0].owner)
         if any((row.epoch, row.owner) != (pair.epoch, pair.owner) for row in rows):
             return Step(0, True, {})  # a recovery is writing them at this very moment
@@ -126,7 +139,7 @@ class Flusher:
         seen_ms = int(time.time() * 1000)
         replies = self.hot.read(
             [(row.partition, row.watermark) for row in rows],
-            entries=self.batch_entries,
+            entries=size,
             bytes_max=self.batch_bytes,
             under=pair,
         )
@@ -159,7 +172,7 @@ class Flusher:
                 self._forget(pair)
                 raise
             seconds = time.monotonic() - started
-            self._measure(count, seconds)
+            self._measure(count, size, seconds)
             self._metrics.add("statecache_flushed_transitions_total", count)
             self._metrics.observe("statecache_flush_batch_size", count)
             self._metrics.observe("statecache_flush_commit_seconds", seconds)
@@ -167,7 +180,7 @@ class Flusher:
         if parked:
             keyspace = self.hot.keyspace
             self.hot.park([(keyspace.partition_of(*one), ":".join(one)) for one in sorted(parked)], pair)
-        more = any(batch.last < batch.tail for batch in batches) or count >= self.batch_entries
+        more = any(batch.last < batch.tail for batch in batches) or count >= size
         return Step(count, more, stopped)
 
     def _confirmed(self, rows: Sequence[PartitionRow], holes: Mapping[int, str]) -> dict[int, str]:
@@ -295,8 +308,12 @@ class Flusher:
             marks.popleft()
         return marks[0][1]
 
-    def _measure(self, count: int, seconds: float) -> None:
-        """Follow the rate at which SQL takes entries: what the brake is set from."""
+    def _measure(self, count: int, size: int, seconds: float) -> None:
+        """Follow the rate at which SQL takes entries: what the brake and the size of a batch are set from."""
+        if seconds > self.lag_target_seconds:
+            self._size = max(min(BATCH_ENTRIES_MIN, self.batch_entries), size // 2)
+        elif count >= size and seconds < self.lag_target_seconds / 4:
+            self._size = min(self.batch_entries, size * 2)
         rate = count / max(seconds, 1e-6)
         self._rate = rate if not self._rate else 0.8 * self._rate + 0.2 * rate
 
@@ -304,26 +321,49 @@ class Flusher:
         """The backlog a partition may have: what SQL takes within the wanted lag, never less than a batch's share."""
         if not self._rate:
             return self.backlog_limit
-        share = self._rate * self.lag_target_seconds / len(self.partitions)
-        return min(self.backlog_limit, max(int(share), self.batch_entries // len(self.partitions), 100))
+        share = self._rate * self.lag_target_seconds / self._at_work
+        return min(self.backlog_limit, max(int(share), self.batch_entries // self._at_work, 100))
 
     # --- the loop ----------------------------------------------------------------------------------------------------
 
-    def run(self, stop: threading.Event, on_step: Callable[[Step], None] = lambda step: None) -> None:
-        """Step until told to stop. Errors of the servers are logged and waited out, never fatal."""
-        failures = 0
+    def run(
+        self,
+        stop: threading.Event,
+        on_step: Callable[[Step], None] = lambda step: None,
+        leases: Leases | None = None,
+        on_turn: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Step until told to stop, with ``leases`` only the partitions that they give. ``on_turn`` is called every time around.
+
+        Errors of the servers are logged and waited out, never fatal. The leases are left to the caller.
+        """
+        failures, well = 0, True
+        mine: Sequence[int] = self.partitions
         while not stop.is_set():
+            on_turn()
             try:
-                step = self.step()
-                failures = 0
+                if leases is not None:
+                    mine = self._remembering(mine, leases.turn(well=well))
+                step = self.step(partitions=mine)
+                failures, well = 0, True
             except errors.StateCacheError as error:
                 failures += 1
-                if isinstance(error, errors.UnavailableError):
+                well = not isinstance(error, errors.UnavailableError)
+                if not well:
                     self._revive()
-                _log.warning("flush failed, trying again: %s", error, extra={"failures": failures})
+                # A database that gave way to another writer is no news, unless it goes on so.
+                level = logging.INFO if isinstance(error, Transient) and failures < 5 else logging.WARNING
+                _log.log(level, "flush failed, trying again: %s", error, extra={"failures": failures})
                 stop.wait(min(2.0, 0.05 * 2 ** min(failures, 6)) * random.uniform(0.5, 1.0))
                 continue
             on_step(step)
             if not step.more:
                 self.wake.wait(self.interval_seconds)
                 self.wake.clear()
+
+    def _remembering(self, before: Sequence[int], now: Sequence[int]) -> Sequence[int]:
+        """The partitions of now; the folds of those that have gone to others only take memory."""
+        if not set(before) <= set(now):
+            with self._lock:
+                self._cache.clear()
+        return now

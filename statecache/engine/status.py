@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from statecache.core import entry, errors
+from statecache.durable import leases as durable_leases
 from statecache.durable import recoveries
 from statecache.durable.rows import PartitionRow, RecoveryRow
+from statecache.engine import leases
 from statecache.hot.store import parse_any
 
 if TYPE_CHECKING:
@@ -53,6 +55,19 @@ class RecoveryStatus(msgspec.Struct, frozen=True):
     report: dict[str, Any] | None
 
 
+class FlusherStatus(msgspec.Struct, frozen=True):
+    """A flusher, and the partitions that it holds. ``silent_seconds`` is how long ago its last heartbeat was, by the database's
+    clock; ``alive`` is False when that is longer than its lease, or its process is known to be gone."""
+
+    name: str
+    host: str
+    pid: int
+    alive: bool
+    started_ms: int
+    silent_seconds: float
+    partitions: tuple[int, ...]
+
+
 class Status(msgspec.Struct, frozen=True):
     """All of it. ``redis`` is ``ready``, ``needs recovery`` or ``away``."""
 
@@ -66,6 +81,7 @@ class Status(msgspec.Struct, frozen=True):
     partitions: tuple[PartitionStatus, ...]
     machines: tuple[MachineStatus, ...]
     recoveries: tuple[RecoveryStatus, ...]
+    flushers: tuple[FlusherStatus, ...] = ()
 
 
 def status(cache: StateCache, recoveries_max: int = 5) -> Status:
@@ -91,6 +107,18 @@ def status(cache: StateCache, recoveries_max: int = 5) -> Status:
         sum(one.backlog or 0 for one in parts) if state == READY else None,
         max((one.lag_seconds or 0.0 for one in parts), default=0.0) if state == READY else None,
         tuple(parts), _machines(cache), tuple(_recovery(one) for one in recoveries.recoveries(cache.durable, recoveries_max)),
+        flushers(cache),
+    )  # fmt: skip
+
+
+def flushers(cache: StateCache) -> tuple[FlusherStatus, ...]:
+    """The flushers that are known (dead ones for an hour), by name. One query; raises ``UnavailableError``."""
+    return tuple(
+        FlusherStatus(
+            row.name, row.host, row.pid, row.alive and not leases.has_ended(row), row.started_ms,
+            round(row.silent_ms / 1000, 3), row.partitions,
+        )
+        for row in durable_leases.look(cache.durable)
     )  # fmt: skip
 
 

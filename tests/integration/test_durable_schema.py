@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.resources
 import os
 import threading
 from collections.abc import Callable
@@ -11,11 +12,12 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from alembic import command, config
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
 from statecache.core import errors
-from statecache.durable import engine, migrate, recoveries, schema
+from statecache.durable import engine, leases, migrate, recoveries, schema
 from statecache.durable.store import DurableStore
 from tests.support import servers
 
@@ -98,7 +100,8 @@ def test_several_creators_end_with_the_same_store(database_url: str) -> None:
 def test_a_new_store(database_url: str) -> None:
     store = DurableStore.connect(database_url)
     found = store.identity()
-    assert (found.protocol, found.schema_version, found.partition_count, found.epoch, found.owner) == (1, 1, 16, 0, "")
+    assert (found.protocol, found.schema_version) == (schema.PROTOCOL, schema.SCHEMA_VERSION)
+    assert (found.partition_count, found.epoch, found.owner) == (16, 0, "")
     assert len(found.deployment) == 36
     row = store.partitions([3])[0]
     assert (row.epoch, row.owner, row.watermark, row.tail, row.tail_seen_ms) == (0, "", (0, 0), (0, 0), 0)
@@ -143,17 +146,46 @@ def test_another_partition_count(database_url: str) -> None:
 def test_an_older_and_a_newer_schema(database_url: str) -> None:
     DurableStore.connect(database_url).close()
     _execute(database_url, "UPDATE statecache_alembic SET version_num = '0000'")
-    with pytest.raises(errors.ConfigurationError, match=r"version 0000.*needs 0001: run 'statecache db upgrade'"):
+    with pytest.raises(
+        errors.ConfigurationError, match=rf"version 0000.*needs {migrate.HEAD}: run 'statecache db upgrade'"
+    ):
         DurableStore.connect(database_url)
     _execute(database_url, "UPDATE statecache_alembic SET version_num = '0099'")
-    with pytest.raises(errors.ConfigurationError, match=r"version 0099.*0001 at most: upgrade the statecache package"):
+    with pytest.raises(
+        errors.ConfigurationError, match=rf"version 0099.*{migrate.HEAD} at most: upgrade the statecache package"
+    ):
         DurableStore.connect(database_url)
     with pytest.raises(errors.ConfigurationError, match="upgrade the statecache package"):
         migrate.upgrade(database_url)
-    _execute(database_url, "UPDATE statecache_alembic SET version_num = '0001'")
+    _execute(database_url, f"UPDATE statecache_alembic SET version_num = '{migrate.HEAD}'")
     _execute(database_url, "UPDATE statecache_store SET schema_version = 99")
     with pytest.raises(errors.ConfigurationError, match=r"version 0099.*upgrade the statecache package"):
         DurableStore.connect(database_url)
+
+
+def test_a_store_of_the_first_schema_is_upgraded_with_its_data(database_url: str) -> None:
+    """0002: every partition that is there gets a free lease."""
+    database = engine.open_database(database_url)
+    with database.transaction(limited=False) as connection:
+        settings = config.Config()
+        folder = importlib.resources.files("statecache.durable") / "migrations"
+        settings.set_main_option("script_location", str(folder))
+        settings.attributes["connection"] = connection
+        command.upgrade(settings, "0001")
+        for number in range(3):
+            values = ", ".join([str(number), "1", "'o'", *"00000"])
+            connection.execute(sa.text(f"INSERT INTO statecache_partitions VALUES ({values})"))
+        connection.execute(sa.text("INSERT INTO statecache_store VALUES (1, 'd', 1, 1, 3, 1, 'o', 5)"))
+    database.close()
+    with pytest.raises(errors.ConfigurationError, match="run 'statecache db upgrade'"):
+        DurableStore.connect(database_url, partition_count=None)
+    migrate.upgrade(database_url)
+    store = DurableStore.connect(database_url, partition_count=None)
+    assert (store.identity().schema_version, store.identity().epoch) == (schema.SCHEMA_VERSION, 1)
+    leases.join(store, "me", "here", 1, "", 1000)
+    leases.take(store, "me", [0, 1, 2], [])
+    assert leases.look(store)[0].partitions == (0, 1, 2)
+    store.close()
 
 
 def test_another_protocol(sqlite_url: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -480,12 +480,12 @@ def test_loop_stops_when_told_and_survives_errors(lite: World) -> None:
     failures = 0
     original = flusher._step
 
-    def failing(deadline: float) -> Any:
+    def failing(deadline: float, numbers: Sequence[int]) -> Any:
         nonlocal failures
         failures += 1
         if failures <= 2:
             raise errors.UnavailableError("away")
-        return original(deadline)
+        return original(deadline, numbers)
 
     flusher._step = failing  # type: ignore[method-assign]
     thread = threading.Thread(target=flusher.run, args=(stop,))

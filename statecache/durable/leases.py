@@ -1,0 +1,144 @@
+"""Leases: which flusher works on which partition, so that several do not do the same work.
+
+A lease is efficiency, never safety: that is the compare-and-set of the flush (P5). So nothing here is locked, every statement
+commits by itself and may be repeated, and a holder that was stopped for an hour and wakes up does no harm.
+
+A flusher's row is renewed once a heartbeat; its leases live as long as it does. Only the DATABASE's clock is looked at, on both
+sides of every comparison, so a host whose clock is wrong keeps, gains and loses nothing. Where that clock itself is set back
+or forward, a heartbeat too far in the future is no heartbeat either: nothing lasts longer than a lease.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import msgspec
+import sqlalchemy as sa
+from sqlalchemy.ext.compiler import compiles
+
+from statecache.durable import schema
+from statecache.durable.store import DurableStore
+
+FORGOTTEN_AFTER_MS = 3_600_000
+"""How long the row of a flusher that died is kept for whoever looks at the status."""
+
+_flushers = schema.flushers.c
+_leases = schema.leases.c
+
+
+class FlusherRow(msgspec.Struct, frozen=True):
+    """A flusher and the partitions that it holds.
+
+    ``place`` tells which processes can see each other's ids (empty: none). ``silent_ms`` is how long ago its last heartbeat
+    was; ``alive`` that this is less than its lease, ``lease_ms``. Both by the database's clock.
+    """
+
+    name: str
+    host: str
+    pid: int
+    place: str
+    started_ms: int
+    silent_ms: int
+    lease_ms: int
+    alive: bool
+    partitions: tuple[int, ...] = ()
+
+
+class _Now(sa.ColumnElement[int]):
+    """The database's clock, in milliseconds since 1970. SQLite's is that of the one host that its file is on."""
+
+    inherit_cache = True
+    type = sa.BigInteger()
+
+
+@compiles(_Now)
+def _now(element: _Now, compiler: Any, **_: object) -> str:
+    return "CAST(EXTRACT(EPOCH FROM CURRENT_TIMESTAMP) * 1000 AS BIGINT)"
+
+
+@compiles(_Now, "postgresql")
+def _now_postgresql(element: _Now, compiler: Any, **_: object) -> str:
+    return "CAST(EXTRACT(EPOCH FROM clock_timestamp()) * 1000 AS BIGINT)"
+
+
+@compiles(_Now, "sqlite")
+def _now_sqlite(element: _Now, compiler: Any, **_: object) -> str:
+    return "CAST((julianday('now') - 2440587.5) * 86400000.0 AS INTEGER)"
+
+
+@compiles(_Now, "mysql", "mariadb")
+def _now_mysql(element: _Now, compiler: Any, **_: object) -> str:
+    return "CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED)"
+
+
+_BEAT = sa.update(schema.flushers).where(_flushers.name == sa.bindparam("me")).values(beat_ms=_Now())
+_LOOK = (
+    sa.select(
+        _flushers.name, _flushers.host, _flushers.pid, _flushers.place, _flushers.started_ms,
+        (_Now() - _flushers.beat_ms).label("silent_ms"), _flushers.lease_ms, _leases.partition,
+    )
+    .select_from(schema.flushers.outerjoin(schema.leases, _leases.holder == _flushers.name))
+    .order_by(_flushers.name, _leases.partition)
+)  # fmt: skip
+
+
+def beat(store: DurableStore, name: str) -> bool:
+    """Show that this flusher is alive; False if nobody knows it (any more): ``join``."""
+    return bool(store.database.alone(lambda connection: connection.execute(_BEAT, {"me": name}).rowcount))
+
+
+def join(store: DurableStore, name: str, host: str, pid: int, place: str, lease_ms: int) -> None:
+    """Make a flusher known, and forget those that died long ago. Harmless to repeat."""
+    row = {"name": name, "host": host, "pid": pid, "place": place, "lease_ms": lease_ms}
+
+    def write(connection: sa.Connection) -> None:
+        gone = _Now() - _flushers.beat_ms > FORGOTTEN_AFTER_MS
+        connection.execute(sa.delete(schema.flushers).where(gone | (_flushers.name == name)))
+        connection.execute(sa.insert(schema.flushers).values(**row, started_ms=_Now(), beat_ms=_Now()))
+
+    store.database.alone(write)
+
+
+def look(store: DurableStore) -> list[FlusherRow]:
+    """Return all flushers that are known, the dead too, by name, each with its partitions. One statement."""
+    found: dict[str, FlusherRow] = {}
+    for name, host, pid, place, started_ms, silent_ms, lease_ms, partition in store.database.read(
+        lambda connection: connection.execute(_LOOK).fetchall()
+    ):
+        before = found[name].partitions if name in found else ()
+        found[name] = FlusherRow(
+            name, host, pid, place, started_ms, silent_ms, lease_ms, abs(silent_ms) <= lease_ms,
+            before if partition is None else (*before, partition),
+        )  # fmt: skip
+    return list(found.values())
+
+
+def take(store: DurableStore, name: str, partitions: Sequence[int], living: Collection[str]) -> None:
+    """Take those of the partitions that none of the ``living`` holds at this moment; ``look`` tells which ones that were."""
+    statement = (
+        sa.update(schema.leases)
+        .where(_leases.partition.in_(partitions), _leases.holder.not_in({name, *living}))
+        .values(holder=name, since_ms=_Now())
+    )
+    store.database.alone(lambda connection: connection.execute(statement))
+
+
+def give_back(store: DurableStore, name: str, partitions: Sequence[int]) -> None:
+    """Let go of partitions, for whoever has too few."""
+    statement = (
+        sa.update(schema.leases)
+        .where(_leases.partition.in_(partitions), _leases.holder == name)
+        .values(holder="", since_ms=_Now())
+    )
+    store.database.alone(lambda connection: connection.execute(statement))
+
+
+def leave(store: DurableStore, name: str) -> None:
+    """Let go of everything and be forgotten: others take over at their next heartbeat."""
+
+    def write(connection: sa.Connection) -> None:
+        connection.execute(sa.update(schema.leases).where(_leases.holder == name).values(holder="", since_ms=_Now()))
+        connection.execute(sa.delete(schema.flushers).where(_flushers.name == name))
+
+    store.database.alone(write)
