@@ -733,7 +733,7 @@ def test_waiting_ends_with_the_receipt_when_time_is_up(lite: World) -> None:
     receipt = lite.orders.start("1")
     with lite.cache.flusher._lock:  # nobody flushes
 
-        def steps(deadline: float | None = None) -> Any:
+        def steps(deadline: float | None = None, partitions: object = None) -> Any:
             from statecache.engine.flusher import Step
 
             return Step(0, False, {})
