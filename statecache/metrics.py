@@ -19,6 +19,7 @@ import would cost every short command 0.1 s.
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import operator
 import os
@@ -145,6 +146,11 @@ class Spread:
         self.counts[bisect_left(self.bounds, value)] += 1
         self.total += value
 
+    def copy(self) -> Spread:
+        copied = Spread(self.bounds)
+        copied.counts, copied.total = list(self.counts), self.total
+        return copied
+
     def cumulated(self) -> list[tuple[str, float]]:
         """The buckets as Prometheus has them: (upper bound, observations up to it)."""
         found, count = [], 0
@@ -179,7 +185,8 @@ class Metrics:
         self._cells: dict[str, dict[Labels, list[float]]] = {}
         self._spreads: dict[str, dict[Labels, Spread]] = {}
         self._registry = registry
-        self._watched: object = None
+        self._looks: list[tuple[str, Look]] = []
+        self._is_watching = False
         for name, family in PROCESS.items():
             if not family.labels:
                 self.cell(name) if family.kind == COUNTER else self.spread(name)
@@ -248,23 +255,36 @@ class Metrics:
             for name, cells in self._cells.items():
                 found[name] += [Reading(name, labels, cell[0]) for labels, cell in cells.items()]
             for name, spreads in self._spreads.items():
-                found[name] += [Reading(name, labels, _copy(spread)) for labels, spread in spreads.items()]
+                found[name] += [Reading(name, labels, spread.copy()) for labels, spread in spreads.items()]
         yield from _families(PROCESS, found)
 
-    def watch(self, who: object, look: Look) -> None:
-        """Export the gauges of a store too, by looking at it at each scrape. ``who`` tells which store that is.
+    def watch(self, store: str, look: Look) -> Callable[[], None]:
+        """Export the gauges of a store too, by looking at it at each scrape; returns what ends that.
 
-        Raises ``ConfigurationError`` for a second store: its gauges would have the same names.
+        If several look at one store, one of them is asked. Raises ``ConfigurationError`` for a second store: its gauges
+        would have the same names.
         """
-        if self._watched is not None:
-            if self._watched != who:
-                raise errors.ConfigurationError(
-                    f"this registry shows the store {self._watched} already, not also {who}: give each store its own "
-                    "(StateCache.connect(..., metrics=CollectorRegistry()))"
-                )
-            return
-        self._watched = who
-        self.registry.register(StoreCollector(look))
+        other = next((name for name, _ in self._looks if name != store), None)
+        if other is not None:
+            raise errors.ConfigurationError(
+                f"this registry shows the store {other} already, not also {store}: give each store its own "
+                "(StateCache.connect(..., metrics=CollectorRegistry()))"
+            )
+        pair = store, look
+        self._looks.append(pair)
+        if not self._is_watching:
+            self._is_watching = True
+            self.registry.register(StoreCollector(self._look))
+
+        def end() -> None:
+            if pair in self._looks:
+                self._looks.remove(pair)
+
+        return end
+
+    def _look(self) -> Iterable[Reading]:
+        looks = self._looks[-1:]
+        return looks[0][1]() if looks else ()
 
     def text(self) -> bytes:
         """All metrics as Prometheus' text format."""
@@ -308,10 +328,28 @@ def _families(families: Mapping[str, Family], found: Mapping[str, Sequence[Readi
         yield made
 
 
-def _copy(spread: Spread) -> Spread:
-    copied = Spread(spread.bounds)
-    copied.counts, copied.total = list(spread.counts), spread.total
-    return copied
+@contextlib.contextmanager
+def serve(metrics: Metrics, port: int, address: str = "127.0.0.1") -> Iterator[int]:
+    """Serve the registry over HTTP, from threads, within the block. Yields the port, which ``port=0`` leaves to the system.
+
+    Raises ``ConfigurationError`` if the port cannot be had.
+    """
+    import prometheus_client
+
+    try:
+        server, thread = prometheus_client.start_http_server(port, address, metrics.registry)
+    except (OSError, OverflowError) as error:
+        raise errors.ConfigurationError(
+            f"metrics cannot be served at {address}, port {port}: {error}; choose another metrics_port or metrics_address"
+        ) from error
+    owner = os.getpid()
+    try:
+        yield int(server.server_address[1])
+    finally:
+        if os.getpid() == owner:  # a forked child has no thread that would answer; it only lets go of the port
+            server.shutdown()
+            thread.join()
+        server.server_close()
 
 
 # --- one for the process ---------------------------------------------------------------------------------------------------

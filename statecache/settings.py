@@ -118,6 +118,13 @@ class Settings(pydantic_settings.BaseSettings):
     log_keep_seconds: Seconds = 0.0
     """How long flushed entries stay in Redis: at least the age of the SQL backup that one may have to restore."""
 
+    metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = None
+    """Port of the ``/metrics`` endpoint of long-running commands (flusher, worker, up). None: there is none; 0: any free
+    port, which is logged."""
+
+    metrics_address: str = "127.0.0.1"
+    """Address that the metrics endpoint listens on: this machine only, unless it says otherwise."""
+
     id_length_max: Annotated[int, Field(ge=1, le=1000)] = 200
     """Most characters of an instance's id."""
 

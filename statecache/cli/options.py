@@ -39,6 +39,14 @@ _COMMON: dict[str, Any] = {
 }
 
 
+MetricsPort = Annotated[
+    int | None,
+    typer.Option(
+        "--metrics-port", metavar="PORT", min=0, max=65535, help="Serve /metrics there, on loopback (0: any free port)."
+    ),
+]
+
+
 @dataclass(frozen=True)
 class Store:
     """The common options of one command."""

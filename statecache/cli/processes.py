@@ -21,12 +21,13 @@ def register(app: typer.Typer) -> None:
     options.command(app, "demo")(demo)
 
 
-def up(store: options.Store) -> int:
+def up(store: options.Store, metrics_port: options.MetricsPort = None) -> int:
     """Run everything on this machine: the embedded server and the flusher. Stays until SIGTERM or Ctrl-C.
 
     Programs join with StateCache.embedded(FOLDER), or connect to the addresses that it prints. When it stops it flushes
     what is left; a second signal stops it at once. With --json the addresses are one line of JSON.
     """
+    from statecache.engine import watching
     from statecache.settings import redact
     from workers import flusher as worker
 
@@ -40,7 +41,8 @@ def up(store: options.Store) -> int:
             else:
                 output.console().print(output.facts([*places.items(), ("namespace", cache.settings.namespace)]))
                 output.say("up; Ctrl-C stops it")
-            stop.wait()
+            with watching.endpoint(cache, metrics_port):
+                stop.wait()
             left = _flushed(cache)
     except worker.StopNow as now:
         return 128 + now.number
@@ -62,6 +64,7 @@ def _flushed(cache: StateCache) -> str:
 def flusher(
     store: options.Store,
     once: Annotated[bool, typer.Option("--once", help="Flush what is there, then end.")] = False,
+    metrics_port: options.MetricsPort = None,
 ) -> int:
     """Move the logs into SQL until SIGTERM or Ctrl-C. Any number of them share the partitions.
 
@@ -69,11 +72,12 @@ def flusher(
     (drain_timeout_seconds); a second one stops it at once. Under systemd (Type=notify, WatchdogSec) it says how it is.
     Progress is logged; with --json it is a line of JSON every few seconds.
     """
+    from statecache.engine import watching
     from workers import flusher as worker
 
     output.log_to_stderr(logging.INFO)
     try:
-        with store.open(create=True) as cache:
+        with store.open(create=True) as cache, watching.endpoint(cache, metrics_port):
             if once:
                 worker.once(cache)
             else:

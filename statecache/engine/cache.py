@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -19,7 +20,7 @@ from statecache.core.machine import StateMachine
 from statecache.core.spec import MachineSpec
 from statecache.durable.store import DurableStore
 from statecache.engine import durability as durability_wait
-from statecache.engine import duties, recovery, servers
+from statecache.engine import duties, recovery, servers, watching
 from statecache.engine.admission import Admission
 from statecache.engine.driver import Driver
 from statecache.engine.embedded import EmbeddedServer
@@ -66,6 +67,7 @@ class StateCache:
         self._partitions = list(range(settings.partition_count))
         self._thread: threading.Thread | None = None
         self._confirmations: dict[Any, items.Confirm | None] = {}
+        self._at_close: list[Callable[[], None]] = []
         self._make_parts()
         _open_caches.add(self)
 
@@ -214,6 +216,7 @@ class StateCache:
             self._drain()
             leave_quietly(self.leases)
         self.driver.closing.set()
+        self._end_all()
         self.hot.close()
         self.durable.close()
         if self._server is not None:
@@ -225,6 +228,28 @@ class StateCache:
             self.flush_alone(timeout=_CLOSE_SECONDS)
         except errors.StateCacheError as error:
             _log.warning("closed before everything was flushed: %s", error)
+
+    def serve_metrics(self, port: int = 9464, address: str | None = None) -> int:
+        """Serve ``/metrics`` until ``close``, from a thread: what this process counts, and the gauges of the store.
+
+        Returns the port (``port=0``: any free one). On the loopback interface, unless ``address`` or the setting
+        ``metrics_address`` says otherwise. A forked child serves nothing and begins to count at zero.
+
+        Raises ``ConfigurationError`` if the port is taken, or the registry shows another store.
+        """
+        stack = contextlib.ExitStack()
+        real = stack.enter_context(watching.endpoint(self, port, address))
+        self.on_close(stack.close)
+        assert real is not None
+        return real
+
+    def on_close(self, end: Callable[[], None]) -> None:
+        """Have something ended when this is closed, before its connections are, and in every forked child."""
+        self._at_close.append(end)
+
+    def _end_all(self) -> None:
+        while self._at_close:
+            self._at_close.pop()()
 
     def __enter__(self) -> Self:
         return self
@@ -476,6 +501,7 @@ class StateCache:
 
     def _after_fork(self) -> None:
         self._thread = None
+        self._end_all()
         self.hot.after_fork()
         self._make_parts()
 

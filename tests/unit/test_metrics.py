@@ -143,11 +143,20 @@ def test_one_registry_has_one_set_of_metrics() -> None:
 
 
 def test_one_registry_shows_one_store(made: metrics.Metrics) -> None:
-    made.watch("a", lambda: [metrics.Reading("statecache_epoch", (), 7)])
-    made.watch("a", list)
-    assert made.registry.get_sample_value("statecache_epoch") == 7
+    value = made.registry.get_sample_value
+    ends = [
+        made.watch("a", lambda epoch=epoch: [metrics.Reading("statecache_epoch", (), epoch)])  # type: ignore[misc]
+        for epoch in (7, 8)
+    ]
+    assert value("statecache_epoch") == 8
     with pytest.raises(errors.ConfigurationError, match="shows the store a already"):
         made.watch("b", list)
+    ends[1]()
+    assert value("statecache_epoch") == 7
+    ends[0]()
+    assert value("statecache_epoch") is None
+    made.watch("b", lambda: [metrics.Reading("statecache_epoch", (), 9)])
+    assert value("statecache_epoch") == 9
 
 
 def test_families_of_both_kinds_keep_the_conventions() -> None:
