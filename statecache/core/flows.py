@@ -149,8 +149,35 @@ NEVER_MATCHES = -1
 # --- transitions -------------------------------------------------------------------------------------------------------
 
 
-def transition(request: Request) -> Generator[Wish, Any, model.Receipt]:
-    """Apply one start or transition; returns its receipt or raises the caller's error."""
+def opening(request: Request) -> items.Item | None:
+    """The item that a transition's flow begins with, if it begins with one and not with a look at the instance.
+
+    What nearly every transition meets is ``OK``: so a driver may send the opening by itself, make the ``receipt``, and need
+    no flow; any other outcome it hands to ``transition``, which goes on from there.
+    """
+    if request.guard is not None:
+        return None
+    request.item.retry = request.own_id
+    return request.item
+
+
+def receipt(request: Request, outcome: items.Outcome) -> model.Receipt:
+    """What the caller gets for ``OK``. Raises ``DurabilityTimeout`` if what was asked behind the script was not confirmed."""
+    item = request.item
+    move = item.move
+    version, entry_id, source, target = outcome.words
+    made = model.Receipt(
+        move.machine, item.id, move.event, None if source == "-" else source, target, int(version), entry_id,
+        outcome.at_ms, item.transition_id,
+    )  # fmt: skip
+    return made if outcome.confirmed else _confirmed(outcome, made)
+
+
+def transition(request: Request, answered: items.Outcome | None = None) -> Generator[Wish, Any, model.Receipt]:
+    """Apply one start or transition; returns its receipt or raises the caller's error.
+
+    ``answered`` is the outcome of its ``opening``, if that was sent already.
+    """
     item = request.item
     item.retry = request.own_id
     attempt = 0
@@ -163,15 +190,15 @@ def transition(request: Request) -> Generator[Wish, Any, model.Receipt]:
             if guard_wanted:
                 verdict = yield from _consult_guard(request)
                 guard_wanted = False
-            outcome: items.Outcome = yield item
+            outcome: items.Outcome
+            if answered is None:
+                outcome = yield item
+            else:
+                outcome, answered = answered, None
             code = outcome.code
             is_open = code in ("LOST", "DUP") or (is_open and code in _NO_JUDGEMENT)
             if code == "OK":
-                version, entry_id, source, target = outcome.words
-                return _confirmed(outcome, model.Receipt(
-                    item.move.machine, item.id, item.move.event, None if source == "-" else source, target, int(version),
-                    entry_id, outcome.at_ms, item.transition_id,
-                ))  # fmt: skip
+                return receipt(request, outcome)
             if code == "DUP":
                 found: model.Receipt | None = yield from _duplicate(request, int(outcome.words[0]), last=vanished > 0)
                 if found is not None:
@@ -192,9 +219,9 @@ def transition(request: Request) -> Generator[Wish, Any, model.Receipt]:
             elif code == "PARKED":
                 yield from _parked(request)
             elif code == "OLD":
-                receipt = yield from _long_ago(request)
-                if receipt is not None:
-                    return receipt
+                known = yield from _long_ago(request)
+                if known is not None:
+                    return known
                 guard_wanted = _pin(request, int(outcome.words[0]), verdict)
             elif code == "VERSION":
                 guard_wanted = _pin(request, int(outcome.words[0]), verdict)
@@ -214,14 +241,14 @@ _NO_VERDICTS = (errors.RecoveringError, errors.BackpressureError, errors.Configu
 """What a caller must take for "not applied": true only if no attempt is open."""
 
 
-def _confirmed(outcome: items.Outcome, receipt: model.Receipt) -> model.Receipt:
+def _confirmed(outcome: items.Outcome, made: model.Receipt) -> model.Receipt:
     """The script wrote (a duplicate too), and what was asked behind it on the same connection speaks of that write."""
     if not outcome.confirmed:
         raise errors.DurabilityTimeout(
-            f"{receipt.machine}:{receipt.id} version {receipt.version} stands, but its durability was not confirmed in time",
-            receipt,
+            f"{made.machine}:{made.id} version {made.version} stands, but its durability was not confirmed in time",
+            made,
         )
-    return receipt
+    return made
 
 
 def _pin(request: Request, version: int, verdict: errors.StateCacheError | None) -> bool:
@@ -408,11 +435,14 @@ def _parked_error(request: Request, found: model.Lookup) -> errors.ParkedError:
 # --- reads -------------------------------------------------------------------------------------------------------------
 
 
-def snapshot(partition: int, machine: str, id: str, snapshot_of: SnapshotOf) -> Generator[Wish, Any, model.Snapshot]:
-    """Read an instance: from its hash, or from its checkpoint when it is cold."""
+def snapshot(
+    partition: int, machine: str, id: str, snapshot_of: SnapshotOf, *, missed: bool = False
+) -> Generator[Wish, Any, model.Snapshot]:
+    """Read an instance: from its hash, or from its checkpoint when it is cold. ``missed``: its hash was not there just now."""
     attempt = 0
     while True:
-        fields = yield Hot(partition, machine, id)
+        fields = None if missed else (yield Hot(partition, machine, id))
+        missed = False
         if fields:
             return snapshot_of(id, fields, "hot")
         code, cold, evicted_to = yield Where(partition)

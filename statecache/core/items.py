@@ -61,12 +61,14 @@ class Item(msgspec.Struct, gc=False):
     pinned: bool = False
     """A guard has seen the version that it names: refused for its version it comes back, so nothing may be sent behind it."""
 
-    def row(self, partition_index: int, move_index: int) -> list[object]:
-        """The positional array that ``apply.lua`` reads."""
-        row: list[object] = [partition_index, self.id, move_index, self.expected, self.token, self.tail, self.pairs]
+    def pack_into(self, flat: list[object], partition_index: int, move_index: int) -> None:
+        """Append what ``apply.lua`` reads of an item."""
+        extras: object = False
         if self.retry or self.absent or self.unset or self.increments:
-            row.append([1 if self.retry else 0, self.absent, self.unset, self.increments])
-        return row
+            extras = (1 if self.retry else 0, self.absent, self.unset, self.increments)
+        pairs = self.pairs
+        flat += (partition_index, self.id, move_index, self.expected, self.token, self.tail, extras, len(pairs))
+        flat += pairs
 
 
 class Outcome(msgspec.Struct, frozen=True, gc=False):

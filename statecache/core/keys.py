@@ -21,7 +21,12 @@ PARTITION_COUNT_MAX = 1024
 
 def partition_of(machine: str, id: str, partition_count: int) -> Partition:
     """Return the partition of an instance: CRC32 of ``machine:id`` modulo the store's fixed partition count."""
-    return Partition(zlib.crc32(f"{machine}:{id}".encode()) % partition_count)
+    return partition_of_address(f"{machine}:{id}", partition_count)
+
+
+def partition_of_address(address: str, partition_count: int) -> Partition:
+    """The same for an address, ``machine:id``."""
+    return Partition(zlib.crc32(address.encode()) % partition_count)
 
 
 @dataclass(frozen=True, slots=True)

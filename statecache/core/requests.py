@@ -35,6 +35,7 @@ class Door:
             for event, targets in definition.targets.items()
         }
         self._guards = _guards_by_event(definition, guards, snapshot_of)
+        self._validate_patch = definition.validate_patch
 
     def partition_of(self, id: str) -> keys.Partition:
         return keys.partition_of(self.definition.name, id, self._partition_count)
@@ -91,10 +92,11 @@ class Door:
         guard: flows.Guard | None,
     ) -> flows.Request:
         limits = self._limits
-        self.check_id(id)
-        pairs = (
-            codec.encode_patch(self.definition.validate_patch(data), limits) if data or data not in (None, {}) else []
-        )
+        codec.check_text("id", id, limits.id_length_max)
+        pairs: list[str] = []
+        text = ""
+        if data or data not in (None, {}):
+            pairs, text = codec.encode_patch(self._validate_patch(data), limits)
         dropped = codec.encode_unset(unset) if unset else []
         increments = codec.encode_increments(increment) if increment else []
         if dropped or increments:
@@ -103,21 +105,20 @@ class Door:
         made_id = codec.check_text("transition_id", transition_id, limits.id_length_max) if own_id else self._ids.next()
         if expect_version is not None:
             _check_version(expect_version)
-        tail = _SEPARATOR.join(
-            [
-                made_id,
-                "" if actor is None else codec.check_text("actor", actor, limits.text_length_max),
-                "" if reason is None else codec.check_text("reason", reason, limits.text_length_max),
-                "" if occurred_at is None else str(_ms_of(occurred_at)),
-                codec.patch_text(pairs),
-                " ".join(dropped),
-            ]
+        if actor is not None:
+            codec.check_text("actor", actor, limits.text_length_max)
+        if reason is not None:
+            codec.check_text("reason", reason, limits.text_length_max)
+        occurred = "" if occurred_at is None else _ms_of(occurred_at)
+        tail = (
+            f"{made_id}{_SEPARATOR}{actor or ''}{_SEPARATOR}{reason or ''}{_SEPARATOR}{occurred}{_SEPARATOR}{text}"
+            f"{_SEPARATOR}{' '.join(dropped)}"
         )
-        item = items.Item(
-            self.partition_of(id), id, spec, expect_version or 0, codec.token_of(made_id), tail, pairs, made_id,
-            unset=dropped, increments=increments,
-        )  # fmt: skip
         address = f"{spec.machine}:{id}"
+        partition = keys.partition_of_address(address, self._partition_count)
+        item = items.Item(partition, id, spec, expect_version or 0, codec.token_of(made_id), tail, pairs, made_id)
+        if dropped or increments:
+            item.unset, item.increments = dropped, increments
         return flows.Request(item, address, own_id, self.definition.available_events, expect_version, guard)
 
 

@@ -52,6 +52,18 @@ class Calls:
 
         return [move.id for move in wanted], build
 
+    def addresses(self, ids: Sequence[str], results: list[Any]) -> list[tuple[int, tuple[int, str, str]]]:
+        """Where the instances lie, by index; the error of an id that is refused is put into ``results``."""
+        found: list[tuple[int, tuple[int, str, str]]] = []
+        for index, id in enumerate(ids):
+            try:
+                self.door.check_id(id)
+            except errors.InvalidDataError as error:
+                results[index] = error
+            else:
+                found.append((index, (self.door.partition_of(id), self.name, id)))
+        return found
+
     def get(self, id: str) -> flows.Flow:
         """The flow that reads an instance."""
         self.door.check_id(id)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -26,16 +27,19 @@ CHUNK_ITEMS = 125
 _UNFINISHED_MAX = 1000
 _LANE_ITEMS_MAX = 500
 _UNREACHABLE = ("LOST", "UNSENT")
+Address = tuple[int, tuple[int, str, str]]
+"""An index and the (partition, machine, id) that is wanted for it."""
 _PAUSE_SECONDS_MIN, _PAUSE_SECONDS_MAX = 0.001, 0.1
 
 
 class Running:
-    """One flow under way in a bulk call, with its place in the caller's list."""
+    """One flow under way in a bulk call, with its place in the caller's list; ``wish`` is None when it has ended."""
 
-    __slots__ = ("flow", "index", "wish")
+    __slots__ = ("address", "flow", "index", "wish")
 
-    def __init__(self, index: int, flow: flows.Flow) -> None:
+    def __init__(self, index: int, address: str, flow: flows.Flow) -> None:
         self.index = index
+        self.address = address
         self.flow = flow
         self.wish: Any = None
 
@@ -60,6 +64,17 @@ class Driver:
         self.closing = threading.Event()
 
     # --- one flow ----------------------------------------------------------------------------------------------------
+
+    def write(self, request: flows.Request, deadline: float) -> model.Receipt:
+        """Apply one start or transition. ``deadline`` is a ``time.monotonic`` time."""
+        outcome: items.Outcome | None = None
+        item = flows.opening(request)
+        if item is not None:
+            outcome = self._batcher.apply(item, max(0.01, deadline - time.monotonic()))
+            if outcome.code == "OK":
+                return flows.receipt(request, outcome)
+        receipt: model.Receipt = self.run(flows.transition(request, outcome), deadline)
+        return receipt
 
     def run(self, flow: flows.Flow, deadline: float) -> Any:
         """Run a flow to its end and return its result. ``deadline`` is a ``time.monotonic`` time."""
@@ -95,31 +110,113 @@ class Driver:
 
     # --- many flows --------------------------------------------------------------------------------------------------
 
-    def run_many(
+    def write_many(
         self,
-        lanes: Iterable[Sequence[int]],
-        begin: Callable[[int], flows.Flow],
+        ids: Sequence[Any],
+        build: Callable[[int], flows.Request],
         results: list[Any],
         deadline: float,
         patience_seconds: float | None = None,
     ) -> None:
-        """Run a flow for every index of every lane; results (or their errors) are put into ``results`` by index.
+        """Apply the requests that ``build`` makes for every index; receipts or errors are put into ``results`` by index.
 
-        Flows begin chunk by chunk, so that checking the next chunk's input overlaps the server's work on the last. With
+        Requests are built chunk by chunk, so that checking the next chunk's input overlaps the server's work on the last. With
         ``patience_seconds`` the deadline moves on whenever a flow ends: a long list may take its time, a stuck one not.
         """
         unfinished: list[list[Running]] = []
+        sent: deque[tuple[list[int], list[flows.Request], list[Running]]] = deque()
 
-        def started() -> Iterator[list[list[Running]]]:
-            for chunk in _chunks(lanes):
-                yield [self._begin(lane, begin, results) for lane in chunk]
+        def opened() -> Iterator[list[items.Item]]:
+            for indexes in _chunks(ids):
+                built, requests, held = self._opened(indexes, build, results)
+                if requests:
+                    sent.append((built, requests, held))
+                    yield [request.item for request in requests]
+                elif held:
+                    unfinished.extend(_lanes(held))
 
-        for answered in self._apply_chunks(started(), results):
-            unfinished += [lane for lane in answered if lane]
+        for _, outcomes in self.hot.apply_stream(opened()):
+            built, requests, held = sent.popleft()
+            left = self._answered(built, requests, outcomes, results)
+            unfinished += _lanes(left + held)
             if sum(map(len, unfinished)) >= _UNFINISHED_MAX:  # the brake is on: do not pile up more
                 self._finish(unfinished, results, deadline, patience_seconds)
                 unfinished = []
         self._finish(unfinished, results, deadline, patience_seconds)
+
+    def _opened(
+        self, indexes: Iterable[int], build: Callable[[int], flows.Request], results: list[Any]
+    ) -> tuple[list[int], list[flows.Request], list[Running]]:
+        """Build the requests of a chunk: those whose items may leave at once with their indexes, and the flows of the rest.
+
+        What stands behind a request that first looks at its instance is held with it, and so is what would make a lane too
+        long for one script call.
+        """
+        built: list[int] = []
+        requests: list[flows.Request] = []
+        held: list[Running] = []
+        holding: set[str] = set()
+        for index in indexes:
+            try:
+                request = build(index)
+            except errors.StateCacheError as error:
+                results[index] = error
+                continue
+            if flows.opening(request) is None or len(requests) >= _LANE_ITEMS_MAX or request.address in holding:
+                holding.add(request.address)
+                one = Running(index, request.address, flows.transition(request))
+                one.wish = next(one.flow)
+                held.append(one)
+            else:
+                built.append(index)
+                requests.append(request)
+        return built, requests, held
+
+    def _answered(
+        self,
+        indexes: Sequence[int],
+        requests: Sequence[flows.Request],
+        outcomes: Sequence[items.Outcome],
+        results: list[Any],
+    ) -> list[Running]:
+        """Make the receipts of what was applied; returns the flows of the rest, in order."""
+        left = []
+        for index, request, outcome in zip(indexes, requests, outcomes, strict=True):
+            if outcome.code == "OK" and outcome.confirmed:
+                results[index] = flows.receipt(request, outcome)
+            else:
+                one = Running(index, request.address, flows.transition(request, outcome))
+                self._resume(one, None, results)
+                if one.wish is not None:
+                    left.append(one)
+        return left
+
+    def read_many(
+        self, addresses: Sequence[Address], snapshot_of: flows.SnapshotOf, results: list[Any], deadline: float
+    ) -> None:
+        """Read instances; snapshots or errors are put into ``results`` by the index that each address begins with."""
+        for start in range(0, len(addresses), _UNFINISHED_MAX):
+            some = addresses[start : start + _UNFINISHED_MAX]
+            try:
+                found = self._patiently([flows.Hot(*address) for _, address in some], deadline)
+            except errors.StateCacheError as error:
+                for index, _ in some:
+                    results[index] = error
+                continue
+            left = []
+            for (index, (partition, machine, id)), fields in zip(some, found, strict=True):
+                try:
+                    if fields:
+                        results[index] = snapshot_of(id, fields, "hot")
+                        continue
+                    one = Running(index, id, flows.snapshot(partition, machine, id, snapshot_of, missed=True))
+                except errors.StateCacheError as error:
+                    results[index] = error
+                    continue
+                self._resume(one, None, results)
+                if one.wish is not None:
+                    left.append([one])
+            self._finish(left, results, deadline, None)
 
     def _finish(
         self, lanes: list[list[Running]], results: list[Any], deadline: float, patience_seconds: float | None
@@ -130,47 +227,23 @@ class Driver:
             if patience_seconds is not None and (now_left := sum(map(len, lanes))) < left:
                 left, deadline = now_left, time.monotonic() + patience_seconds
             self._answer_others(lanes, results, deadline)
-            willing = [lane for lane in lanes if _sendable(lane)]
-            for _ in self._apply_chunks(_chunks(willing), results):
-                pass
+            self._apply_lanes([ones for ones in map(_sendable, lanes) if ones], results)
+            for lane in lanes:
+                lane[:] = [one for one in lane if one.wish is not None]
             lanes = [lane for lane in lanes if lane]
 
-    def _begin(self, lane: Sequence[int], begin: Callable[[int], flows.Flow], results: list[Any]) -> list[Running]:
-        running = []
-        for index in lane:
-            try:
-                one = Running(index, begin(index))
-                one.wish = next(one.flow)
-            except errors.StateCacheError as error:
-                results[index] = error
-            else:
-                running.append(one)
-        return running
-
-    def _apply_chunks(self, chunks: Iterable[list[list[Running]]], results: list[Any]) -> Iterator[list[list[Running]]]:
-        """Send the items of each chunk's willing lanes; yields the chunk's lanes, finished flows taken out."""
-        sent: list[tuple[list[list[Running]], list[Running]]] = []
+    def _apply_lanes(self, lanes: list[list[Running]], results: list[Any]) -> None:
+        """Send the items of lanes, about ``CHUNK_ITEMS`` a script call, and resume their flows."""
+        sent: deque[list[Running]] = deque()
 
         def packed() -> Iterator[list[items.Item]]:
-            for lanes in chunks:
-                ones = [one for lane in lanes for one in _sendable(lane)]
-                sent.append((lanes, ones))
-                if ones:
-                    yield [one.wish for one in ones]
+            for ones in _joined(lanes):
+                sent.append(ones)
+                yield [one.wish for one in ones]
 
-        def receive(outcomes: Sequence[items.Outcome]) -> list[list[Running]]:
-            while not sent[0][1]:
-                held.append(sent.pop(0)[0])
-            lanes, ones = sent.pop(0)
-            for one, outcome in zip(ones, outcomes, strict=True):
-                self._resume(one, outcome, results)
-            return lanes
-
-        held: list[list[list[Running]]] = []
         for _, outcomes in self.hot.apply_stream(packed()):
-            yield _cleared(receive(outcomes))
-        for lanes in [*held, *(lanes for lanes, _ in sent)]:
-            yield _cleared(lanes)
+            for one, outcome in zip(sent.popleft(), outcomes, strict=True):
+                self._resume(one, outcome, results)
 
     def _resume(self, one: Running, answer: Any, results: list[Any]) -> None:
         try:
@@ -342,21 +415,34 @@ def _sendable(lane: Sequence[Running]) -> list[Running]:
     return ones
 
 
-def _chunks(lanes: Iterable[Any]) -> Iterator[list[Any]]:
-    """Groups of lanes of about ``CHUNK_ITEMS`` items."""
-    chunk: list[Any] = []
-    size = 0
-    for lane in lanes:
-        chunk.append(lane)
-        size += len(lane)
-        if size >= CHUNK_ITEMS:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
+def _chunks(ids: Sequence[Any]) -> Iterator[Sequence[int]]:
+    """Groups of about ``CHUNK_ITEMS`` indexes; those of one instance stand in one group, in their order."""
+    texts = {id for id in ids if isinstance(id, str)}
+    if len(texts) == len(ids):
+        for start in range(0, len(ids), CHUNK_ITEMS):
+            yield range(start, min(start + CHUNK_ITEMS, len(ids)))
+        return
+    lanes: dict[Any, list[int]] = {}
+    for index, id in enumerate(ids):
+        lanes.setdefault(id if isinstance(id, str) else index, []).append(index)
+    yield from _joined(lanes.values())
 
 
-def _cleared(lanes: list[list[Running]]) -> list[list[Running]]:
+def _joined(lanes: Iterable[list[Any]]) -> Iterator[list[Any]]:
+    """Lanes put together to lists of about ``CHUNK_ITEMS``."""
+    joined: list[Any] = []
     for lane in lanes:
-        lane[:] = [one for one in lane if one.wish is not None]
-    return lanes
+        joined += lane
+        if len(joined) >= CHUNK_ITEMS:
+            yield joined
+            joined = []
+    if joined:
+        yield joined
+
+
+def _lanes(ones: Sequence[Running]) -> list[list[Running]]:
+    """Flows by instance, in their order."""
+    lanes: dict[str, list[Running]] = {}
+    for one in ones:
+        lanes.setdefault(one.address, []).append(one)
+    return list(lanes.values())

@@ -135,7 +135,7 @@ class MachineHandle:
         level = self._cache.level(durability or self.machine.definition.durability)
         if level in CONFIRMED:
             request.item.confirm = self._cache.confirmation(level, deadline)
-        receipt: model.Receipt = self._cache.driver.run(flows.transition(request), deadline)
+        receipt = self._cache.driver.write(request, deadline)
         if level is model.Durability.DURABLE:
             self._cache.confirm([receipt], deadline)
         return receipt
@@ -153,17 +153,14 @@ class MachineHandle:
         level = self._cache.level(durability or self.machine.definition.durability)
         confirm = self._cache.confirmation(level, deadline) if level in CONFIRMED else None
 
-        def begin(index: int) -> flows.Flow:
+        def confirmed(index: int) -> flows.Request:
             request = build(index)
             request.item.confirm = confirm
-            return flows.transition(request)
+            return request
 
-        lanes: dict[Any, list[int]] = {}
-        for index, id in enumerate(ids):
-            lanes.setdefault(id if isinstance(id, str) else index, []).append(index)
         results: list[Any] = [None] * len(ids)
         patience = self._cache.settings.call_timeout_seconds if timeout is None else None
-        self._cache.driver.run_many(lanes.values(), begin, results, deadline, patience)
+        self._cache.driver.write_many(ids, build if confirm is None else confirmed, results, deadline, patience)
         if level is model.Durability.DURABLE:
             self._cache.confirm_many(results, deadline)
         self.meter.many(results, event_of, durability, time.perf_counter() - began)
@@ -191,9 +188,8 @@ class MachineHandle:
         """Many instances as they are now; a snapshot or an error (``NotFoundError``) for each, in order."""
         wanted = as_ids(ids)
         results: list[Any] = [None] * len(wanted)
-        lanes = [[index] for index in range(len(wanted))]
-        deadline = self._cache.deadline(timeout)
-        self._cache.driver.run_many(lanes, lambda index: self.calls.get(wanted[index]), results, deadline)
+        addresses = self.calls.addresses(wanted, results)
+        self._cache.driver.read_many(addresses, self.calls.snapshot, results, self._cache.deadline(timeout))
         self.meter.read_many(results)
         return results
 

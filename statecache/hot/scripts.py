@@ -7,7 +7,7 @@ loads a script by itself: ``hot/store.py`` does, after the identity was compared
 
 ``--@include name`` lines are replaced by ``lua/include/name.lua``, each once. Every script starts with ``#!lua``: a real server
 then refuses keys of another slot, and refuses the call before its first write when memory is full. An emulated Redis
-(fakeredis) knows neither that line nor INFO.
+(fakeredis) knows neither that line nor INFO nor MessagePack.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from statecache.hot import resp
 NAMES = ("admit", "apply", "drop", "evict", "fence", "find", "flushed", "hydrate", "park", "probe", "read", "ready")
 NEEDS_MEMORY = ("apply", "hydrate")
 """Refused when memory is full. The others read or relieve (flush, evict, recover): refused, they would block the relief."""
+EMULATED = ("identity", "unpacked")
+"""Includes with another form for an emulated Redis."""
 _INCLUDE = re.compile(r"^--@include (\w+)$", re.MULTILINE)
 _CODE = re.compile(r"^-- {1,5}([A-Z]{2,}(?: \| [A-Z]{2,})*)\b", re.MULTILINE)
 
@@ -56,8 +58,8 @@ def _expanded(name: str, emulated: bool) -> str:
         if part in seen:
             return ""
         seen.add(part)
-        if part == "identity" and emulated:
-            part = "identity_emulated"
+        if part in EMULATED and emulated:
+            part += "_emulated"
         return _INCLUDE.sub(include, source(f"include/{part}"))
 
     return _INCLUDE.sub(include, source(name))

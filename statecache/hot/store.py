@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -105,6 +105,7 @@ class HotStore:
         self.emulated = emulated
         self.identity_interval_seconds = identity_interval_seconds
         self._socket_timeout_seconds = socket_timeout_seconds
+        self._pack = msgspec.json.encode if emulated else msgspec.msgpack.encode
         self._fields_max = resp.bulk(instance_fields_max)
         self.stamp = scripts.NEVER
         count = keyspace.partition_count
@@ -214,7 +215,7 @@ class HotStore:
         """The bytes of one script call. Notes that this call compares the identity, if it is time to."""
         partitions: dict[int, int] = {}
         moves: dict[items.MoveSpec, int] = {}
-        rows = []
+        flat: list[object] = []
         stamp = self.stamp
         asked_under = (stamp.epoch, stamp.owner)
         for item in chunk:
@@ -226,18 +227,17 @@ class HotStore:
                 move = moves[item.move] = len(moves) + 1
             if item.asked_under not in (None, asked_under):
                 item.absent = ""  # SQL was asked in another epoch
-            rows.append(item.row(partition, move))
+            item.pack_into(flat, partition, move)
         key_count = 2 * len(partitions)
         due = self.wires.identity_due(line, self.identity_interval_seconds)
         confirm = strictest(chunk)
         return b"".join(
             [
-                _HEADERS[7 + key_count],
+                _HEADERS[6 + key_count],
                 scripts.stamped("apply", stamp, self.emulated).call,
                 _NUMBERS[key_count],
                 *[self._pair_keys[partition] for partition in partitions],
-                resp.bulk(_encode(rows)),
-                resp.bulk(_encode([move.row for move in moves])),
+                resp.bulk(self._pack((flat, [move.row for move in moves]))),
                 b"$1\r\n1\r\n" if due else b"$1\r\n0\r\n",
                 self._fields_max,
                 _confirm_command(confirm) if confirm is not None else b"",
@@ -612,9 +612,8 @@ def hash_of(reply: list[bytes] | dict[bytes, bytes] | redis.ResponseError) -> di
 def outcomes_of(reply: bytes) -> list[items.Outcome]:
     head, *lines = reply.decode().split("\n")
     at_ms = int(head.partition(" ")[0])
-    make: Callable[..., items.Outcome] = items.Outcome
     outcomes = []
     for line in lines:
-        code, *words = line.split(" ")
-        outcomes.append(make(code, words, at_ms))
+        words = line.split(" ")
+        outcomes.append(items.Outcome(words.pop(0), words, at_ms))
     return outcomes

@@ -114,7 +114,9 @@ def test_every_lua_file_is_loaded_or_included() -> None:
     folder = Path(scripts.__file__).parent / "lua"
     assert sorted(path.stem for path in folder.glob("*.lua")) == sorted(scripts.NAMES)
     included = set(re.findall(r"@include (\w+)", "".join(path.read_text() for path in folder.rglob("*.lua"))))
-    assert {path.stem for path in (folder / "include").glob("*.lua")} == included | {"identity_emulated"}
+    assert {path.stem for path in (folder / "include").glob("*.lua")} == included | {
+        f"{name}_emulated" for name in scripts.EMULATED
+    }
 
 
 @pytest.mark.slow

@@ -6,6 +6,8 @@ import datetime
 import json
 import math
 import os
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -128,7 +130,7 @@ def test_values_survive_their_text(value: Any) -> None:
 
 @pytest.mark.parametrize("name", ["a", "_", "A.b-c_9", "x" * 64])
 def test_field_names_that_are_accepted(name: str) -> None:
-    assert codec.encode_patch({name: 1}, LIMITS) == [name, "1"]
+    assert codec.encode_patch({name: 1}, LIMITS)[0] == [name, "1"]
 
 
 @pytest.mark.parametrize("name", ["", "9a", "a b", "@", "@r", "ü", "x" * 65, "a\n", "a:b", 5, None, "-a"])
@@ -142,7 +144,7 @@ def test_field_names_that_are_refused(name: Any) -> None:
 
 
 def test_patch_has_a_limit_of_fields_and_of_bytes() -> None:
-    assert len(codec.encode_patch({f"f{n}": n for n in range(64)}, LIMITS)) == 128
+    assert len(codec.encode_patch({f"f{n}": n for n in range(64)}, LIMITS)[0]) == 128
     with pytest.raises(errors.InvalidDataError, match="it has 65 fields, at most 64 are allowed in a patch"):
         codec.encode_patch({f"f{n}": n for n in range(65)}, LIMITS)
     with pytest.raises(errors.InvalidDataError, match="at most 65536 are allowed in a patch"):
@@ -159,8 +161,8 @@ def test_patch_that_is_no_mapping_is_refused(data: Any) -> None:
 
 
 def test_text_of_a_patch_is_a_json_object() -> None:
-    pairs = codec.encode_patch({"a": 'x"y', "b": [1, None], "c.d": {"e": 1.5}}, LIMITS)
-    assert json.loads(codec.patch_text(pairs)) == {"a": 'x"y', "b": [1, None], "c.d": {"e": 1.5}}
+    pairs, text = codec.encode_patch({"a": 'x"y', "b": [1, None], "c.d": {"e": 1.5}}, LIMITS)
+    assert json.loads(text) == json.loads(codec.patch_text(pairs)) == {"a": 'x"y', "b": [1, None], "c.d": {"e": 1.5}}
     assert codec.patch_text([]) == ""
 
 
@@ -219,3 +221,31 @@ def test_ids_made_here_are_never_made_twice_and_a_forked_child_has_its_own() -> 
     os.close(write)
     assert child[:12] != ids.next()[:12]
     assert codec.check_text("transition_id", child, 200) == child
+
+
+PLAIN_VALUES = st.one_of(
+    st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(), st.sampled_from(["", "ü", "\0", "\ud800", '"'])
+)
+
+
+@given(st.dictionaries(st.sampled_from(["a", "b", "c.d", "_e"]), PLAIN_VALUES))
+def test_the_short_form_of_a_plain_patch_says_what_the_thorough_one_says(data: dict[str, Any]) -> None:
+    codec.encode_patch({"a": 1, "b": 1, "c.d": 1, "_e": 1}, LIMITS)  # the names are known from now on
+    assert outcome_of(data) == outcome_of(MappingProxyType(data))
+
+
+def outcome_of(data: Mapping[str, Any]) -> object:
+    try:
+        return codec.encode_patch(data, LIMITS)
+    except errors.InvalidDataError as error:
+        return str(error)
+
+
+def test_the_short_form_is_left_for_what_it_cannot_judge() -> None:
+    codec.encode_patch({"a": 1}, LIMITS)
+    assert codec.encode_patch({"a": "\\u0000"}, LIMITS)[0] == ["a", '"\\\\u0000"']
+    assert codec.encode_patch({"a": 1e300}, LIMITS)[0] == ["a", "1e300"]
+    assert codec.encode_patch({"a": "line\nbreak"}, LIMITS)[0] == ["a", '"line\\nbreak"']
+    for refused in (float("nan"), 2**63, 2**64 - 1, "\0", "\ud800", b"bytes"):
+        with pytest.raises(errors.InvalidDataError, match="field 'a'"):
+            codec.encode_patch({"a": refused}, LIMITS)

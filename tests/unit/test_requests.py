@@ -38,12 +38,17 @@ def test_transition_as_an_item() -> None:
         True,
         "order:1",
     )
-    assert item.row(2, 5) == [2, "1", 5, 3, item.token, item.tail, item.pairs, [0, "", ["c"], [["n", "2", "i"]]]]
+    flat: list[object] = []
+    item.pack_into(flat, 2, 5)
+    extras = (0, "", ["c"], [["n", "2", "i"]])
+    assert flat == [2, "1", 5, 3, item.token, item.tail, extras, 4, "a", "1", "b", '"x"']
 
 
-def test_short_item_has_a_short_row() -> None:
+def test_plain_item_is_packed_without_extras() -> None:
     request = DOOR.transition(Move("1", "pay"))
-    assert len(request.item.row(1, 1)) == 7
+    flat: list[object] = []
+    request.item.pack_into(flat, 1, 1)
+    assert flat[6:] == [False, 0]
     assert not request.own_id
     assert DOOR.transition(Move("1", "pay")).item.transition_id != request.item.transition_id
 

@@ -2,12 +2,13 @@
 --
 -- KEYS   the meta and the log of each partition touched, in pairs. Instance keys are built from the meta's prefix, so
 --        they lie in the same slot; declaring each costs 16 % (measured).
--- ARGV 1 items, a JSON array of [partition index, id, move index, expected version or 0, token, tail, [field, text, ...],
---        [retry 0|1, watermark at which SQL had no such instance or "", [unset field, ...], [[field, delta, i|f], ...]]
---        or absent]. The tail is the entry's text from transition id to unset.
---      2 moves, a JSON array of [machine, event, {from: to}, machine version]; a start's from is ""
---      3 '1': compare the server's identity first
---      4 data fields that an instance may have
+-- ARGV 1 [items, moves] in MessagePack. Items are one flat array (a table for each item would cost 1 us of it): for each
+--        partition index, id, move index, expected version or 0, token, tail, extras, fields, field, text, field, text ...
+--        The tail is the entry's text from transition id to unset; extras are false or [retry 0|1, watermark at which SQL
+--        had no such instance or "", [unset field, ...], [[field, delta, i|f], ...]]; fields is the number of what follows.
+--        Moves are arrays of [machine, event, {from: to}, machine version]; a start's from is ""
+--      2 '1': compare the server's identity first
+--      3 data fields that an instance may have
 --
 -- Reply  one string. First line: time in ms, then the partitions' watermarks. Then a line per item:
 --   OK version entry_id from to     written (from is - for a start)
@@ -25,9 +26,11 @@
 --   EPOCH | RECOVERING | IDENTITY   not admitted. Nothing written
 -- Cost   8-10 us of server time an item in batches: HMGET, HLEN, XADD, HSET.
 --@include identity
+--@include unpacked
 local call, pcall_, find, sub, match = redis.call, redis.pcall, string.find, string.sub, string.match
-local items, moves = cjson.decode(ARGV[1]), cjson.decode(ARGV[2])
-local here = ARGV[3] == '1' and identity()
+local packed = unpacked(ARGV[1])
+local items, moves = packed[1], packed[2]
+local here = ARGV[2] == '1' and identity()
 local time = call('TIME')
 local at = time[1] .. string.format('%03d', math.floor(time[2] / 1000))
 
@@ -48,9 +51,11 @@ for p = 1, #KEYS / 2 do
 end
 
 --@include apply_item
-local lines = { table.concat(head, ' ') }
-for n = 1, #items do
-  local item = items[n]
-  lines[n + 1] = refused[item[1]] or apply(item, moves[item[3]])
+local lines, i, last = { table.concat(head, ' ') }, 1, #items
+while i < last do
+  local first = i + 8
+  local behind = first + items[i + 7]
+  lines[#lines + 1] = refused[items[i]] or apply(i, first, behind - 1)
+  i = behind
 end
 return table.concat(lines, '\n')

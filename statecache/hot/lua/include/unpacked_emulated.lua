@@ -1,0 +1,2 @@
+-- For a Redis emulator without MessagePack: the same as JSON.
+local unpacked = cjson.decode
