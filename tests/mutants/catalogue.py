@@ -186,11 +186,16 @@ MUTANTS = [
             Patch(_ITEM, "  if place then\n", "  if false then\n"),
             Patch(
                 "statecache/core/flows.py",
-                "            outcome: items.Outcome = yield item\n",
-                "            early = yield Find(item.partition, item.move.machine, item.id, None, item.transition_id)\n"
-                "            if early is not None:\n"
-                "                return _receipt_of(request, early)\n"
-                "            outcome: items.Outcome = yield item\n",
+                "                outcome = yield item\n",
+                "                early = yield Find(item.partition, item.move.machine, item.id, None, item.transition_id)\n"
+                "                if early is not None:\n"
+                "                    return _receipt_of(request, early)\n"
+                "                outcome = yield item\n",
+            ),
+            Patch(
+                "statecache/core/flows.py",
+                "    if request.guard is not None:\n        return None\n",
+                "    if request:\n        return None\n",
             ),
         ),
         (f"{_CLIENT}test_two_processes_with_one_transition_id",),
@@ -397,8 +402,8 @@ MUTANTS = [
         (
             Patch(
                 _ITEM,
-                "    if rooms[p] <= 0 then return 'FULL' end\n    if #fields",
-                "    if #fields",
+                "    if rooms[p] <= 0 then return 'FULL' end\n    local count",
+                "    local count",
             ),
         ),
         ("tests/integration/test_backpressure.py::test_the_bound_holds_for_starts",),
@@ -413,7 +418,7 @@ MUTANTS = [
         (
             Patch(
                 _ITEM,
-                "  if not to then return string.format('STATE %s %.0f', state, version) end\n",
+                "  if not to then return 'STATE ' .. state .. ' ' .. version end\n",
                 "  if not to then for _, one in pairs(move[3]) do to = one end end\n",
             ),
         ),
