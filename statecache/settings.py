@@ -125,6 +125,24 @@ class Settings(pydantic_settings.BaseSettings):
     metrics_address: str = "127.0.0.1"
     """Address that the metrics endpoint listens on: this machine only, unless it says otherwise."""
 
+    hot_ttl_seconds: Seconds = 0.0
+    """Idle time after which a flushed instance leaves Redis, for machines that name none (``hot_ttl``). 0: never by age.
+    It comes back from SQL with its next transition."""
+
+    hot_ttl_final_seconds: Seconds = 0.0
+    """The same for instances in a final state, where it is shorter. 0: as for the others."""
+
+    hot_instances_max: Annotated[int, Field(ge=0)] = 0
+    """Keys in the Redis database above which the flushed instances that are idle for longest leave, whatever their age.
+    0: no bound."""
+
+    hot_memory_share: Annotated[float, Field(ge=0, le=1)] = 0.8
+    """Share of the server's ``maxmemory``, if it has one, above which they leave: room is kept for the backlog and for
+    what comes. 0: no bound, writers are refused when memory is full."""
+
+    eviction_interval_seconds: PositiveSeconds = 1.0
+    """How often who flushes looks whether instances are to be evicted."""
+
     id_length_max: Annotated[int, Field(ge=1, le=1000)] = 200
     """Most characters of an instance's id."""
 

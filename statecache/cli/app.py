@@ -11,7 +11,19 @@ from typing import Any, TextIO
 
 import typer
 
-from statecache.cli import care, exits, imports, instances, machines, operations, options, output, processes, serving
+from statecache.cli import (
+    care,
+    cold,
+    exits,
+    imports,
+    instances,
+    machines,
+    operations,
+    options,
+    output,
+    processes,
+    serving,
+)
 from statecache.core import errors
 
 app = typer.Typer(
@@ -23,7 +35,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 options.root(app)
-for commands in (processes, instances, imports, machines, operations, care, serving):
+for commands in (processes, instances, imports, machines, operations, care, cold, serving):
     commands.register(app)
 
 # Errors of the command line itself; the base class lives in different places in different versions of typer.

@@ -53,13 +53,13 @@ class Lookup(NamedTuple):
 
 
 class Hydrate(NamedTuple):
-    """Bring a checkpoint back into Redis. Answered by a reply code of ``hydrate.lua``."""
+    """Bring a checkpoint back into Redis. Answered by a reply code of ``hydrate.lua``, or ``OOM``."""
 
     found: model.Lookup
 
 
 class Unpark(NamedTuple):
-    """Drop a parked hash of which SQL holds no open letter. Answered by a reply code of ``evict.lua``."""
+    """Drop a parked hash of which SQL holds no open letter. Answered by the reply's line of ``evict.lua``."""
 
     partition: int
     machine: str
@@ -118,7 +118,8 @@ class Recorded(NamedTuple):
 Wish = items.Item | Admit | Pause | Lookup | Hydrate | Unpark | Find | Hot | Where | Version | Unflushed | Recorded
 Flow = Generator[Wish, Any, Any]
 
-_CORRUPT_ROUNDS = 8
+_MISSES_MANY = 8
+"""Misses of one call after which it waits in between: its instance is evicted again before it can be moved."""
 
 
 class Request(msgspec.Struct, gc=False):
@@ -390,19 +391,35 @@ def _miss(request: Request, outcome: items.Outcome, attempt: int, misses: int) -
         return (yield from _sql_is_older(request.address, attempt))
     if found.checkpoint is None:
         if found.letters:
-            raise _parked_error(request, found)
+            raise _parked_error(request.address, found)
         if not starting:
             raise errors.NotFoundError(f"{request.address} does not exist")
         item.absent, item.asked_under = str(found.watermark), found.asked_under
         return attempt
-    if misses > _CORRUPT_ROUNDS:
-        raise errors.IntegrityError(
-            f"{request.address}: its key in Redis is there, but is no instance; run 'statecache verify'"
-        )
     code = yield Hydrate(found)
     if code in items.ADMISSION_CODES:
         yield Admit(code)
+    elif code == "OOM":
+        return (yield from _no_room(request.address, attempt))
+    elif misses > 1:
+        if code == "EXISTS":
+            fields = yield Hot(item.partition, item.move.machine, item.id)
+            if fields and b"@" not in fields:
+                raise errors.IntegrityError(
+                    f"{request.address}: its key in Redis is there, but is no instance; run 'statecache verify'"
+                )
+        if misses > _MISSES_MANY:
+            return (yield from _no_room(request.address, attempt))
     return attempt
+
+
+def _no_room(address: str, attempt: int) -> Generator[Wish, Any, int]:
+    if not (yield Pause(attempt, "OOM")):
+        raise errors.BackpressureError(
+            f"{address}: not applied: Redis has no room to bring a cold instance back; give it more memory (maxmemory), or "
+            "let more be evicted (hot_memory_share, hot_ttl_seconds)"
+        )
+    return attempt + 1
 
 
 def _sql_is_older(address: str, attempt: int) -> Generator[Wish, Any, int]:
@@ -419,16 +436,16 @@ def _parked(request: Request) -> Generator[Wish, Any, None]:
     item = request.item
     found: model.Lookup = yield Lookup(item.partition, item.move.machine, item.id)
     if found.letters:
-        raise _parked_error(request, found)
+        raise _parked_error(request.address, found)
     code = yield Unpark(item.partition, item.move.machine, item.id, found)
-    if code == "KEPT":
+    if code == "KEPT unflushed":
         raise errors.ParkedError(f"{request.address} is parked: entries of it are not in SQL yet; try again")
 
 
-def _parked_error(request: Request, found: model.Lookup) -> errors.ParkedError:
+def _parked_error(address: str, found: model.Lookup) -> errors.ParkedError:
     return errors.ParkedError(
-        f"{request.address} is parked: SQL refused an entry of it, {len(found.letters)} wait; see "
-        f"'statecache dead-letters list {request.address}'"
+        f"{address} is parked: SQL refused an entry of it, {len(found.letters)} wait; see "
+        f"'statecache dead-letters list {address}'"
     )
 
 
@@ -438,7 +455,10 @@ def _parked_error(request: Request, found: model.Lookup) -> errors.ParkedError:
 def snapshot(
     partition: int, machine: str, id: str, snapshot_of: SnapshotOf, *, missed: bool = False
 ) -> Generator[Wish, Any, model.Snapshot]:
-    """Read an instance: from its hash, or from its checkpoint when it is cold. ``missed``: its hash was not there just now."""
+    """Read an instance: from its hash, or from its checkpoint when it is cold. ``missed``: its hash was not there just now.
+
+    It stays cold: a report over many old instances must not push out those that are at work.
+    """
     attempt = 0
     while True:
         fields = None if missed else (yield Hot(partition, machine, id))
@@ -456,6 +476,10 @@ def snapshot(
             attempt = yield from _sql_is_older(f"{machine}:{id}", attempt)
             continue
         if found.checkpoint is None:
+            if (
+                found.letters
+            ):  # all there is of it are entries that SQL refused: it exists, in no state that SQL could tell
+                raise _parked_error(f"{machine}:{id}", found)
             raise errors.NotFoundError(f"{machine}:{id} does not exist")
         return snapshot_of(id, hash_of(found), "durable")
 

@@ -104,6 +104,17 @@ class Discard(msgspec.Struct, frozen=True):
     transition_id: str
 
 
+class Idle(NamedTuple):
+    """A checkpoint as an evictor wants it, with its partition's watermark of the same snapshot (protocol hole H8)."""
+
+    machine: str
+    id: str
+    partition: int
+    version: int
+    updated_ms: int
+    watermark: entry.EntryId
+
+
 class Above(NamedTuple):
     """An instance that SQL knows beyond some entry id."""
 

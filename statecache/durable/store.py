@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 import sqlalchemy as sa
 
 from statecache.core import errors, model
-from statecache.durable import bulk, connecting, engine, faults, flush, forms, letters, queries, schema
-from statecache.durable.rows import Discard, Instance, Letter, MachineRow, PartitionRow, Standing, StoreRow
+from statecache.durable import bulk, cold, connecting, engine, faults, flush, forms, letters, queries, schema
+from statecache.durable.rows import Discard, Idle, Instance, Letter, MachineRow, PartitionRow, Standing, StoreRow
 
 
 class DurableStore:
@@ -67,28 +67,35 @@ class DurableStore:
     def register_machine(self, name: str, version: int, fingerprint: str, spec_json: str, now_ms: int) -> None:
         """Store a machine's definition. Repeating it changes nothing.
 
-        Raises ``DefinitionError`` if this version is registered with another fingerprint.
+        What a fingerprint does not count (titles, durability, hot_ttl) is that of the last registration. Raises
+        ``DefinitionError`` if this version is registered with another fingerprint.
         """
-        found = self._fingerprint(name, version)
+        found = self._registered(name, version)
         if found is None:
             row = {"name": name, "version": version, "fingerprint": fingerprint, "spec": spec_json}
             try:
                 with self.database.transaction() as connection:
                     connection.execute(sa.insert(schema.machines), {**row, "registered_ms": now_ms})
             except faults.KeyHit:
-                found = self._fingerprint(name, version)
+                found = self._registered(name, version)
             else:
                 return
-        if found != fingerprint:
+        if found is None or found[0] != fingerprint:
             raise errors.DefinitionError(
-                f"machine {name!r} version {version} is registered with another definition (fingerprint {found}, this one "
-                f"is {fingerprint}): raise the machine's version when its definition changes"
+                f"machine {name!r} version {version} is registered with another definition (fingerprint "
+                f"{found and found[0]}, this one is {fingerprint}): raise the machine's version when its definition changes"
             )
+        if found[1] != spec_json:
+            column = schema.machines.c
+            changed = sa.update(schema.machines).where(column.name == name, column.version == version)
+            with self.database.transaction() as connection:
+                connection.execute(changed.values(spec=spec_json))
 
-    def _fingerprint(self, name: str, version: int) -> str | None:
+    def _registered(self, name: str, version: int) -> tuple[str, str] | None:
         column = schema.machines.c
-        asked = sa.select(column.fingerprint).where(column.name == name, column.version == version)
-        return self.database.read(lambda connection: connection.execute(asked).scalar())
+        asked = sa.select(column.fingerprint, column.spec).where(column.name == name, column.version == version)
+        row = self.database.read(lambda connection: connection.execute(asked).first())
+        return None if row is None else (row.fingerprint, row.spec)
 
     def machine(self, name: str, version: int | None = None) -> tuple[int, str, str] | None:
         """Return ``(version, fingerprint, spec)`` of that version, or of the latest one, or None."""
@@ -138,14 +145,12 @@ class DurableStore:
             lambda connection: queries.find(connection, machine, state, None, older_than_ms, limit)
         )
 
-    def idle(
-        self, machine: str, state: str, after: tuple[int, str], until_ms: int, limit: int = 1000
-    ) -> list[model.Checkpoint]:
+    def idle(self, machine: str, state: str, after: tuple[int, str], until_ms: int, limit: int = 1000) -> list[Idle]:
         """Return the next instances in ``state`` last changed up to ``until_ms``, oldest first, for eviction.
 
         ``after`` is the ``(updated_ms, id)`` of the last one of the page before, ``(0, "")`` at first.
         """
-        return self.database.read(lambda connection: queries.find(connection, machine, state, after, until_ms, limit))
+        return self.database.read(lambda connection: cold.idle(connection, machine, state, after, until_ms, limit))
 
     def beginning_with(self, machine: str, prefix: str, limit: int) -> list[model.Checkpoint]:
         """Return up to ``limit`` instances whose id begins with ``prefix``, by id. As of the watermark."""

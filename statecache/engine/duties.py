@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 from statecache.core import errors
+from statecache.engine import eviction
 
 if TYPE_CHECKING:
     from statecache.engine.cache import StateCache
@@ -95,5 +96,8 @@ class Duties:
 def of(cache: StateCache) -> Duties:
     """The duties of a store, by its settings: one line for each kind."""
     stopping = threading.Event()
-    duties: list[Duty] = []
+    evictor = eviction.Evictor(cache)
+    duties = [
+        Duty("eviction", cache.settings.eviction_interval_seconds, lambda: evictor.turn(stopping.is_set)),
+    ]
     return Duties(duties, stopping)

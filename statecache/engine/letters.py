@@ -92,6 +92,10 @@ def _quiet(cache: StateCache, machine: str, id: str) -> PartitionRow:
     deadline = cache.deadline(None)
     while True:
         code, _, last = cache.hot.park([(partition, f"{machine}:{id}")])[0].partition(" ")
+        if code == "TYPE":
+            raise errors.IntegrityError(
+                f"{machine}:{id}: its key in Redis holds something that statecache did not write; run 'statecache verify'"
+            )
         if code not in ("OK", "GONE"):
             cache.admission.ensure(code, deadline)
             continue

@@ -72,6 +72,14 @@ class Admission(msgspec.Struct, frozen=True):
     partitions: str
 
 
+class Fill(msgspec.Struct, frozen=True):
+    """How full a server is: keys in our database, bytes used of those that it may use (0: it has no limit)."""
+
+    keys: int
+    used_bytes: int
+    max_bytes: int
+
+
 class Position(msgspec.Struct, frozen=True):
     """What ``meta`` says about cold instances, read without a script."""
 
@@ -319,27 +327,38 @@ class HotStore:
     def hydrate(
         self, rows: Sequence[tuple[int, str, str, str, str, list[str]]], under: scripts.Stamp | None = None
     ) -> list[str]:
-        """Bring instances back: (partition, "machine:id", text of @, ring, watermark, [name, text, ...]); a code for each."""
-        return self._by_partition("hydrate", rows, under)
+        """Bring instances back: (partition, "machine:id", text of @, ring, watermark, [name, text, ...]); a code for each.
 
-    def evict(self, rows: Sequence[tuple[int, str, int, str, int]], under: scripts.Stamp | None = None) -> list[str]:
-        """Drop flushed hot copies: (partition, "machine:id", version, SQL's watermark, parked); a code for each."""
-        return self._by_partition("evict", rows, under)
+        ``OOM`` for all when Redis has no memory for them.
+        """
+        try:
+            return self._by_partition("hydrate", rows, under=under)
+        except errors.BackpressureError:
+            return ["OOM"] * len(rows)
+
+    def evict(
+        self,
+        rows: Sequence[tuple[int, str, int, str, int]],
+        under: scripts.Stamp | None = None,
+        *,
+        dry_run: bool = False,
+    ) -> list[str]:
+        """Drop flushed hot copies: (partition, "machine:id", version, SQL's watermark, parked); the reply's line for each."""
+        return self._by_partition("evict", rows, "1" if dry_run else "", under=under)
 
     def park(self, rows: Sequence[tuple[int, str]], under: scripts.Stamp | None = None) -> list[str]:
         """Flag instances as parked: (partition, "machine:id"); the reply's line for each."""
-        return self._by_partition("park", rows, under)
+        return self._by_partition("park", rows, under=under)
 
     def _by_partition(
-        self, name: str, rows: Sequence[tuple[Any, ...]], under: scripts.Stamp | None = None
+        self, name: str, rows: Sequence[tuple[Any, ...]], *arguments: str, under: scripts.Stamp | None
     ) -> list[str]:
         partitions: dict[int, int] = {}
         packed = []
         for partition, *rest in rows:
             packed.append([partitions.setdefault(partition, len(partitions) + 1), *rest])
-        reply = self._call(
-            name, [self._meta_keys[p] for p in partitions], len(partitions), _encode(packed), under=under
-        )
+        metas = [self._meta_keys[p] for p in partitions]
+        reply = self._call(name, metas, len(metas), _encode(packed), *arguments, under=under)
         lines = reply.split("\n")
         return lines if len(lines) == len(rows) else lines * len(rows)
 
@@ -484,6 +503,17 @@ class HotStore:
         with self._exchange("TIME") as line:
             seconds, microseconds = line.call(resp.command("TIME"))
         return int(seconds) * 1000 + int(microseconds) // 1000
+
+    def fill(self) -> Fill:
+        """DBSIZE and INFO memory, in one exchange. Keys and memory of others on the same server count too."""
+        with self._exchange("INFO memory") as line:
+            line.send(resp.command("DBSIZE") + (b"" if self.emulated else resp.command("INFO", "memory")))
+            count = int(line.read())
+            text = "" if self.emulated else line.read().decode()
+        facts = dict(part.split(":", 1) for part in text.split("\r\n") if ":" in part)
+        # What the server does not count against its limit (buffers of replicas and of the append-only file).
+        used = int(facts.get("used_memory", 0)) - int(facts.get("mem_not_counted_for_evict", 0))
+        return Fill(count, used, int(facts.get("maxmemory", 0)))
 
     def server_facts(self) -> dict[str, str]:
         """INFO server, memory and persistence as texts."""

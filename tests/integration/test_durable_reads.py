@@ -9,7 +9,7 @@ import pytest
 import sqlalchemy as sa
 
 from statecache.core import codec, entry, errors, model
-from statecache.durable.rows import Advance
+from statecache.durable.rows import Advance, Idle
 from statecache.durable.store import DurableStore
 from tests.support import batches, proxy, servers
 from tests.support.batches import NOW_MS, Log, flushed, ids, partition_of
@@ -152,7 +152,12 @@ def test_find_and_idle(store: DurableStore) -> None:
     while page := store.idle("order", "delivered", cursor, NOW_MS + 10**6, limit=3):
         paged += page
         cursor = (page[-1].updated_ms, page[-1].id)
-    assert paged == [row for row in everything if row.state == "delivered"]
+    watermarks = {row.partition: row.watermark for row in store.partitions()}
+    assert paged == [
+        Idle("order", row.id, row.partition, row.version, row.updated_ms, watermarks[row.partition])
+        for row in everything
+        if row.state == "delivered"
+    ]
     assert store.idle("order", "delivered", (0, ""), NOW_MS) == []
 
 
@@ -176,11 +181,11 @@ def test_pages(store: DurableStore) -> None:
 def test_machines(store: DurableStore) -> None:
     assert store.machine("order") is None
     store.register_machine("order", 1, "f1", '{"states": []}', 5)
-    store.register_machine("order", 1, "f1", "repeated, so not looked at", 6)
+    store.register_machine("order", 1, "f1", '{"title": "what the fingerprint does not count"}', 6)
     store.register_machine("order", 10, "f10", "ten", 5)
     store.register_machine("order", 2, "f2", "two", 5)
     assert store.machine("order") == (10, "f10", "ten")
-    assert store.machine("order", 1) == (1, "f1", '{"states": []}')
+    assert store.machine("order", 1) == (1, "f1", '{"title": "what the fingerprint does not count"}')
     assert store.machine("order", 3) is None
     assert [(row.name, row.version, row.registered_ms) for row in store.machines()] == [
         ("order", 1, 5), ("order", 2, 5), ("order", 10, 5),
@@ -194,8 +199,8 @@ def test_machines(store: DurableStore) -> None:
 def test_two_register_the_same_machine_at_once(store: DurableStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both looked before either wrote: the second one's insert hits the key, and it looks again."""
     answers = [None]
-    real = store._fingerprint
-    monkeypatch.setattr(store, "_fingerprint", lambda *key: answers.pop() if answers else real(*key))
+    real = store._registered
+    monkeypatch.setattr(store, "_registered", lambda *key: answers.pop() if answers else real(*key))
     other = DurableStore(store.database)
     other.register_machine("order", 1, "f", "{}", 5)
     store.register_machine("order", 1, "f", "{}", 5)

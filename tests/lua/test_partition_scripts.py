@@ -265,7 +265,13 @@ def test_nothing_above_the_watermark_given_is_trimmed(lab: Any) -> None:
 
 @pytest.mark.parametrize(
     ("version", "watermark", "code"),
-    [(2, "1-2", "OK"), (1, "1-2", "KEPT"), (3, "1-2", "KEPT"), (2, "1-1", "KEPT"), (2, "2-0", "OK")],
+    [
+        (2, "1-2", "OK"),
+        (1, "1-2", "KEPT moved"),
+        (3, "1-2", "KEPT moved"),
+        (2, "1-1", "KEPT unflushed"),
+        (2, "2-0", "OK"),
+    ],
 )
 def test_evict_wants_the_checkpoints_version_and_a_watermark(lab: Any, version: int, watermark: str, code: str) -> None:
     """H8: by SQL's own version and watermark, whatever ``meta.watermark`` says."""
@@ -273,9 +279,38 @@ def test_evict_wants_the_checkpoints_version_and_a_watermark(lab: Any, version: 
     lab.note()
     lab.set_meta(watermark="9-9")
     assert lab.store.evict([(0, "order:1", version, watermark, 0)]) == [code]
-    assert bool(lab.client.exists(lab.key("1"))) == (code == "KEPT")
+    assert bool(lab.client.exists(lab.key("1"))) == (code != "OK")
     meta: Any = lab.client.hgetall(lab.meta())
     assert (meta[b"cold"], meta[b"evicted_to"]) == ((b"1", b"1-2") if code == "OK" else (b"0", b"0-0"))
+
+
+def test_dry_run_of_evict_tells_and_writes_nothing(lab: Any) -> None:
+    lab.start("1")
+    lab.start("2")
+    lab.note("2")
+    rows = [(0, f"order:{id}", 1, "1-2", 0) for id in "123"]
+    before = lab.dump()
+    told = lab.store.evict(rows, dry_run=True)
+    assert told == ["OK", "KEPT moved", "GONE"]
+    assert lab.dump() == before
+    assert lab.store.evict(rows) == told
+
+
+@pytest.mark.parametrize("script", ["evict", "park"])
+def test_one_bad_key_fails_one_item(lab: Any, script: str) -> None:
+    """A stranger's string, list and hash stand at instances' keys: the items beside them are done all the same."""
+    for id in "15":
+        lab.start(id)
+    lab.client.set(lab.key("2"), "x")
+    lab.client.rpush(lab.key("3"), "x")
+    lab.client.hset(lab.key("4"), "@", "nonsense")
+    before = {key: text for key, text in lab.dump().items() if key.decode()[-1] in "234"}
+    if script == "evict":
+        assert lab.store.evict([(0, f"order:{n}", 1, "1-2", 0) for n in range(1, 6)]) == ["OK", *["TYPE"] * 3, "OK"]
+    else:
+        codes = lab.store.park([(0, f"order:{n}") for n in range(1, 6)])
+        assert codes == ["OK 1-1", *["TYPE"] * 3, "OK 1-2"]
+    assert before.items() <= lab.dump().items()
 
 
 def test_evicted_to_is_the_highest_of_several(lab: Any) -> None:
@@ -291,8 +326,8 @@ def test_parked_hash_is_evicted_only_to_unpark_it(lab: Any) -> None:
     lab.start()
     lab.note()
     assert lab.store.park([(0, "order:1"), (0, "order:2")]) == ["OK 1-2", "GONE"]
-    assert lab.store.evict([(0, "order:1", 2, "1-2", 0)]) == ["KEPT"]
-    assert lab.store.evict([(0, "order:1", 1, "1-1", 1)]) == ["KEPT"]
+    assert lab.store.evict([(0, "order:1", 2, "1-2", 0)]) == ["KEPT parked"]
+    assert lab.store.evict([(0, "order:1", 1, "1-1", 1)]) == ["KEPT unflushed"]
     assert lab.store.evict([(0, "order:1", 1, "1-2", 1)]) == ["OK"]
 
 
@@ -306,7 +341,7 @@ def test_parking_twice_is_parking_once(lab: Any) -> None:
 
 def test_unparking_leaves_a_hash_that_is_not_parked(lab: Any) -> None:
     lab.start()
-    assert lab.store.evict([(0, "order:1", 7, "1-1", 1)]) == ["KEPT"]
+    assert lab.store.evict([(0, "order:1", 7, "1-1", 1)]) == ["KEPT moved"]
 
 
 def test_hydrated_hash_is_the_one_that_was_evicted(lab: Any) -> None:

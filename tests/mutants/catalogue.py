@@ -547,20 +547,20 @@ MUTANTS = [
         (
             Patch(
                 f"{_LUA}/evict.lua",
-                "    local droppable = tonumber(hot_version) == version\n",
-                "    local droppable = true\n",
+                "  elseif flags ~= 'p' and tonumber(hot_version) ~= version then\n",
+                "  elseif false then\n",
             ),
         ),
         (f"{_SCRIPTS}test_evict_wants_the_checkpoints_version_and_a_watermark",),
     ),
     Mutant(
         "evict above the watermark",
-        (Patch(f"{_LUA}/evict.lua", "or id_above(entry_id, watermark) then", "then"),),
+        (Patch(f"{_LUA}/evict.lua", "  elseif id_above(entry_id, watermark) then\n", "  elseif false then\n"),),
         (f"{_SCRIPTS}test_evict_wants_the_checkpoints_version_and_a_watermark",),
     ),
     Mutant(
         "evict takes parked hashes",
-        (Patch(f"{_LUA}/evict.lua", "    if flags == 'p' then droppable = unpark == 1 end\n", ""),),
+        (Patch(f"{_LUA}/evict.lua", "  elseif flags == 'p' and unpark ~= 1 then\n", "  elseif false then\n"),),
         (f"{_SCRIPTS}test_parked_hash_is_evicted_only_to_unpark_it",),
     ),
     Mutant(

@@ -234,7 +234,7 @@ class World:
         partition = self.partition_of(id)
         found = self.durable.lookup([("order", id, partition)])[0]
         version = found.checkpoint.version if found.checkpoint else 0
-        return self.hot.evict([(partition, f"order:{id}", version, str(found.watermark), 0)])[0]
+        return self.hot.evict([(partition, f"order:{id}", version, str(found.watermark), 0)])[0].split(" ")[0]
 
     # --- faults ------------------------------------------------------------------------------------------------------
 

@@ -261,7 +261,7 @@ def test_parked_hash_without_letters_is_dropped() -> None:
     assert type(call.answer("OK")) is items.Item
     call.answer("PARKED")
     call.answer(model.Lookup(W, KEPT))
-    assert isinstance(call.error("KEPT"), errors.ParkedError)
+    assert isinstance(call.error("KEPT unflushed"), errors.ParkedError)
 
 
 # --- guards ------------------------------------------------------------------------------------------------------------------

@@ -3,17 +3,20 @@
 -- KEYS   the meta of each partition touched. Instance keys are built from its prefix and lie in the same slot.
 -- ARGV 1 items, a JSON array of [partition index, "machine:id", version of the checkpoint, watermark as read from SQL in
 --        the same snapshot, unpark: 1 = drop a parked hash, whatever its version, because SQL holds no open letter of it]
+--      2 '1': only tell what would be done; nothing is written
 --
 -- Reply  one string, a line per item:
 --   OK                              dropped; cold and evicted_to are set in the same step
 --   GONE                            not hot: nothing to do
---   KEPT                            it moved on, is not flushed or is parked: nothing written
+--   KEPT why                        moved (another version than SQL's), unflushed or parked: nothing written
+--   TYPE                            the instance's key is not a hash of ours. Nothing written
 --   EPOCH | RECOVERING | IDENTITY   not admitted: nothing written
 -- Cost   about 4 us an item: HGET, UNLINK.
 --@include identity
 --@include ids
 --@include ready_or_fenced
 local items, here, refused, evicted, prefixes = cjson.decode(ARGV[1]), identity(), {}, {}, {}
+local match, dry = string.match, ARGV[2] == '1'
 for p = 1, #KEYS do
   refused[p] = refusal(KEYS[p], here, '')
   evicted[p] = redis.call('HGET', KEYS[p], 'evicted_to') or '0-0'
@@ -23,23 +26,28 @@ local lines = {}
 for n = 1, #items do
   local p, name, version, watermark, unpark = unpack(items[n])
   local key = prefixes[p] .. name
-  local own = not refused[p] and redis.call('HGET', key, '@')
+  local own = not refused[p] and redis.pcall('HGET', key, '@')
+  local hot_version, entry_id, flags
+  if type(own) == 'string' then hot_version, entry_id, flags = match(own, '^%S+ (%d+) (%S+) %d+ %d+ %d+ ?(.*)$') end
   if refused[p] then
     lines[n] = refused[p]
   elseif not own then
     lines[n] = 'GONE'
+  elseif not hot_version then
+    lines[n] = 'TYPE'
+  elseif flags == 'p' and unpark ~= 1 then
+    lines[n] = 'KEPT parked'
+  elseif flags ~= 'p' and tonumber(hot_version) ~= version then
+    lines[n] = 'KEPT moved'
+  elseif id_above(entry_id, watermark) then
+    lines[n] = 'KEPT unflushed'
   else
-    local hot_version, entry_id, flags = string.match(own, '^%S+ (%d+) (%S+) %d+ %d+ %d+ ?(.*)$')
-    local droppable = tonumber(hot_version) == version
-    if flags == 'p' then droppable = unpark == 1 end
-    if not droppable or id_above(entry_id, watermark) then
-      lines[n] = 'KEPT'
-    else
+    if not dry then
       if id_above(entry_id, evicted[p]) then evicted[p] = entry_id end
       redis.call('HSET', KEYS[p], 'cold', '1', 'evicted_to', evicted[p])
       redis.call('UNLINK', key)
-      lines[n] = 'OK'
     end
+    lines[n] = 'OK'
   end
 end
 return table.concat(lines, '\n')

@@ -6,6 +6,7 @@
 -- Reply  one string, a line per item:
 --   OK last_id          the flag is set; last_id is the instance's last entry
 --   GONE                not hot: hydration will set the flag
+--   TYPE                the instance's key is not a hash of ours. Nothing written
 --   EPOCH | RECOVERING | IDENTITY   not admitted: nothing written
 -- Cost   about 3 us an item.
 --@include identity
@@ -17,13 +18,16 @@ for p = 1, #KEYS do
 end
 for n, item in ipairs(cjson.decode(ARGV[1])) do
   local key = prefixes[item[1]] .. item[2]
-  local own = not refused[item[1]] and redis.call('HGET', key, '@')
+  local own = not refused[item[1]] and redis.pcall('HGET', key, '@')
+  local kept, entry_id
+  if type(own) == 'string' then kept, entry_id = string.match(own, '^(%S+ %d+ (%S+) %d+ %d+ %d+)') end
   if refused[item[1]] then
     lines[n] = refused[item[1]]
   elseif not own then
     lines[n] = 'GONE'
+  elseif not kept then
+    lines[n] = 'TYPE'
   else
-    local kept, entry_id = string.match(own, '^(%S+ %d+ (%S+) %d+ %d+ %d+)')
     redis.call('HSET', key, '@', kept .. ' p')
     lines[n] = 'OK ' .. entry_id
   end

@@ -1,0 +1,52 @@
+"""The cold tier's pages: what an evictor asks, oldest first, and what a warmer asks, newest first.
+
+Both walk ranges of the find index (machine, state, updated_ms), page by page from where the last one ended, so a page costs
+its rows and nothing else, however many instances there are. A page is one statement, hence one snapshot: the watermark of
+each row's partition is of the same moment as the row (protocol holes H8, H9).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sqlalchemy as sa
+
+from statecache.core import entry
+from statecache.durable import schema
+from statecache.durable.rows import Idle
+
+_checkpoints = schema.checkpoints.c
+_partitions = schema.partitions.c
+
+# A left join keeps the order of the index: SQLite would turn an inner one round, and sort.
+_LOCATED = schema.checkpoints.outerjoin(schema.partitions, _partitions.partition == _checkpoints.partition)
+_WATERMARK = (_partitions.watermark_epoch, _partitions.watermark_seq)
+_IN_STATE = (_checkpoints.machine == sa.bindparam("k_machine"), _checkpoints.state == sa.bindparam("k_state"))
+_at = _checkpoints.updated_ms
+_after_ms = sa.bindparam("after_ms", type_=sa.BigInteger)
+_after_id = sa.bindparam("after_id", type_=sa.Text)
+_PAGE = sa.bindparam("page", type_=sa.Integer)
+
+_IDLE = (
+    sa.select(_checkpoints.id, _checkpoints.partition, _checkpoints.version, _at, *_WATERMARK)
+    .select_from(_LOCATED)
+    .where(*_IN_STATE, _at <= sa.bindparam("until_ms"))
+    # The first bound is the index's, the second cuts what the page before has had of its last millisecond.
+    .where(_at >= _after_ms, (_at > _after_ms) | (_checkpoints.id > _after_id))
+    .order_by(_at, _checkpoints.id)
+    .limit(_PAGE)
+)
+
+
+def idle(
+    connection: sa.Connection, machine: str, state: str, after: tuple[int, str], until_ms: int, limit: int
+) -> list[Idle]:
+    """The next instances in a state that were last changed up to ``until_ms``, oldest first."""
+    values: dict[str, Any] = {
+        "k_machine": machine, "k_state": state, "until_ms": until_ms, "after_ms": after[0], "after_id": after[1],
+        "page": limit,
+    }  # fmt: skip
+    return [
+        Idle(machine, id, partition, version, at, entry.EntryId(epoch or 0, seq or 0))
+        for id, partition, version, at, epoch, seq in connection.execute(_IDLE, values).fetchall()
+    ]
