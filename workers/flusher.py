@@ -130,16 +130,19 @@ def run(cache: StateCache, tell: Told = log_progress, notifier: Notifier | None 
 
 
 def _hand_over(cache: StateCache) -> None:
-    """Leave the partitions to others, or, as the last one, with nothing left to do in them."""
+    """Leave the partitions to others, or, as the last one, with nothing left to do in them.
+
+    First leave, then look: of several that are stopped together each would else take the others for those who go on.
+    """
+    leave_quietly(cache.leases)
     try:
         others = cache.leases.others()
     except errors.StateCacheError:
         others = 0
     if others:
-        _log.info("%d other flushers go on", others)
+        _log.info("handed over, flushers that go on: %d", others)
     else:
         _drain(cache, cache.settings.drain_timeout_seconds)
-    leave_quietly(cache.leases)
 
 
 def _drain(cache: StateCache, timeout_seconds: float) -> None:

@@ -10,7 +10,7 @@ or forward, a heartbeat too far in the future is no heartbeat either: nothing la
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -114,12 +114,12 @@ def look(store: DurableStore) -> list[FlusherRow]:
     return list(found.values())
 
 
-def take(store: DurableStore, name: str, partitions: Sequence[int], living: Collection[str]) -> None:
-    """Take those of the partitions that none of the ``living`` holds at this moment; ``look`` tells which ones that were."""
+def take(store: DurableStore, name: str, partitions: Sequence[int], dead: Sequence[str]) -> None:
+    """Take those of the partitions that nobody holds at this moment, or one of the ``dead``, or one that is not known (any
+    more); ``look`` tells which ones that were."""
+    free = _leases.holder.in_(["", *dead]) | _leases.holder.not_in(sa.select(_flushers.name))
     statement = (
-        sa.update(schema.leases)
-        .where(_leases.partition.in_(partitions), _leases.holder.not_in({name, *living}))
-        .values(holder=name, since_ms=_Now())
+        sa.update(schema.leases).where(_leases.partition.in_(partitions), free).values(holder=name, since_ms=_Now())
     )
     store.database.alone(lambda connection: connection.execute(statement))
 

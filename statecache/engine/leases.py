@@ -26,7 +26,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from statecache.core import errors
@@ -66,8 +66,10 @@ class Leases:
         return self.held
 
     def holds(self, partition: int) -> bool:
-        """Whether this flusher holds a partition, for work that one of all should do. Never true of two for longer than a
-        lease's time is wrong; but a process may stop right behind the question: what is done then must be safe all the same."""
+        """Whether this flusher holds a partition, for work that one of all should do (that of the whole store: who holds 0).
+
+        Of two flushers only one says yes, but a process may be stopped right behind the question, and SQL be restored: what is
+        done then must be safe all the same."""
         return partition in self.held and time.monotonic() < self._ends
 
     def leave(self) -> None:
@@ -89,14 +91,14 @@ class Leases:
         held = {row.name: set(row.partitions) for row in rows if row.name in living}
         mine = held.setdefault(self.name, set())
         share = shares({name: len(some) for name, some in held.items()}, self._partition_count)[self.name]
-        if self._settle(mine, share, held, living):
+        if self._settle(mine, share, held, [row.name for row in rows if row.name not in living]):
             mine = {one for row in leases.look(self._durable) if row.name == self.name for one in row.partitions}
         heartbeat = self._lease_seconds / HEARTBEATS_A_LEASE
         self._due = now + (heartbeat if len(mine) >= share else heartbeat / LOOKS_A_HEARTBEAT)
         self._ends = now + self._lease_seconds
         self.held, self.living = tuple(sorted(mine)), len(held)
 
-    def _settle(self, mine: set[int], share: int, held: Mapping[str, set[int]], living: Collection[str]) -> bool:
+    def _settle(self, mine: set[int], share: int, held: Mapping[str, set[int]], dead: Sequence[str]) -> bool:
         """Give back or take what is too much or too little; True if anything was tried."""
         if len(mine) > share:
             leases.give_back(self._durable, self.name, sorted(mine)[share:])
@@ -107,7 +109,7 @@ class Leases:
         # Those who take at the same time begin at different places.
         first = sorted(held).index(self.name) * share % len(free)
         wanted = (free[first:] + free[:first])[: share - len(mine)]
-        leases.take(self._durable, self.name, wanted, living)
+        leases.take(self._durable, self.name, wanted, dead)
         return True
 
     def _living(self, rows: Collection[FlusherRow]) -> set[str]:

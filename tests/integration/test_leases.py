@@ -24,6 +24,7 @@ from statecache.engine.leases import Leases
 from tests.support import servers
 from tests.support.waiting import wait_until
 from tests.support.worlds import World, before_call, together
+from workers import flusher as worker
 
 PARTITIONS = 16
 
@@ -265,6 +266,35 @@ def test_folds_of_partitions_that_are_gone_take_no_memory(world: World) -> None:
     assert len(flusher._cache) == 50
     flusher._remembering(range(8), range(4))
     assert not flusher._cache
+
+
+@pytest.mark.parametrize("first_looks_early", [True, False])
+def test_two_are_stopped_at_the_same_time(world: World, first_looks_early: bool) -> None:
+    """Both hold half of a backlog, both are told to stop. Either one looks while the other is still alive, and leaves it to
+    that one; or both have left before either looks, and both flush. Never does each rely on the other."""
+    first, second = world.more(), world.more()
+    _rounds(first.leases, second.leases)
+    world.orders.start_many([(f"t{number}", None) for number in range(100)])
+    if first_looks_early:
+        worker._hand_over(first)
+        assert world.orders.counts() == {}
+        worker._hand_over(second)
+    else:
+        with before_call(first.leases, "others", lambda: worker._hand_over(second)):
+            worker._hand_over(first)
+    assert world.orders.counts() == {"placed": 100}
+    assert durable_leases.look(world.durable) == []
+    world.verify()
+
+
+def test_a_newcomer_that_was_not_seen_yet_is_not_robbed(world: World) -> None:
+    """One sees everything free - another joins and takes its part - the first one takes: only what is still free."""
+    one, newcomer = _leases(world), _leases(world)
+    with before_call(durable_leases, "take", newcomer.turn):
+        one.turn()
+    assert len(newcomer.held) == PARTITIONS // 2
+    assert not set(one.held) & set(newcomer.held)
+    assert _are_shared(_rounds(one, newcomer))
 
 
 # --- loops ---------------------------------------------------------------------------------------------------------------
