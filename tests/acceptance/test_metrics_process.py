@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from statecache import metrics
 from tests.acceptance import command
 from tests.support import prometheus
 from tests.support.waiting import wait_until
 from tests.support.worlds import World
+from tests.unit import test_alerts_and_dashboards
 
 CLIENT = """
 import sys
@@ -117,6 +119,36 @@ def test_gauges_stay_true_when_a_flusher_is_killed(world: World, start_flusher: 
     port = world.cache.serve_metrics(0)
     assert sum(values(port, "backlog_entries").values()) == 1
     assert max(values(port, "flush_lag_seconds").values()) > 0
+
+
+def test_every_query_runs_in_a_real_prometheus(
+    world: World, start_flusher: Callable[[], command.Running], tmp_path: Path
+) -> None:
+    """A real Prometheus scrapes a live flusher: every query of dashboards and alerts is run, and the rules are evaluated."""
+    port = port_of(start_flusher())
+    world.start("1", ["pay"])
+    rules = test_alerts_and_dashboards.CONFIG / "alerts.yml"
+    judge = prometheus.PrometheusServer(tmp_path / "prometheus", [port], rules)
+    try:
+        wait_until(judge.answers, "Prometheus is up", 60)
+        wait_until(lambda: judge.query("statecache_ready"), "the flusher is scraped", 60)
+        for _, query in test_alerts_and_dashboards.QUERIES:
+            if query.startswith("label_values("):
+                assert judge.ask("label/job/values", **{"match[]": "statecache_store_reachable"}) == ["statecache"]
+                continue
+            for name, value in (("$__rate_interval", "1m"), ("$__range", "1h"), ("$job", "statecache")):
+                query = query.replace(name, value)
+            judge.query(query)
+        for name, family in metrics.STORE.items():
+            assert family.kind != metrics.GAUGE or judge.query(name), name
+        evaluated = lambda: all(  # noqa: E731
+            rule["health"] == "ok" for group in judge.ask("rules")["groups"] for rule in group["rules"]
+        )
+        wait_until(evaluated, "all rules have been evaluated", 60)
+        firing = {alert["labels"]["alertname"] for alert in judge.ask("alerts")["alerts"] if alert["state"] == "firing"}
+        assert firing == set()
+    finally:
+        judge.end()
 
 
 def test_a_taken_port_is_told(world: World, tmp_path: Path) -> None:
