@@ -10,11 +10,12 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.staticfiles import StaticFiles
 
 from statecache.core import errors
 from statecache.core.machine import StateMachine
 from statecache.engine.cache import StateCache
-from statecache.web import api, guard, probes, problems
+from statecache.web import actions, api, guard, live, pages, probes, problems, rendering, views, wording
 from statecache.web.policy import Policy
 from statecache.web.site import Site
 
@@ -42,6 +43,9 @@ def create_app(
     app.state.site = Site(cache, policy, machines)
     app.include_router(api.router)
     app.include_router(probes.router)
+    for faces in (pages, actions, live):
+        app.include_router(faces.router)
+    app.mount("/static", StaticFiles(packages=[(__package__, "static")]))
     app.add_middleware(guard.Guard, policy=policy)
     for kind in (errors.StateCacheError, problems.Told, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, _answer)
@@ -53,7 +57,18 @@ def _answer(request: Request, error: Exception) -> Response:
     status, _, _ = problems.of(error)
     if status >= 500:
         _log.warning("%s %s: %s", request.method, request.url.path, error, exc_info=status == 500)
-    return problems.response(error)
+    if guard.is_for_programs(request.url.path):
+        return problems.response(error)
+    return _page(request, error)
+
+
+def _page(request: Request, error: Exception) -> Response:
+    status, problem, headers = problems.of(error)
+    machine, id = request.query_params.get("machine"), request.query_params.get("id")
+    back = wording.instance_link(machine, id) if machine and id and status != 404 else None
+    page = rendering.page(request, "error.html", status, problem=problem, advice=views.problem(error), back=back)
+    page.headers.update(headers)
+    return page
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
 from statecache.core import errors
+from statecache.durable import faults
 from statecache.web import documents
 
 _log = logging.getLogger(__name__)
@@ -31,6 +32,10 @@ STATUSES: dict[type[errors.StateCacheError], int] = {
     errors.RecoveringError: 503,
     errors.UnavailableError: 503,
     errors.DurabilityTimeout: 504,  # it stands; ``receipt`` tells what
+    # What only operators' acts meet: SQL still refuses a dead letter; a flusher or a recovery was faster.
+    faults.Refused: 409,
+    faults.Overtaken: 503,
+    faults.Superseded: 503,
     errors.StateCacheError: 500,
 }
 
@@ -76,7 +81,7 @@ def of(error: Exception) -> tuple[int, Problem, dict[str, str]]:
     headers: dict[str, str] = {}
     kind, detail = type(error).__name__, str(error)
     if isinstance(error, errors.StateCacheError):
-        status = STATUSES.get(type(error), 500)
+        status = next(STATUSES[kind] for kind in type(error).__mro__ if kind in STATUSES)
         more = _attributes(error)
     elif isinstance(error, RequestValidationError):
         status, kind, detail = 422, "InvalidRequest", _what_is_wrong(error)
