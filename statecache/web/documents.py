@@ -136,6 +136,16 @@ class Recovery(BaseModel):
     report: dict[str, Any] | None
 
 
+class Flusher(BaseModel):
+    """A flusher, and the partitions that it holds by its lease."""
+
+    name: str
+    alive: bool
+    started_at: datetime
+    silent_seconds: float
+    partitions: list[int]
+
+
 class Health(BaseModel):
     """How the store is doing. ``redis``: ``ready``, ``needs recovery`` or ``away``."""
 
@@ -147,6 +157,7 @@ class Health(BaseModel):
     backlog: int | None
     lag_seconds: float | None
     partitions: list[Partition]
+    flushers: list[Flusher]
     recoveries: list[Recovery]
     parked_instances: int
 
@@ -194,6 +205,13 @@ def health(found: Status, parked: int) -> Health:
                 lag_seconds=one.lag_seconds,
             )
             for one in found.partitions
+        ],
+        flushers=[
+            Flusher(
+                name=one.name, alive=one.alive, started_at=model.datetime_of(one.started_ms),
+                silent_seconds=one.silent_seconds, partitions=list(one.partitions),
+            )
+            for one in found.flushers
         ],
         recoveries=[
             Recovery(

@@ -25,6 +25,7 @@ _environment.filters |= {
     "duration": wording.duration,
     "moment": wording.moment,
     "machine_time": wording.machine_time,
+    "ranges": wording.ranges,
 }
 _environment.globals |= {"link": wording.link, "instance_link": wording.instance_link}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 from urllib.parse import quote, urlencode
 
@@ -59,3 +60,14 @@ def moment(ms: int | None) -> str:
 def machine_time(ms: int) -> str:
     """What ``<time datetime=...>`` wants."""
     return model.datetime_of(ms).isoformat(timespec="milliseconds")
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """``0-3, 7``"""
+    parts: list[list[int]] = []
+    for number in sorted(numbers):
+        if parts and parts[-1][-1] == number - 1:
+            parts[-1][1:] = [number]
+        else:
+            parts.append([number])
+    return ", ".join("-".join(map(str, part)) for part in parts)

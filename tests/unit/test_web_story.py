@@ -87,3 +87,10 @@ def test_a_local_path_is_kept() -> None:
 def test_long_values_are_shortened() -> None:
     assert wording.value("x" * 5000).endswith("…")
     assert wording.value({"a": [None, True]}) == '{"a": [null, true]}'
+
+
+@pytest.mark.parametrize(
+    ("numbers", "text"), [((), ""), ((3,), "3"), ((0, 1), "0-1"), ((0, 1, 2, 3, 7, 9, 10), "0-3, 7, 9-10")]
+)
+def test_ranges(numbers: tuple[int, ...], text: str) -> None:
+    assert wording.ranges(numbers) == text
