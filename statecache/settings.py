@@ -27,8 +27,8 @@ from pydantic_settings import PydanticBaseSettingsSource
 from statecache.core import codec, errors, keys, model
 
 ENV_PREFIX = "STATECACHE_"
-_FOREIGN_VARIABLES = re.compile(r"STATECACHE_(FAILPOINT.*|TEST_.*|RQ_REDIS_URL)")
-"""Variables with our prefix that other parts read: failpoints, the test suite, the RQ worker."""
+_FOREIGN_VARIABLES = re.compile(r"STATECACHE_(FAILPOINT.*|TEST_.*)")
+"""Variables with our prefix that other parts read: failpoints, the test suite."""
 
 Positive = Annotated[int, Field(gt=0)]
 PositiveSeconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -158,6 +158,31 @@ class Settings(pydantic_settings.BaseSettings):
     batch_items_max: Annotated[int, Field(ge=1, le=5_000)] = 1_000
     """Most transitions of one script call; longer lists are split."""
 
+    rq_redis_url: str | None = None
+    """Redis for the background jobs (RQ), a plain server. Without one, that of the hot store. Whoever can write to it can
+    enqueue these jobs: give it to nobody else."""
+
+    job_part_seconds: PositiveSeconds = 10.0
+    """How long a background job works at a stretch before it makes room for others."""
+
+    evict_interval_seconds: Seconds = 0.0
+    """How often the workers' scheduler enqueues the job that evicts cold instances; 0: never (flushers evict too)."""
+
+    verify_interval_seconds: Seconds = 86_400.0
+    """How often the scheduler enqueues a verification of everything, done in slices; 0: never."""
+
+    letters_interval_seconds: Seconds = 600.0
+    """How often the scheduler enqueues a retry of the dead letters; 0: never."""
+
+    retention_interval_seconds: Seconds = 0.0
+    """How often the scheduler enqueues retention (see ``retention_age_days``); 0: never."""
+
+    retention_age_days: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 365.0
+    """Retention: how long ago an instance must have ended for its history to leave the database."""
+
+    retention_archive_dir: Path | None = None
+    """Retention: folder of the archives. Without one the periodic job deletes nothing and fails, saying so."""
+
     web_host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
     """Address that ``statecache serve`` listens on. Any but a loopback one needs ``web_token``."""
 
@@ -193,7 +218,7 @@ class Settings(pydantic_settings.BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return init_settings, env_settings, _FileSource(settings_cls)
 
-    @pydantic.field_validator("redis_url")
+    @pydantic.field_validator("redis_url", "rq_redis_url")
     @classmethod
     def _check_redis_url(cls, url: str | None) -> str | None:
         if url is not None and not re.match(r"(rediss?://\S|unix:///\S)", url):

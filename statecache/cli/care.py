@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from statecache.cli import arguments, exits, options, output
+from statecache.cli import arguments, exits, jobs, options, output, upkeep
 from statecache.core import errors
 
 if TYPE_CHECKING:
@@ -24,6 +24,8 @@ def register(app: typer.Typer) -> None:
     options.command(letters, "list")(list_letters)
     options.command(letters, "retry")(retry)
     options.command(letters, "discard")(discard)
+    jobs.register(app)
+    upkeep.register(app)
 
 
 def doctor(store: options.Store) -> int:

@@ -15,6 +15,7 @@ SEPARATOR = "\x1f"
 EVENT_START = "@start"
 EVENT_EPOCH = "@epoch"
 EVENT_RECONCILED = "@reconciled"
+EVENT_ARCHIVED = "@archived"
 
 PARTS = (
     "machine",

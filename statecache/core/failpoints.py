@@ -7,7 +7,8 @@ Unarmed, a place costs one look at a module variable. Armed by the variable ``ST
 - ``hang``: the thread stops there for good;
 - ``error``: ``UnavailableError`` is raised there.
 
-The tests in ``tests/crash`` walk ``NAMES``: a place that is not in it cannot be armed.
+The tests in ``tests/crash`` and, for ``jobs.`` and
+``retention.``, ``test_rq_jobs`` and ``test_retention`` walk ``NAMES``: a place that is not in it cannot be armed.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ NAMES = (
     "flusher.written",
     "flusher.committed",
     "flusher.told",
+    "jobs.begun",
+    "jobs.noted",
+    "jobs.ended",
     "hydrate.looked_up",
     "hydrate.done",
     "letters.moved",
@@ -35,6 +39,10 @@ NAMES = (
     "recovery.mended",
     "recovery.reported",
     "recovery.ready",
+    "retention.written",
+    "retention.renamed",
+    "retention.deleting",
+    "retention.deleted",
 )
 ACTIONS = ("die", "hang", "error")
 

@@ -68,8 +68,8 @@ class Transition(msgspec.Struct, frozen=True):
 
     ``patch`` are the fields it set, ``unset`` the names it removed, ``increments`` the results (not the deltas) of its
     increments. ``occurred_at`` is the caller's time, ``at`` the server's. A transition with event ``@reconciled`` stands
-    for the versions ``covers_from`` to ``version``, which an SQL restore lost; ``complete`` is False when its data is
-    not known.
+    for the versions ``covers_from`` to ``version``, which an SQL restore lost; one with ``@archived`` for those that
+    retention took out (``reason`` says where they are). ``complete`` is False when its data is not known.
     """
 
     machine: str

@@ -72,9 +72,10 @@ def of_instance(connection: sa.Connection, machine: str, id: str) -> list[Letter
     return [_letter(row) for row in connection.execute(asked.order_by(_letters.version))]
 
 
-def parked(connection: sa.Connection, limit: int) -> list[Instance]:
-    """Return up to ``limit`` instances that have open letters."""
-    return [(row.machine, row.id) for row in connection.execute(_PARKED, {"k_limit": limit})]
+def parked(connection: sa.Connection, limit: int, after: Instance | None = None) -> list[Instance]:
+    """Return up to ``limit`` instances that have open letters, by machine and id, behind ``after``."""
+    asked = _PARKED if after is None else _PARKED.where(sa.tuple_(_letters.machine, _letters.id) > sa.tuple_(*after))
+    return [(row.machine, row.id) for row in connection.execute(asked, {"k_limit": limit})]
 
 
 def _letter(row: sa.Row[Any]) -> Letter:

@@ -325,13 +325,15 @@ def iterate_checkpoints(
         page = asked.where(key > sa.tuple_(*rows[-1][:2]))
 
 
-def iterate_transitions(database: engine.Database, machine: str | None, batch: int) -> Iterator[model.Transition]:
-    """Pages by the primary key of transitions."""
+def iterate_transitions(
+    database: engine.Database, machine: str | None, batch: int, after: Instance | None = None
+) -> Iterator[model.Transition]:
+    """Pages by the primary key of transitions, behind all of the instance ``after``."""
     key = sa.tuple_(_transitions.machine, _transitions.id, _transitions.version)
     asked = sa.select(*_TRANSITION).order_by(_transitions.machine, _transitions.id, _transitions.version).limit(batch)
     if machine is not None:
         asked = asked.where(_transitions.machine == machine)
-    page = asked
+    page = asked if after is None else asked.where(key > sa.tuple_(*after, 2**63 - 1))
     while rows := _fetch(database, page):
         yield from map(_transition_of, rows)
         page = asked.where(key > sa.tuple_(*rows[-1][:3]))

@@ -192,9 +192,9 @@ class DurableStore:
         """Return everything that was ever discarded of a partition."""
         return self.database.read(lambda connection: letters.discards(connection, partition))
 
-    def parked_instances(self, limit: int = 1000) -> list[Instance]:
-        """Return up to ``limit`` instances that have open letters."""
-        return self.database.read(lambda connection: letters.parked(connection, limit))
+    def parked_instances(self, limit: int = 1000, after: Instance | None = None) -> list[Instance]:
+        """Return up to ``limit`` instances that have open letters, by machine and id, behind ``after``."""
+        return self.database.read(lambda connection: letters.parked(connection, limit, after))
 
     # Everything, in pages, for verify
 
@@ -204,9 +204,11 @@ class DurableStore:
         """Yield checkpoints by machine and id. Each page is a snapshot of its own."""
         return queries.iterate_checkpoints(self.database, partition, machine, batch)
 
-    def iterate_transitions(self, machine: str | None = None, batch: int = 5000) -> Iterator[model.Transition]:
-        """Yield history by machine, id and version. Each page is a snapshot of its own."""
-        return queries.iterate_transitions(self.database, machine, batch)
+    def iterate_transitions(
+        self, machine: str | None = None, batch: int = 5000, after: Instance | None = None
+    ) -> Iterator[model.Transition]:
+        """Yield history by machine, id and version, behind that of ``after``. Each page is a snapshot of its own."""
+        return queries.iterate_transitions(self.database, machine, batch, after)
 
     # Writing
 

@@ -68,6 +68,20 @@ class _Folded(msgspec.Struct):
         self.state, self.version = row.to_state, row.version
 
 
+Cursor = list[str | int]
+"""Where a verification stands, fit for JSON: ``["histories", machine, id]``, ``["logs", partition]``, ``["hot", scan]``."""
+
+
+class Slice(msgspec.Struct, frozen=True):
+    """A part of a verification; ``cursor`` is where the next one begins, None behind the last."""
+
+    cursor: Cursor | None
+    findings: tuple[Finding, ...] = ()
+    instances: int = 0
+    transitions: int = 0
+    hot: int = 0
+
+
 def verify(
     cache: StateCache, machine: str | None = None, progress: Callable[[str], None] = lambda text: None
 ) -> Findings:
@@ -78,22 +92,47 @@ def verify(
     """
     found: list[Finding] = []
     instances = transitions = hot = 0
-    for rows in _histories(cache, machine):
+    for one in slices(cache, machine):
+        found += one.findings
+        instances, transitions, hot = instances + one.instances, transitions + one.transitions, hot + one.hot
+        progress(f"{instances} histories, {transitions} transitions, {hot} hot instances, {len(found)} findings")
+    return Findings(instances, transitions, hot, tuple(found))
+
+
+def slices(cache: StateCache, machine: str | None = None, cursor: Cursor | None = None) -> Iterator[Slice]:
+    """The same, a slice (about a thousand instances, or a log) after the other; it can go on later from any ``cursor``."""
+    phase, *place = cursor or ["histories"]
+    if phase == "histories":
+        after = (str(place[0]), str(place[1])) if place else None
+        yield from _history_slices(cache, machine, after)
+    if phase in ("histories", "logs"):
+        for partition in range(int(place[0]) if phase == "logs" else 0, cache.settings.partition_count):
+            yield Slice(["logs", partition + 1], tuple(_log_findings(cache, partition)))
+    scan = str(place[0]) if phase == "hot" else "0"
+    while True:
+        scan, page = cache.hot.scan(scan, machine)
+        found: list[Finding] = []
+        for address in _suspects(cache, page) if page else []:
+            _note(found, address, _settled(lambda address=address: _hot_problem(cache, *address)))  # type: ignore[misc]
+        yield Slice(None if scan == "0" else ["hot", scan], tuple(found), hot=len(page))
+        if scan == "0":
+            return
+
+
+def _history_slices(cache: StateCache, machine: str | None, after: fold.Instance | None) -> Iterator[Slice]:
+    found: list[Finding] = []
+    instances = transitions = 0
+    address = after
+    for rows in _histories(cache, machine, after):
         instances += 1
         transitions += len(rows)
         address = rows[0].machine, rows[0].id
         if _sql_problem(rows, cache.durable.checkpoint(*address)):
             _note(found, address, _settled(lambda address=address: _sql_problem_of(cache, *address)))  # type: ignore[misc]
-        if instances % 1000 == 0:
-            progress(f"{instances} histories, {transitions} transitions, {len(found)} findings")
-    for partition in range(cache.settings.partition_count):
-        found += _log_findings(cache, partition)
-    for page in cache.hot.instances(machine, _PAGE):
-        hot += len(page)
-        for address in _suspects(cache, page):
-            _note(found, address, _settled(lambda address=address: _hot_problem(cache, *address)))  # type: ignore[misc]
-        progress(f"{instances} histories, {hot} hot instances, {len(found)} findings")
-    return Findings(instances, transitions, hot, tuple(found))
+        if instances % 1000 == 0 or transitions > 10 * _PAGE:
+            yield Slice(["histories", *address], tuple(found), instances, transitions)
+            found, instances, transitions = [], 0, 0
+    yield Slice(["logs", 0], tuple(found), instances, transitions)
 
 
 Problem = tuple[str, str] | None
@@ -119,10 +158,12 @@ def _settled(look: Callable[[], Problem]) -> Problem:
 # --- SQL ---------------------------------------------------------------------------------------------------------------
 
 
-def _histories(cache: StateCache, machine: str | None) -> Iterator[list[model.Transition]]:
-    """The histories in SQL, one instance after the other."""
+def _histories(
+    cache: StateCache, machine: str | None, after: fold.Instance | None = None
+) -> Iterator[list[model.Transition]]:
+    """The histories in SQL, one instance after the other, behind that of ``after``."""
     rows: list[model.Transition] = []
-    for row in cache.durable.iterate_transitions(machine):
+    for row in cache.durable.iterate_transitions(machine, after=after):
         if rows and (row.machine, row.id) != (rows[0].machine, rows[0].id):
             yield rows
             rows = []

@@ -287,22 +287,28 @@ class HotStore:
 
     def instances(self, machine: str | None = None, page: int = 500) -> Iterator[list[tuple[str, str]]]:
         """Every hot instance as pages of (machine, id), by SCAN: some may come twice, or go before they are looked at."""
-        escaped = re.sub(r"([*?\[\]\\^-])", r"\\\1", self.keyspace.namespace)
-        pattern = f"{{{escaped}:*}}:i:{machine or ''}{':' if machine else ''}*"
         cursor = "0"
         found: list[tuple[str, str]] = []
         while True:
-            with self._exchange("SCAN") as line:
-                reply = line.call(resp.command("SCAN", cursor, "MATCH", pattern, "COUNT", 1000))
-            cursor = reply[0].decode() if isinstance(reply[0], bytes) else str(reply[0])
-            for key in reply[1]:
-                owner, _, id = key.decode().partition("}:i:")[2].partition(":")
-                found.append((owner, id))
+            cursor, more = self.scan(cursor, machine)
+            found += more
             if len(found) >= page or (cursor == "0" and found):
                 yield found
                 found = []
             if cursor == "0":
                 return
+
+    def scan(self, cursor: str, machine: str | None = None) -> tuple[str, list[tuple[str, str]]]:
+        """One step of a SCAN that began at "0" and ends when it returns "0": the next cursor, hot (machine, id)s."""
+        escaped = re.sub(r"([*?\[\]\\^-])", r"\\\1", self.keyspace.namespace)
+        pattern = f"{{{escaped}:*}}:i:{machine or ''}{':' if machine else ''}*"
+        with self._exchange("SCAN") as line:
+            reply = line.call(resp.command("SCAN", cursor, "MATCH", pattern, "COUNT", 1000))
+        found = []
+        for key in reply[1]:
+            owner, _, id = key.decode().partition("}:i:")[2].partition(":")
+            found.append((owner, id))
+        return reply[0].decode() if isinstance(reply[0], bytes) else str(reply[0]), found
 
     def find(self, partition: int, machine: str, id: str, *, whole: bool = False) -> tuple[str, list[entry.Entry]]:
         """One instance's entries behind the watermark as (code, entries); the code is ``OK`` or one of admission.

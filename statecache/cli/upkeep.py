@@ -1,0 +1,93 @@
+"""``retention`` and ``export``: history that leaves the database, or is copied out of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from statecache.cli import arguments, exits, options, output
+from statecache.core import errors
+
+if TYPE_CHECKING:
+    from statecache.engine import retention as engine_retention
+
+Machine = Annotated[str | None, typer.Option("--machine", metavar="NAME", help="Only this machine's.")]
+
+
+def register(app: typer.Typer) -> None:
+    options.command(app, "retention")(retention)
+    options.command(app, "export")(export)
+
+
+def retention(
+    store: options.Store,
+    older_than: Annotated[
+        str, typer.Option("--older-than", metavar="TIME", help="How long ago an instance must have ended: 90d, 52w.")
+    ],
+    archive: Annotated[Path | None, typer.Option("--archive", metavar="DIR", help="Folder for the archives.")] = None,
+    delete: Annotated[bool, typer.Option("--delete", help="Keep no archive: the history is gone for good.")] = False,
+    machine: Machine = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what would leave the database.")] = False,
+) -> int:
+    """Take the history of instances that ended long ago out of the database; their last transition and state stay.
+
+    An archive is written, flushed to the disk and read back before anything of it is deleted. It may be killed and run
+    again at any time.
+    """
+    from statecache.engine import retention as engine_retention
+
+    if (archive is None) != delete:
+        raise errors.InvalidDataError(
+            "retention wants one of --archive DIR (what is deleted is kept there) and --delete (it is gone for good)"
+        )
+    age = arguments.duration("--older-than", older_than)
+    steps: list[engine_retention.Step] = []
+    with store.open() as cache, output.progress("retention") as update:
+        for step in engine_retention.run(cache, age, archive, machine=machine, dry_run=dry_run):
+            steps.append(step)
+            update(sum(one.instances for one in steps))
+    _print_retention(store, steps, dry_run)
+    return exits.DONE
+
+
+def _print_retention(store: options.Store, steps: list[engine_retention.Step], dry_run: bool) -> None:
+    told: dict[str, Any] = {
+        "instances": sum(step.instances for step in steps),
+        "transitions": sum(step.transitions for step in steps),
+        "files": [step.file for step in steps if step.file],
+        "dry_run": dry_run,
+    }
+    if store.as_json:
+        output.emit(told)
+        return
+    verb = "would leave" if dry_run else "left"
+    output.say(
+        f"{output.counted(told['transitions'], 'transition')} of {output.counted(told['instances'], 'instance')} {verb} "
+        "the database"
+    )
+    for file in told["files"]:
+        output.say(f"  {file}")
+
+
+def export(
+    store: options.Store,
+    machine: Annotated[str, typer.Argument(metavar="MACHINE", help="The machine's name.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Where to: FILE.jsonl or FILE.csv, also with .gz.")],
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+) -> int:
+    """Write a machine's whole history in SQL to a file: a line per transition, by instance and version."""
+    from statecache.engine import exporting
+
+    if file.exists() and not force:
+        raise errors.InvalidDataError(f"{file} is there already: choose another file, or say --force")
+    with store.open() as cache, output.progress("export") as update:
+        step = exporting.Step(0, 0, None)
+        for step in exporting.run(cache, machine, file):
+            update(step.transitions)
+    if store.as_json:
+        output.emit({"file": str(file), "transitions": step.transitions})
+    else:
+        output.say(f"{output.counted(step.transitions, 'transition')} in {file}")
+    return exits.DONE

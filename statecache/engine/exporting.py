@@ -1,0 +1,129 @@
+"""A machine's history as a file: JSON lines or CSV, a line per transition, by instance and version.
+
+It is written under another name, step by step; each step's ``Step`` says how long the file is then, so that whoever
+goes on after a death cuts off what was written behind it. At the end the file is flushed to the disk and gets its
+name.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from statecache.core import errors, model
+
+if TYPE_CHECKING:
+    from statecache.engine.cache import StateCache
+
+_STEP_INSTANCES = 1000
+COLUMNS = (
+    "machine", "id", "version", "event", "from_state", "to_state", "at", "occurred_at", "transition_id", "actor", "reason",
+    "patch", "unset", "increments", "machine_version", "entry_id", "covers_from", "complete",
+)  # fmt: skip
+
+
+class Step(msgspec.Struct, frozen=True):
+    """How far an export came: transitions and bytes written, the last whole instance's id (None: it is done)."""
+
+    transitions: int
+    bytes: int
+    after: str | None
+
+
+def run(cache: StateCache, machine: str, path: Path, step: Step | None = None) -> Iterator[Step]:
+    """Export the history that is in SQL, from the start or from a ``step`` on; the last step has no ``after``.
+
+    Raises ``NotFoundError`` for a machine that nobody registered, ``InvalidDataError`` for a kind of file that is none,
+    ``OSError``, ``UnavailableError``.
+    """
+    if cache.durable.machine(machine) is None:
+        raise errors.NotFoundError(f"no machine {machine!r} is registered here")
+    form, packed = _form(path)
+    part = path.with_name(f".{path.name}.part")
+    step = step or Step(0, 0, "")
+    with part.open("r+b" if step.bytes else "wb") as file:
+        file.truncate(step.bytes)
+        file.seek(step.bytes)
+        if not step.bytes and form is _csv:
+            file.write(packed(_csv_line(COLUMNS)))
+        rows: list[model.Transition] = []
+        instances = 0
+        after = (machine, step.after) if step.after else None
+        for row in cache.durable.iterate_transitions(machine, after=after):
+            if rows and row.id != rows[-1].id:
+                instances += 1
+                if instances % _STEP_INSTANCES == 0:
+                    step = _written(file, step, packed(b"".join(map(form, rows))), rows)
+                    rows = []
+                    yield step
+            rows.append(row)
+        step = _written(file, step, packed(b"".join(map(form, rows))), rows)
+        file.flush()
+        os.fsync(file.fileno())
+    part.rename(path)
+    yield Step(step.transitions, step.bytes, None)
+
+
+def _written(file: Any, step: Step, text: bytes, rows: Sequence[model.Transition]) -> Step:
+    file.write(text)
+    file.flush()
+    return Step(step.transitions + len(rows), file.tell(), rows[-1].id if rows else step.after)
+
+
+def _form(path: Path) -> tuple[Callable[[model.Transition], bytes], Callable[[bytes], bytes]]:
+    """How a row is written, and how a step's text is packed (gzip: several members one after the other are one file)."""
+    suffixes = path.suffixes
+    packed: Callable[[bytes], bytes] = bytes
+    if suffixes[-1:] == [".gz"]:
+        packed, suffixes = _gzipped, suffixes[:-1]
+    forms = {".jsonl": _json, ".csv": _csv}
+    if suffixes[-1:] == [] or suffixes[-1] not in forms:
+        raise errors.InvalidDataError(
+            f"file {path.name!r} is refused: its name must end with .jsonl or .csv, or those and .gz"
+        )
+    return forms[suffixes[-1]], packed
+
+
+def _gzipped(text: bytes) -> bytes:
+    return gzip.compress(text, mtime=0) if text else b""
+
+
+def _values(row: model.Transition) -> dict[str, Any]:
+    return {
+        "machine": row.machine, "id": row.id, "version": row.version, "event": row.event, "from_state": row.from_state,
+        "to_state": row.to_state, "at": row.at.isoformat(timespec="milliseconds"),
+        "occurred_at": None if row.occurred_at is None else row.occurred_at.isoformat(timespec="milliseconds"),
+        "transition_id": row.transition_id, "actor": row.actor, "reason": row.reason, "patch": row.patch,
+        "unset": list(row.unset), "increments": row.increments, "machine_version": row.machine_version,
+        "entry_id": row.entry_id, "covers_from": row.covers_from, "complete": row.complete,
+    }  # fmt: skip
+
+
+def _json(row: model.Transition) -> bytes:
+    return json.dumps(_values(row), ensure_ascii=False).encode() + b"\n"
+
+
+def _csv(row: model.Transition) -> bytes:
+    values = _values(row)
+    for name in ("patch", "unset", "increments"):
+        values[name] = json.dumps(values[name], ensure_ascii=False) if values[name] else ""
+    return _csv_line([_cell(values[name]) for name in COLUMNS])
+
+
+def _cell(value: object) -> object:
+    """A text that a spreadsheet would take for a formula is shown as text."""
+    return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
+
+
+def _csv_line(values: Sequence[object]) -> bytes:
+    line = io.StringIO()
+    csv.writer(line, lineterminator="\n").writerow(values)
+    return line.getvalue().encode()

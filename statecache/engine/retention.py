@@ -1,0 +1,164 @@
+"""Retention: the history of instances that ended long ago leaves the database, into an archive or for good.
+
+A chunk of instances after the other: read their history; write the archive, which is on the disk and was read back
+when that returns; then ONE SQL transaction deletes what is in it (``durable/retention.py`` says what stays). Killed
+before the transaction: the history is still there, and the next run writes the same archive again (its name is the
+hash of its content; with other instances in the chunk it is another one, and these stand in both). Killed after it:
+the chunk is not looked at again. Whatever was deleted is in an archive, always; a file may hold what was not deleted.
+
+An instance with dead letters, or with fewer than three versions, is left alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from statecache.core import definition, errors, failpoints, fold, model
+from statecache.core.spec import MachineSpec
+from statecache.durable import faults
+from statecache.durable import retention as durable_retention
+from statecache.durable.retention import Collapse, Ended
+from statecache.engine import archive
+
+if TYPE_CHECKING:
+    from statecache.engine.cache import StateCache
+
+CHUNK_INSTANCES = 500
+_ATTEMPTS = 5
+
+Cursor = list[str | int]
+"""Where retention stands, fit for JSON: machine, state, and (updated_ms, id) of the last instance."""
+
+
+class Step(msgspec.Struct, frozen=True):
+    """One chunk: how many instances and transitions left the database, and into which file."""
+
+    cursor: Cursor
+    instances: int
+    transitions: int
+    file: str | None = None
+
+
+def run(
+    cache: StateCache,
+    older_than: timedelta,
+    folder: Path | None,
+    *,
+    machine: str | None = None,
+    dry_run: bool = False,
+    cursor: Cursor | None = None,
+    now_ms: int | None = None,
+) -> Iterator[Step]:
+    """Archive into ``folder``, or delete for None, what ended ``older_than`` ago, a chunk with each step.
+
+    It may be left after any step, and go on from that step's ``cursor``. ``dry_run`` reads only. Raises ``NotFoundError`` for a
+    machine that nobody registered, ``InvalidDataError``, ``UnavailableError``, ``OSError`` (the folder).
+    """
+    if older_than < timedelta(0):
+        raise errors.InvalidDataError(f"older_than {older_than} is refused: it must not be negative")
+    until_ms = (int(time.time() * 1000) if now_ms is None else now_ms) - int(older_than.total_seconds() * 1000)
+    if folder is not None and not dry_run:
+        archive.sweep(folder)
+    for name, state in _final_states(cache, machine):
+        after = (0, "")
+        if cursor is not None:
+            place = str(cursor[0]), str(cursor[1])
+            if (name, state) < place:
+                continue
+            if (name, state) == place:
+                after = (int(cursor[2]), str(cursor[3]))
+        yield from _state(cache, name, state, until_ms, after, folder, dry_run)
+
+
+def _final_states(cache: StateCache, machine: str | None) -> list[tuple[str, str]]:
+    """The final states of every version of the machines, in order."""
+    rows = [row for row in cache.durable.machines() if machine in (None, row.name)]
+    if machine is not None and not rows:
+        raise errors.NotFoundError(f"no machine {machine!r} is registered here")
+    specs = [MachineSpec.model_validate_json(row.spec) for row in rows]
+    return sorted({(spec.name, state) for spec in specs for state in definition.of(spec).finals})
+
+
+def _state(
+    cache: StateCache,
+    machine: str,
+    state: str,
+    until_ms: int,
+    after: tuple[int, str],
+    folder: Path | None,
+    dry_run: bool,
+) -> Iterator[Step]:
+    attempts = 0
+    while True:
+        found = durable_retention.ended(cache.durable, machine, state, until_ms, after, CHUNK_INSTANCES)
+        if not found:
+            return
+        try:
+            step = _chunk(cache, machine, state, found, folder, dry_run)
+        except (faults.Overtaken, faults.Transient) as error:
+            attempts += 1
+            if attempts == _ATTEMPTS:
+                raise errors.UnavailableError(f"retention of {machine} finds no quiet moment: {error}") from error
+            continue
+        attempts = 0
+        after = found[-1].updated_ms, found[-1].id
+        yield step
+
+
+def _chunk(cache: StateCache, machine: str, state: str, found: list[Ended], folder: Path | None, dry_run: bool) -> Step:
+    partitions = {row.partition: (row.partition, row.epoch, row.owner) for row in cache.durable.partitions()}
+    checkpoints = cache.durable.checkpoints([(one.machine, one.id) for one in found])
+    kept = [_read(cache, checkpoints[one.machine, one.id]) for one in found if (one.machine, one.id) in checkpoints]
+    last = found[-1]
+    cursor: Cursor = [machine, state, last.updated_ms, last.id]
+    gone = sum(len(one.transitions) - 1 for one in kept)
+    if dry_run or not kept:
+        return Step(cursor, len(kept), gone)
+    path = None
+    if folder is not None:
+        path = archive.write(folder, cache.durable.identity().deployment, machine, kept)
+    reason = "deleted by retention" if path is None else f"archived in {path.name}"
+    held = {one.partition for one in found}
+    failpoints.hit("retention.deleting")
+    durable_retention.collapse(
+        cache.durable, [partitions[number] for number in held], [_collapsed(one, reason) for one in kept]
+    )
+    failpoints.hit("retention.deleted")
+    return Step(cursor, len(kept), gone, None if path is None else str(path))
+
+
+def _read(cache: StateCache, kept: model.Checkpoint) -> archive.Archived:
+    """An instance with its whole history, which must lead to its checkpoint: what is damaged is not archived."""
+    rows = cache.durable.history(kept.machine, kept.id)
+    version = 0
+    for row in rows:
+        if (row.covers_from or row.version) != version + 1:
+            raise errors.IntegrityError(
+                f"{kept.machine}:{kept.id}: version {row.version} follows {version} in its history: nothing of it is "
+                "deleted; run 'statecache verify'"
+            )
+        version = row.version
+    if version != kept.version:
+        raise faults.Overtaken(f"{kept.machine}:{kept.id} has moved")
+    return archive.Archived(
+        kept.machine, kept.id, kept.state, kept.version, kept.created_ms, kept.updated_ms,
+        msgspec.json.decode(kept.data or "{}"), rows,
+    )  # fmt: skip
+
+
+def _collapsed(one: archive.Archived, reason: str) -> Collapse:
+    """All but the last transition as one row: the data that they lead to."""
+    data: dict[str, object] = {}
+    older, last = one.transitions[:-1], one.transitions[-2]
+    for row in older:
+        fold.apply_transition(data, row)
+    return Collapse(
+        one.machine, one.id, one.version, len(older) - 1, last.transition_id, msgspec.json.encode(data).decode(),
+        all(row.complete for row in older), f"versions 1 to {last.version} {reason}",
+    )  # fmt: skip

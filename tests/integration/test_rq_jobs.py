@@ -1,0 +1,247 @@
+"""The background jobs, run by real forking workers and killed at every stage (PostgreSQL and Valkey, real processes)."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from statecache.core import errors
+from statecache.engine import verify as verification
+from tests.support import processes, refusing, worlds
+from tests.support.background import Background, Worker
+from tests.support.waiting import wait_until
+from workers import jobs
+
+ORDERS = 2500
+
+
+@pytest.fixture
+def world(redis_url: str, database_url: str, namespace: str) -> Iterator[worlds.World]:
+    with worlds.World(redis_url, database_url, namespace) as made:
+        yield made
+        made.verify()
+
+
+@pytest.fixture
+def background(world: worlds.World, tmp_path: Path) -> Iterator[Background]:
+    with Background(world.redis_url, world.database_url, world.namespace, tmp_path) as made:
+        yield made
+
+
+def _fill(world: worlds.World, orders: int = ORDERS) -> None:
+    world.orders.start_many([(f"o{number}", {"amount": number}) for number in range(orders)])
+    world.flush()
+
+
+def _expire(background: Background) -> None:
+    """What every worker's maintenance does once the heartbeat of a killed one has expired: now."""
+    background.queue.started_job_registry.cleanup(timestamp=time.time() + 10_000)
+
+
+def _horse(worker: Worker) -> int:
+    """The work-horse, which is a child of its worker in a process group of its own."""
+    found = wait_until(
+        lambda: [one.pid for one in worker.children if os.getpgid(one.pid) == one.pid], "the work-horse", 60
+    )
+    return int(found[0])
+
+
+# --- verify ------------------------------------------------------------------------------------------------------------
+
+
+def test_verify_in_one_part(world: worlds.World, background: Background) -> None:
+    _fill(world)
+    job_id = background.start("verify")
+    background.burst()
+    view = background.show(job_id)
+    assert view["status"] == "finished", view
+    assert view["result"] == {"instances": ORDERS, "transitions": ORDERS, "hot": ORDERS, "findings": 0}
+
+
+def test_verify_in_many_parts_with_another_job_between(world: worlds.World, background: Background) -> None:
+    """Each part ends after one slice; the second job does not wait for the end of the first."""
+    _fill(world)
+    first, second = background.start("verify"), background.start("verify", machine="order")
+    worker = background.burst(environment={"STATECACHE_JOB_PART_SECONDS": "0.000001"})
+    for job_id in (first, second):
+        assert background.show(job_id)["result"]["instances"] == ORDERS, worker.printed
+    assert worker.printed.count("statecache.verify continued") >= 6
+    assert worker.printed.count("statecache.verify finished") == 2
+
+
+def test_verify_finds_what_is_wrong(world: worlds.World, background: Background) -> None:
+    world.start("good", ["pay"])
+    world.start("bad", ["pay"])
+    world.flush()
+    key = world.keyspace.instance(world.partition_of("bad"), "order", "bad")
+    kept = world.client.hget(key, "@")
+    world.client.hset(key, "@", kept.replace(b"paid", b"lost"))
+    try:
+        job_id = background.start("verify")
+        background.burst()
+        view = background.show(job_id)
+        assert view["result"]["findings"] == 1
+        assert [found["address"] for found in view["progress"]["first_findings"]] == ["order:bad"]
+    finally:
+        world.client.hset(key, "@", kept)
+
+
+def test_slices_go_on_from_any_cursor(world: worlds.World) -> None:
+    """The slices behind each cursor are those that would have come anyway."""
+    _fill(world)
+    whole = list(verification.slices(world.cache))
+    assert len(whole) >= 5
+    assert sum(one.instances for one in whole) == sum(one.hot for one in whole) == ORDERS
+    for place, one in enumerate(whole):
+        if one.cursor is not None:
+            assert list(verification.slices(world.cache, None, one.cursor)) == whole[place + 1 :]
+
+
+# --- killed --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", ["jobs.begun=hang", "jobs.noted=hang@2", "jobs.noted=hang@5", "jobs.ended=hang"])
+def test_kill_9_of_worker_and_horse(world: worlds.World, background: Background, place: str) -> None:
+    """A job stops at a place, everything is killed there; another worker finds it abandoned, and ends it.
+
+    Nothing is counted twice: what was noted is not done again.
+    """
+    _fill(world)
+    job_id = background.start("verify")
+    worker = background.worker("--no-scheduler", environment={"STATECACHE_FAILPOINT": place})
+    _wait_hung(background, job_id, place, _horse(worker))
+    worker.kill()
+    assert background.show(job_id)["status"] == "started"
+    _expire(background)
+    assert background.show(job_id)["retries_left"] == "2"
+    background.burst()
+    view = background.show(job_id)
+    assert view["status"] == "finished", view
+    assert view["result"] == {"instances": ORDERS, "transitions": ORDERS, "hot": ORDERS, "findings": 0}
+
+
+def _wait_hung(background: Background, job_id: str, place: str, horse: int) -> None:
+    """Until the work-horse stands at its failpoint: its job has started, and it sleeps in ``pause``."""
+    notes = int(place.partition("@")[2] or "1") if place.startswith("jobs.noted") else 0
+
+    def hung() -> bool:
+        view = background.show(job_id)
+        cursors = len(view["progress"]) > 0 if notes else True
+        return view["status"] == "started" and cursors and _sleeps(horse)
+
+    wait_until(hung, f"the job at {place}", 60)
+
+
+def _sleeps(pid: int) -> bool:
+    """Whether a process stands in ``signal.pause``."""
+    try:
+        number = Path(f"/proc/{pid}/syscall").read_text().split()[0]
+    except OSError:
+        return False
+    return number == _PAUSE
+
+
+_PAUSE = {"x86_64": "34", "aarch64": "73"}[os.uname().machine]
+"""The system call of ``signal.pause`` (ppoll on the latter)."""
+
+
+@pytest.mark.parametrize("place", ["jobs.noted=hang@4"])
+def test_kill_9_of_the_horse_alone(world: worlds.World, background: Background, place: str) -> None:
+    """Its worker puts the job back, with what it had noted, and runs it again (RQ wrote back what the worker knew before)."""
+    _fill(world)
+    job_id = background.start("verify")
+    worker = background.worker("--no-scheduler", environment={"STATECACHE_FAILPOINT": place})
+    horse = _horse(worker)
+    _wait_hung(background, job_id, place, horse)
+    noted = background.show(job_id)["progress"]
+    assert noted["cursor"]
+    os.kill(horse, signal.SIGKILL)
+    view = background.wait_over(job_id)
+    assert view["result"] == {"instances": ORDERS, "transitions": ORDERS, "hot": ORDERS, "findings": 0}
+    assert "statecache.verify retried" in worker.printed
+    assert worker.alive
+
+
+def test_worker_stops_between_jobs(world: worlds.World, background: Background) -> None:
+    """SIGTERM: it ends with exit code 0, says goodbye, and its scheduler is gone."""
+    worker = background.worker()
+    wait_until(lambda: background.connection.exists(f"rq:scheduler-lock:{background.queue.name}"), "the scheduler", 60)
+    children = worker.children
+    worker.send(signal.SIGTERM)
+    assert worker.wait() == 0, worker.printed
+    processes.wait_until_ended([child.pid for child in children], "its scheduler")
+    assert not background.connection.exists(f"rq:scheduler-lock:{background.queue.name}")
+    assert "Traceback" not in worker.printed
+
+
+def test_job_is_stopped_on_request(world: worlds.World, background: Background) -> None:
+    job_id = background.start("verify")
+    worker = background.worker("--no-scheduler", environment={"STATECACHE_FAILPOINT": "jobs.begun=hang"})
+    horse = _horse(worker)
+    _wait_hung(background, job_id, "jobs.begun=hang", horse)
+    from workers import desk
+
+    assert desk.cancel(background.queue, job_id) == "stopping"
+    assert background.wait_over(job_id)["status"] == "stopped"
+    assert worker.alive
+
+
+# --- dead letters --------------------------------------------------------------------------------------------------------
+
+
+def test_letters_are_tried_again(world: worlds.World, background: Background) -> None:
+    """What SQL accepts now goes into history; what it still refuses stays, and stops nothing."""
+    for id in ("a", "b", "c"):
+        world.start(id, ["pay"])
+    world.flush()
+    refusing.refuse(world.durable)
+    for id in ("a", "b", "c"):
+        world.orders.transition(id, "note", reason=refusing.REASON)
+    world.flush()
+    job_id = background.start("retry-letters")
+    background.burst()
+    assert background.show(job_id)["result"] == {"moved": 0, "kept": 3}
+    refusing.accept(world.durable)
+    job_id = background.start("retry-letters")
+    background.burst(environment={"STATECACHE_JOB_PART_SECONDS": "0.000001"})
+    assert background.show(job_id)["result"] == {"moved": 3, "kept": 0}
+    assert [world.versions(id) for id in ("a", "b", "c")] == [[1, 2, 3]] * 3
+
+
+# --- the door ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "error"),
+    [
+        ("os.system", {}, errors.NotFoundError),
+        ("verify", {"machine": 7}, errors.InvalidDataError),
+        ("verify", {"machin": "order"}, errors.InvalidDataError),
+    ],
+)
+def test_what_cannot_be_started(
+    world: worlds.World, background: Background, name: str, arguments: dict[str, Any], error: type[Exception]
+) -> None:
+    with pytest.raises(error):
+        background.start(name, **arguments)
+    assert len(background.queue) == 0
+
+
+def test_arguments_are_checked_by_the_worker_too(world: worlds.World, background: Background) -> None:
+    job_id = background.raw_job("wrong", data=b'["statecache.verify", null, [], {"machine": [1]}]', retries_left="0")
+    background.burst()
+    view = background.show(job_id)
+    assert view["status"] == "failed"
+    assert "must be str" in view["error"]
+
+
+def test_words_of_the_command_line() -> None:
+    assert jobs.parsed(jobs.verify, {"machine": "order"}) == {"machine": "order"}
+    with pytest.raises(errors.InvalidDataError, match="argument 'x' is refused: there are machine"):
+        jobs.parsed(jobs.verify, {"x": "1"})

@@ -1,0 +1,189 @@
+"""The background jobs: what is not continuous. Each may be killed at any point and be run twice.
+
+A job works until its time is over (``Run.time_is_over``), and then asks to be called again: RQ puts it back into its queue in
+the same transaction that ends this part, under the same id, with what it had reached in its ``meta``. So a job has one id, one
+progress and one result, however many parts it takes; a part that is killed begins again where the last note was made, and
+other jobs come in between.
+
+A job's arguments come from Redis, hence from anyone who can write there: they are checked here, once more than at the CLI.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from statecache.core import errors, failpoints
+from statecache.engine import letters as engine_letters
+from statecache.engine import verify as engine_verify
+
+if TYPE_CHECKING:
+    from rq.job import Job
+
+    from statecache.engine.cache import StateCache
+
+_log = logging.getLogger(__name__)
+RETRIES = 3
+_LETTERS_PAGE = 500
+_FINDINGS_KEPT = 100
+_OVER = ["over"]
+"""A cursor behind the end: a job that is killed after its last slice has nothing left to do."""
+
+
+@dataclass
+class Run:
+    """One part of a job: where the part before ended, and where this one writes down how far it came."""
+
+    cache: StateCache
+    job: Job
+    ends_at: float
+    notes: dict[str, Any] = field(default_factory=dict)
+    """What the job remembers from part to part (JSON)."""
+    more: bool = False
+
+    @property
+    def time_is_over(self) -> bool:
+        return time.monotonic() >= self.ends_at
+
+    def note(self, **progress: Any) -> None:
+        """Remember how far this is, now: a job that is killed after it goes on from here."""
+        self.notes.update(progress)
+        self.job.meta["notes"] = self.notes
+        self.job.meta["noted_at"] = time.time()
+        self.job.save_meta()
+        failpoints.hit("jobs.noted")
+
+    def again(self) -> dict[str, Any]:
+        """Say that there is more to do; what has been noted is the part's result."""
+        self.more = True
+        return self.notes
+
+
+Result = dict[str, Any]
+Body = Callable[..., Result]
+
+
+def verify(run: Run, *, machine: str = "") -> Result:
+    """Compare a slice of history, logs and Redis after the other; ``machine``: only this one's."""
+    notes = run.notes
+    cursor = notes.get("cursor")
+    for one in engine_verify.slices(run.cache, machine or None, cursor) if cursor != _OVER else ():
+        run.note(
+            cursor=one.cursor or _OVER,
+            instances=notes.get("instances", 0) + one.instances,
+            transitions=notes.get("transitions", 0) + one.transitions,
+            hot=notes.get("hot", 0) + one.hot,
+            findings=notes.get("findings", 0) + len(one.findings),
+            first_findings=[
+                *notes.get("first_findings", []),
+                *({"kind": found.kind, "address": found.address, "detail": found.detail} for found in one.findings),
+            ][:_FINDINGS_KEPT],
+        )
+        for found in one.findings:
+            _log.error("verify: %s %s: %s", found.kind, found.address, found.detail)
+        if one.cursor is not None and run.time_is_over:
+            return run.again()
+    return {name: notes.get(name, 0) for name in ("instances", "transitions", "hot", "findings")}
+
+
+def retry_letters(run: Run) -> Result:
+    """Try to move every instance's dead letters into history; those that SQL still refuses stay."""
+    notes = run.notes
+    after = notes.get("after")
+    while True:
+        page = run.cache.durable.parked_instances(_LETTERS_PAGE, tuple(after) if after else None)
+        for machine, id in page:
+            moved, kept = _retry_one(run.cache, machine, id)
+            after = [machine, id]
+            run.note(after=after, moved=notes.get("moved", 0) + moved, kept=notes.get("kept", 0) + kept)
+            if run.time_is_over:
+                return run.again()
+        if len(page) < _LETTERS_PAGE:
+            return {"moved": notes.get("moved", 0), "kept": notes.get("kept", 0)}
+
+
+def _retry_one(cache: StateCache, machine: str, id: str) -> tuple[int, int]:
+    """(letters moved, instances that stay parked)."""
+    try:
+        return engine_letters.retry(cache, machine, id), 0
+    except errors.NotFoundError:  # somebody was quicker
+        return 0, 0
+    except (errors.UnavailableError, errors.RecoveringError):
+        raise
+    except Exception as error:  # whatever SQL has against it now: the next instance's may be well
+        _log.warning("letters of %s:%s stay: %s", machine, id, error)
+        return 0, 1
+
+
+BODIES: Mapping[str, Body] = {
+    "statecache.verify": verify,
+    "statecache.retry-letters": retry_letters,
+}
+"""The allow-list: a job's name, and what it does."""
+
+
+def allowed(cache: StateCache) -> dict[str, Callable[..., Any]]:
+    """The functions for a worker that works on ``cache``."""
+
+    def of(body: Body) -> Callable[..., Any]:
+        def run(job: Job, **arguments: Any) -> Result:
+            return perform(cache, body, job, arguments)
+
+        return run
+
+    return {name: of(body) for name, body in BODIES.items()}
+
+
+def perform(cache: StateCache, body: Body, job: Job, arguments: Mapping[str, Any]) -> Result:
+    """Run one part of a job, in the work-horse."""
+    given = checked(body, arguments)
+    notes = job.meta.get("notes")
+    run = Run(cache, job, time.monotonic() + cache.settings.job_part_seconds, notes if isinstance(notes, dict) else {})
+    failpoints.hit("jobs.begun")
+    result = body(run, **given)
+    if run.more:
+        job.repeats_left, job.repeat_intervals = 1, [0]
+        job.retries_left = RETRIES  # it got somewhere
+    failpoints.hit("jobs.ended")
+    return result
+
+
+_TYPES: Mapping[str, type] = {"str": str, "int": int, "bool": bool, "float": float}
+
+
+def parameters(body: Body) -> dict[str, tuple[type, Any]]:
+    """A job's arguments: the type and the default (``inspect.Parameter.empty`` for none) of each."""
+    found = list(inspect.signature(body).parameters.values())[1:]
+    return {one.name: (_TYPES[str(one.annotation)], one.default) for one in found}
+
+
+def checked(body: Body, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments, if they are those of the job. Raises ``InvalidDataError``."""
+    known = parameters(body)
+    for name, value in arguments.items():
+        if name not in known:
+            raise errors.InvalidDataError(f"argument {name!r} is refused: there are {', '.join(known) or 'none'}")
+        wanted = known[name][0]
+        if type(value) is not wanted and not (wanted is float and type(value) is int):
+            raise errors.InvalidDataError(f"{name} = {value!r} is refused: it must be {wanted.__name__}")
+    for name, (_, default) in known.items():
+        if default is inspect.Parameter.empty and name not in arguments:
+            raise errors.InvalidDataError(f"argument {name!r} is missing")
+    return dict(arguments)
+
+
+def parsed(body: Body, words: Mapping[str, str]) -> dict[str, Any]:
+    """Arguments from words of a command line. Raises ``InvalidDataError``."""
+    known = parameters(body)
+    given: dict[str, Any] = {}
+    for name, word in words.items():
+        wanted = known[name][0] if name in known else str
+        try:
+            given[name] = {"true": True, "false": False}[word.lower()] if wanted is bool else wanted(word)
+        except (ValueError, KeyError):
+            raise errors.InvalidDataError(f"{name}={word} is refused: it must be {wanted.__name__}") from None
+    return checked(body, given)
