@@ -1,0 +1,1 @@
+"""What ties statecache to other programs."""
