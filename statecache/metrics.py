@@ -98,6 +98,7 @@ STORE: Mapping[str, Family] = {
     "statecache_flushed_timestamp_seconds": Family(
         GAUGE, "When the partition's watermark last moved in SQL (Unix time; 0: never).", ("partition",)
     ),
+    "statecache_flushers": Family(GAUGE, "Flushers whose heartbeat in SQL is fresh, wherever they run."),
     "statecache_epoch": Family(GAUGE, "Incarnation of the hot data set: one more at every recovery."),
     "statecache_instances": Family(GAUGE, "Instances by state, as of the watermark.", ("machine", "state")),
     "statecache_dead_letters": Family(GAUGE, "Log entries that SQL refused or that wait behind one (counted to 100000)."),

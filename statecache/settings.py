@@ -118,6 +118,15 @@ class Settings(pydantic_settings.BaseSettings):
     log_keep_seconds: Seconds = 0.0
     """How long flushed entries stay in Redis: at least the age of the SQL backup that one may have to restore."""
 
+    log_format: Literal["text", "json"] = "text"
+    """Form of the log of commands that go on (standard error): lines for people, or a JSON object a line."""
+
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error", "critical"],
+        pydantic.BeforeValidator(lambda level: level.lower() if isinstance(level, str) else level),
+    ] = "info"
+    """What is logged there: this and what is graver."""
+
     metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = None
     """Port of the ``/metrics`` endpoint of long-running commands (flusher, worker, up). None: there is none; 0: any free
     port, which is logged."""
@@ -354,6 +363,9 @@ def redact(url: str) -> str:
         elif "@" in query and "=" not in query.partition("@")[0]:  # an unquoted "?" within the password
             user, _, host = rest.rpartition("@")
             rest = f"{_without_password(user)}@{host}"
+    elif "@" in url:  # "://" is misspelt
+        user, _, host = url.rpartition("@")
+        scheme = f"{_without_password(user)}@{host}"
     return _SECRET_PARAMETER.sub(r"\g<name>***", f"{scheme}{separator}{rest}")
 
 

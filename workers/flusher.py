@@ -85,8 +85,8 @@ class Progress:
         """Count a step of the flusher."""
         self._entries += step.entries
         self.total += step.entries
-        for hole in step.stopped.values():
-            _log.error("%s; its partition waits for 'statecache recover'", hole)
+        for partition, hole in step.stopped.items():
+            _log.error("%s; its partition waits for 'statecache recover'", hole, extra={"partition": partition})
         if time.monotonic() - self._since >= _TELL_SECONDS:
             self.tell()
 

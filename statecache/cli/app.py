@@ -11,6 +11,7 @@ from typing import Any, TextIO
 
 import typer
 
+from statecache import logs
 from statecache.cli import (
     care,
     cold,
@@ -49,7 +50,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 gets escapes, not an exception
-    output.log_to_stderr(logging.WARNING)
+    logs.to_stderr(logging.WARNING)
     try:
         code = typer.main.get_command(app)(words, prog_name="statecache", standalone_mode=False)
     except _CommandLineError as error:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
+from statecache import logs
 from statecache.core import errors
 
 if TYPE_CHECKING:
@@ -36,6 +37,12 @@ _COMMON: dict[str, Any] = {
     ],
     "config": Annotated[Path | None, typer.Option("--config", metavar="FILE", help="TOML file with settings.")],
     "as_json": Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")],
+    "log_format": Annotated[
+        str | None, typer.Option("--log-format", metavar="text|json", help="Form of the log on standard error.")
+    ],
+    "log_level": Annotated[
+        str | None, typer.Option("--log-level", metavar="LEVEL", help="debug, info, warning, error or critical.")
+    ],
 }
 
 
@@ -57,6 +64,8 @@ class Store:
     namespace: str | None = None
     config: Path | None = None
     as_json: bool = False
+    log_format: str | None = None
+    log_level: str | None = None
 
     def over(self, outer: Store) -> Store:
         """These options, and those given before the command where these are silent."""
@@ -68,13 +77,19 @@ class Store:
 
         given = {
             "redis_url": self.redis_url, "database_url": self.database_url, "data_dir": self.data_dir,
-            "namespace": self.namespace, "config_file": self.config, **more,
+            "namespace": self.namespace, "config_file": self.config, "log_format": self.log_format,
+            "log_level": self.log_level, **more,
         }  # fmt: skip
         settings = Settings(**given)
         if self.data_dir is not None:
             urls = {"redis_url": self.redis_url, "database_url": self.database_url}
             settings = settings.model_copy(update=urls)
         return settings
+
+    def log(self) -> None:
+        """Send the log to standard error, as the settings say. Raises ``ConfigurationError``."""
+        settings = self.settings()
+        logs.to_stderr(logging.getLevelNamesMapping()[settings.log_level.upper()], settings.log_format)
 
     def open(self, *, create: bool = False, flusher: bool = False, **more: Any) -> StateCache:
         """Open the store; without ``create`` an embedded one must be there already (a misspelt folder is not made).
@@ -113,8 +128,10 @@ def command(app: typer.Typer, name: str, **options: Any) -> Callable[[Function],
         own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
 
         def run(context: typer.Context, **values: Any) -> int | None:
-            common = Store(**{key: values.pop(key) for key in _COMMON})
-            return function(common.over(context.obj or Store()), **values)
+            store = Store(**{key: values.pop(key) for key in _COMMON}).over(context.obj or Store())
+            if store.log_format or store.log_level:
+                store.log()
+            return function(store, **values)
 
         _set_signature(run, own)
         run.__name__, run.__doc__ = function.__name__, function.__doc__

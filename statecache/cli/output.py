@@ -12,25 +12,24 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
+from statecache import logs
 from statecache.core import errors, model
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-_STEERING = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _PIPE_WIDTH = 500
 """Columns of a table that is not for a terminal: nobody's ``grep`` should meet a line broken in two."""
 
 
 def safe(text: object) -> str:
     """The text with every control character as an escape, fit for a terminal."""
-    return _STEERING.sub(lambda found: found.group().encode("unicode_escape").decode(), str(text))
+    return logs.escaped(str(text))
 
 
 def emit(document: Any) -> None:
@@ -52,12 +51,15 @@ def note(text: str) -> None:
 
 
 def error(problem: BaseException, *, as_json: bool, kind: str = "") -> None:
-    """Print what ended the command; ``kind`` takes the place of the error's type."""
-    if as_json:
-        told: dict[str, Any] = {"type": kind or type(problem).__name__, "message": message_of(problem)}
+    """Print what ended the command; ``kind`` takes the place of the error's type. Where the log is JSON, it is a log line."""
+    if logs.speaks_json():
+        told = {"error": kind or type(problem).__name__}
+        logging.getLogger("statecache.cli").critical("%s", message_of(problem), extra=told)
+    elif as_json:
+        document: dict[str, Any] = {"type": kind or type(problem).__name__, "message": message_of(problem)}
         if isinstance(problem, errors.DurabilityTimeout) and problem.receipt is not None:
-            told["receipt"] = receipt_document(problem.receipt)
-        sys.stderr.write(json.dumps({"error": told}) + "\n")
+            document["receipt"] = receipt_document(problem.receipt)
+        sys.stderr.write(json.dumps({"error": document}) + "\n")
     else:
         lines = message_of(problem).split("\n")
         sys.stderr.write("error: " + "\n".join(safe(line) for line in lines) + "\n")
@@ -65,12 +67,14 @@ def error(problem: BaseException, *, as_json: bool, kind: str = "") -> None:
 
 
 def message_of(problem: BaseException) -> str:
+    """What is wrong, without secrets: drivers quote what they were given."""
     if isinstance(problem, errors.StateCacheError):
-        return str(problem)
+        return logs.scrubbed(str(problem))
     if isinstance(problem, OSError) and problem.strerror:
         where = f"{problem.filename}: " if problem.filename else ""
         return f"{where}{problem.strerror}"
-    return f"unexpected {type(problem).__name__}: {problem} (a bug in statecache; python -X dev shows where)"
+    told = logs.scrubbed(f"{type(problem).__name__}: {problem}")
+    return f"unexpected {told} (a bug in statecache; python -X dev shows where)"
 
 
 # --- for people --------------------------------------------------------------------------------------------------------
@@ -220,22 +224,3 @@ def transition_document(row: model.Transition) -> dict[str, Any]:
         "increments": row.increments, "machine_version": row.machine_version, "entry_id": row.entry_id,
         "durable": row.durable, "covers_from": row.covers_from, "complete": row.complete,
     }  # fmt: skip
-
-
-# --- log ---------------------------------------------------------------------------------------------------------------
-
-
-class _Formatter(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        return f"{self.formatTime(record, '%H:%M:%S')} {record.levelname.lower()}: {safe(record.getMessage())}"
-
-
-def log_to_stderr(level: int) -> None:
-    """Send the package's log to standard error."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(_Formatter())
-    for name in ("statecache", "workers"):
-        logger = logging.getLogger(name)
-        logger.handlers[:] = [handler]
-        logger.setLevel(level)
-        logger.propagate = False

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from statecache import logs
 from statecache.cli import exits, options, output
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def up(store: options.Store, metrics_port: options.MetricsPort = None) -> int:
     from statecache.settings import redact
     from workers import flusher as worker
 
-    output.log_to_stderr(logging.INFO)
+    store.log()
     try:
         with worker.stopping() as stop, store.open(create=True, flusher=True) as cache:
             places = {"redis_url": redact(cache.redis_url), "database_url": redact(cache.database_url)}
@@ -75,7 +76,7 @@ def flusher(
     from statecache.engine import watching
     from workers import flusher as worker
 
-    output.log_to_stderr(logging.INFO)
+    store.log()
     try:
         with store.open(create=True) as cache, watching.endpoint(cache, metrics_port):
             if once:
@@ -109,5 +110,5 @@ def demo(
 
     if store.redis_url or store.database_url or store.data_dir:
         raise errors.ConfigurationError("the demo runs on a server and a database of its own: it takes no other")
-    output.log_to_stderr(logging.CRITICAL)  # what it does to its server is no news to it
+    logs.to_stderr(logging.CRITICAL)  # what it does to its server is no news to it
     return show.run(as_json=store.as_json, orders=orders, keep=keep, folder=seed_folder)

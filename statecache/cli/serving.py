@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from typing import Annotated
 
@@ -35,7 +34,7 @@ def serve(
     from statecache.web.server import serve as run
     from workers import flusher as worker
 
-    output.log_to_stderr(logging.INFO)
+    store.log()
     settings = store.settings(web_host=host, web_port=port, web_token=token, web_actions=actions)
     allowed = policy.Policy.of(settings)  # refused before a server is started for it
 

@@ -118,6 +118,8 @@ def _kind_by_class(original: BaseException) -> type[errors.StateCacheError] | No
     if names & {"OperationalError", "InterfaceError"}:
         refused = any(text in str(original) for text in _REFUSED_LOGINS)
         return errors.ConfigurationError if refused else errors.UnavailableError
+    if "ProgrammingError" in names and "connection option" in str(original):  # psycopg: the URL has one that is none
+        return errors.ConfigurationError
     if "IntegrityError" in names:
         return KeyHit
     return Refused if "DataError" in names else None

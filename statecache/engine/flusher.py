@@ -235,12 +235,13 @@ class Flusher:
         """Make the one entry of a batch a dead letter; but an entry that SQL holds already is passed over, and said so."""
         record = batch.records[0]
         instance = (record.machine, record.id)
+        place = {**batch.place(), "instance": ":".join(instance), "entry": str(record.entry_id)}
         if isinstance(error, KeyHit):
             known = self.durable.transition(*instance, record.version)
             if known is not None and known.transition_id == record.transition_id:
-                _log.error("entry %s is in SQL already: not written twice", record.entry_id, extra=batch.place())
+                _log.error("entry %s is in SQL already: not written twice", record.entry_id, extra=place)
                 return self._transaction([batch], {}, replayed=instance)
-        _log.error("dead letter: %s:%s, entry %s: %s", *instance, record.entry_id, error, extra=batch.place())
+        _log.error("dead letter: %s:%s, entry %s: %s", *instance, record.entry_id, error, extra=place)
         return self._transaction([batch], {instance: str(error)})
 
     def _transaction(

@@ -24,6 +24,7 @@ through the log (the flusher would stop at the hole before it reached the repair
 from __future__ import annotations
 
 import contextlib
+import logging
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -39,6 +40,7 @@ from statecache.engine import admission
 from statecache.hot import scripts
 from statecache.hot.store import Fenced, HotStore, Probed, parse_any
 
+_log = logging.getLogger(__name__)
 NEW, INTACT, WIPED, TAIL_LOST, SQL_BEHIND, DIVERGED = "new", "intact", "wiped", "tail lost", "SQL behind", "diverged"
 _REWRITTEN = (SQL_BEHIND, DIVERGED)
 
@@ -134,6 +136,16 @@ def recover(
     ) from (superseded)
 
 
+def _log_end(report: Report) -> None:
+    kinds = {name.replace(" ", "_"): count for name, count in report.kinds.items()}
+    _log.log(
+        logging.WARNING if report.lost_at_least else logging.INFO,
+        "recovered: epoch %d, %s; at least %d transitions lost",
+        report.epoch, ", ".join(report.kinds), report.lost_at_least,
+        extra={"epoch": report.epoch, "kinds": kinds, "lost_at_least": report.lost_at_least, "seconds": report.seconds},
+    )  # fmt: skip
+
+
 _ATTEMPTS = 5
 _DROP_PAGE = 1000
 _UNFENCED = "*"
@@ -188,6 +200,7 @@ class _Attempt:
         failpoints.hit("recovery.reported")
         for part, fenced in zip(parts, fences, strict=True):
             self._ready(part, fenced)
+        _log_end(report)
         return report
 
     # --- step 1 ------------------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ from statecache import metrics
 from statecache.core import entry, errors
 from statecache.durable import recoveries, watching
 from statecache.durable.rows import PartitionRow, RecoveryRow, StoreRow
+from statecache.engine import status
 from statecache.hot import scripts
 from statecache.hot import watching as hot_watching
 
@@ -56,6 +57,7 @@ class InSql(msgspec.Struct, frozen=True):
     discarded: int
     instances: Sequence[tuple[str, str, int]]
     running: RecoveryRow | None
+    flushers: int
 
 
 class InRedis(msgspec.Struct, frozen=True):
@@ -118,6 +120,7 @@ class StoreWatch:
             watching.discarded(durable),
             watching.instances(durable),
             running,
+            sum(one.alive for one in status.flushers(self._cache)),
         )
 
     def _look_at_redis(self, sql: InSql | None) -> InRedis:
@@ -141,6 +144,7 @@ class StoreWatch:
 def _of_sql(found: InSql) -> Iterator[Reading]:
     now_ms = time.time() * 1000
     yield Reading("statecache_epoch", (), found.store.epoch)
+    yield Reading("statecache_flushers", (), found.flushers)
     yield Reading("statecache_dead_letters", (), found.letters)
     yield Reading("statecache_parked_instances", (), found.parked)
     for row in found.partitions:

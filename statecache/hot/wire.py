@@ -62,7 +62,7 @@ class Wire:
 def pool_of(url: str, socket_timeout_seconds: float) -> Any:
     """redis-py's pool for a URL, with its own retries off."""
     try:
-        return redis.ConnectionPool.from_url(
+        pool = redis.ConnectionPool.from_url(
             url,
             retry=Retry(NoBackoff(), 0),
             retry_on_error=[],
@@ -72,8 +72,16 @@ def pool_of(url: str, socket_timeout_seconds: float) -> Any:
             protocol=2,
             decode_responses=False,
         )
-    except (ValueError, TypeError) as error:
-        raise errors.ConfigurationError(f"the Redis URL is refused: {error}") from None
+        pool.connection_class(**pool.connection_kwargs)  # not connected: an unknown option of the URL shows up here
+        return pool
+    except TypeError as error:
+        raise errors.ConfigurationError(f"the Redis URL is refused, it has an option that is none: {error}") from None
+    except ValueError:
+        # The parser's message may hold a piece of the password: an unquoted "#" or "/" makes it look like a port.
+        raise errors.ConfigurationError(
+            "the Redis URL is refused: it should look like redis://user:password@host:6379/0 (special characters in the "
+            "password %-encoded), with options that have valid values"
+        ) from None
 
 
 class Wires:
