@@ -647,7 +647,7 @@ def hash_of(reply: list[bytes] | dict[bytes, bytes] | redis.ResponseError) -> di
 
 def outcomes_of(reply: bytes) -> list[items.Outcome]:
     head, *lines = reply.decode().split("\n")
-    at_ms = int(head.partition(" ")[0])
+    at_ms = int(head)
     outcomes = []
     for line in lines:
         words = line.split(" ")

@@ -391,7 +391,7 @@ MUTANTS = [
         (
             Patch(
                 _ITEM,
-                "  if rooms[p] <= 0 then return 'FULL' end\n  if expected ~= 0",
+                "  if not has_room(p) then return 'FULL' end\n  if expected ~= 0",
                 "  if expected ~= 0",
             ),
         ),
@@ -402,7 +402,7 @@ MUTANTS = [
         (
             Patch(
                 _ITEM,
-                "    if rooms[p] <= 0 then return 'FULL' end\n    local count",
+                "    if not has_room(p) then return 'FULL' end\n    local count",
                 "    local count",
             ),
         ),
@@ -470,7 +470,7 @@ MUTANTS = [
     ),
     Mutant(
         "apply admits another server",
-        (Patch(f"{_LUA}/apply.lua", "(here and m[4] ~= here and 'IDENTITY')", "false"),),
+        (Patch(f"{_LUA}/apply.lua", "(here and call('HGET', meta, 'identity') ~= here and 'IDENTITY')", "false"),),
         _codes("apply", "IDENTITY"),
     ),
     # --- admission in the other scripts ----------------------------------------------------------------------------------

@@ -10,7 +10,7 @@
 --      2 '1': compare the server's identity first
 --      3 data fields that an instance may have
 --
--- Reply  one string. First line: time in ms, then the partitions' watermarks. Then a line per item:
+-- Reply  one string. First line: time in ms. Then a line per item:
 --   OK version entry_id from to     written (from is - for a start)
 --   DUP version entry_id            this transition id is in the ring; the ring was written again, nothing else changed
 --                                   (entry_id is - when the id stands for an older version)
@@ -34,24 +34,19 @@ local here = ARGV[2] == '1' and identity()
 local time = call('TIME')
 local at = time[1] .. string.format('%03d', math.floor(time[2] / 1000))
 
-local refused, logs, prefixes, rooms, colds, head = {}, {}, {}, {}, {}, { at }
+-- Only what every call needs is read at once; what a refusal depends on (brake, cold) is read when it comes to that.
+local refused, metas, logs, prefixes, rooms = {}, {}, {}, {}, {}
 for p = 1, #KEYS / 2 do
   local meta, log = KEYS[2 * p - 1], KEYS[2 * p]
-  local m = call('HMGET', meta, 'epoch', 'owner', 'status', 'identity', 'watermark', 'limit', 'kept', 'cold', 'evicted_to',
-    'limit_max', 'limit_at')
+  local m = call('HMGET', meta, 'epoch', 'owner', 'status', 'limit', 'kept')
   refused[p] = ((m[1] ~= EPOCH or m[2] ~= OWNER) and 'EPOCH') or (m[3] ~= 'ready' and 'RECOVERING')
-    or (here and m[4] ~= here and 'IDENTITY')
-  logs[p], prefixes[p] = log, sub(meta, 1, -5) .. 'i:'
-  local limit = tonumber(m[6]) or 0
-  -- A brake that no flusher has set again for a while is let go: SQL or the flusher is away, and that is absorbed.
-  if m[10] and m[11] and at - m[11] > 3000 then limit = tonumber(m[10]) end
-  rooms[p] = limit - call('XLEN', log) + (tonumber(m[7]) or 0)
-  colds[p] = (m[8] or '1') .. ' ' .. (m[9] or '0-0')
-  head[p + 1] = m[5] or '0-0'
+    or (here and call('HGET', meta, 'identity') ~= here and 'IDENTITY')
+  metas[p], logs[p], prefixes[p] = meta, log, sub(meta, 1, -5) .. 'i:'
+  rooms[p] = (m[4] or 0) - call('XLEN', log) + (m[5] or 0)
 end
 
 --@include apply_item
-local lines, i, last = { table.concat(head, ' ') }, 1, #items
+local lines, i, last = { at }, 1, #items
 while i < last do
   local first = i + 8
   local behind = first + items[i + 7]

@@ -1,5 +1,17 @@
---@include ids
+--@include order
 local fields_max = tonumber(ARGV[3])
+-- Whether the partition's log has room. A brake that no flusher has set again for a while is let go: SQL or the flusher is
+-- away, and that is absorbed.
+local brakes_read = {}
+local function has_room(p)
+  if rooms[p] <= 0 and not brakes_read[p] then
+    local m = call('HMGET', metas[p], 'limit', 'limit_max', 'limit_at')
+    if m[2] and m[3] and at - m[3] > 3000 then rooms[p] = rooms[p] + m[2] - m[1] end
+    brakes_read[p] = true
+  end
+  return rooms[p] > 0
+end
+
 -- The place of a token in a ring, found at multiples of 8 only.
 local function ring_place(ring, token)
   local at_byte = find(ring, token, 1, true)
@@ -62,10 +74,12 @@ local function apply(i, first, last)
   if own.err then return 'TYPE' end
   local start_state = move[3]['']
   if not own[1] then
-    local cold, evicted_to = match(colds[p], '^(%d) (.*)$')
-    local absent = extras and extras[2] or ''
-    if not start_state or (cold ~= '0' and (absent == '' or id_above(evicted_to, absent))) then return 'MISS ' .. colds[p] end
-    if rooms[p] <= 0 then return 'FULL' end
+    local m = call('HMGET', metas[p], 'cold', 'evicted_to')
+    local cold, evicted_to, absent = m[1] or '1', m[2] or '0-0', extras and extras[2] or ''
+    if not start_state or (cold ~= '0' and (absent == '' or id_above(evicted_to, absent))) then
+      return 'MISS ' .. cold .. ' ' .. evicted_to
+    end
+    if not has_room(p) then return 'FULL' end
     local count = (last - first + 1) / 2
     if count > fields_max then return 'DATA fields ' .. count end
     return write(p, move, id, key, '', start_state, 1, at, token, tail, '', items, first, last)
@@ -85,7 +99,7 @@ local function apply(i, first, last)
   if start_state then return 'EXISTS ' .. version end
   if flags == 'p' then return 'PARKED' end
   -- Before the checks of version and state: what follows an item that found no room must not be judged without it.
-  if rooms[p] <= 0 then return 'FULL' end
+  if not has_room(p) then return 'FULL' end
   if expected ~= 0 and expected ~= version then return 'VERSION ' .. version end
   local to = move[3][state]
   if not to then return 'STATE ' .. state .. ' ' .. version end
