@@ -10,6 +10,7 @@ Any number may run at once: they share the partitions by leases (``engine/leases
 
 from __future__ import annotations
 
+import gc
 import logging
 import signal
 import threading
@@ -72,6 +73,21 @@ def stopping(wake: Callable[[], None] = lambda: None) -> Iterator[threading.Even
             signal.signal(number, handler)
 
 
+@contextmanager
+def rare_collections() -> Iterator[None]:
+    """Let the cyclic garbage collector look less often.
+
+    A flush makes and drops objects by the ten thousand, none in cycles, and each full pass looks at all folded checkpoints
+    again: with the defaults that takes a quarter of the flusher's time.
+    """
+    before = gc.get_threshold()
+    gc.set_threshold(50_000, 20, 100)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+
+
 class Progress:
     """Adds up steps, and tells of them every few seconds while there is something to tell."""
 
@@ -116,7 +132,7 @@ def run(cache: StateCache, tell: Told = log_progress, notifier: Notifier | None 
             f"{progress.total} transitions flushed"
         )
 
-    with stopping(cache.flusher.wake.set) as stop:
+    with stopping(cache.flusher.wake.set) as stop, rare_collections():
         _log.info("flushing as %s", leases.name)
         try:
             with cache.duties:

@@ -71,25 +71,31 @@ def token_of(transition_id: str) -> str:
     return binascii.b2a_base64(digest, newline=False).decode()
 
 
-def push_token(ring: str, token: str) -> str:
-    """Append to the ring, which keeps the last eight."""
-    return (ring + token)[-RING_BYTES:]
+_forks = 0
+
+
+def _count_fork() -> None:
+    global _forks
+    _forks += 1
+
+
+os.register_at_fork(after_in_child=_count_fork)
 
 
 class TransitionIds:
     """Makes transition ids that no other process makes: 72 random bits for the process, then a counter.
 
-    A forked child notices that it is another process and takes a prefix of its own.
+    A forked child takes a prefix of its own. (Not known by its pid: asking for that is a system call for every id.)
     """
 
     def __init__(self) -> None:
-        self._pid = 0
+        self._forks = -1
 
     def next(self) -> str:
-        if os.getpid() != self._pid:
+        if _forks != self._forks:
             self._prefix = base64.urlsafe_b64encode(os.urandom(9)).decode()
             self._counter = itertools.count()
-            self._pid = os.getpid()
+            self._forks = _forks
         return f"{self._prefix}{next(self._counter):x}"
 
 

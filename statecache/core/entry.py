@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import msgspec
+
 from statecache.core import errors
 
 SEPARATOR = "\x1f"
@@ -58,8 +60,9 @@ class EntryId(NamedTuple):
 ZERO = EntryId(0, 0)
 
 
-class Entry(NamedTuple):
-    """One record of the log, its parts still text where nobody has needed more.
+class Entry(msgspec.Struct, frozen=True, gc=False):
+    """One record of the log, its parts still text where nobody has needed more. (``gc=False``: made by the ten thousand, and
+    without cycles; the collector's passes over them cost a flush more than making them.)
 
     For a mark (``event`` is ``@epoch``) ``from_state`` holds the id before it and ``transition_id`` the epoch's owner.
     ``patch`` and ``increments`` are JSON object texts or empty, ``unset`` is field names joined by blanks.

@@ -22,7 +22,7 @@ Instance = tuple[str, str]
 """(machine, id)."""
 
 
-class Folded(msgspec.Struct):
+class Folded(msgspec.Struct, gc=False):
     """An instance's state after some entry. Treated as immutable: ``after`` makes a new one."""
 
     machine: str
@@ -64,7 +64,7 @@ def after(before: Folded | None, records: Sequence[entry.Entry], partition: int)
     """
     first, last = records[0], records[-1]
     version = before.version if before else 0
-    data = dict(before.data) if before else {}
+    data = before.data.copy() if before else {}
     recent = before.recent if before else ""
     for record in records:
         version += 1
@@ -75,7 +75,8 @@ def after(before: Folded | None, records: Sequence[entry.Entry], partition: int)
             )
         apply_patch(data, record)
     for record in records[-codec.RING_LENGTH :]:
-        recent = codec.push_token(recent, codec.token_of(record.transition_id))
+        recent += codec.token_of(record.transition_id)
+    recent = recent[-codec.RING_BYTES :]
     return Folded(
         first.machine, first.id, partition, last.to_state, version, last.entry_id,
         before.created_ms if before else first.at_ms, last.at_ms, last.machine_version, recent, data,

@@ -105,6 +105,10 @@ class Transition(msgspec.Struct, frozen=True):
         return None if self.occurred_ms is None else datetime_of(self.occurred_ms)
 
 
+_decode_json = msgspec.json.Decoder().decode
+_OWN_FIELDS = frozenset({b"@", b"@r"})
+
+
 class Snapshot:
     """One instance as it is, or was. ``data`` is decoded when it is first asked for.
 
@@ -123,14 +127,13 @@ class Snapshot:
         id: str,
         state: str,
         version: int,
-        raw: Mapping[str, str | bytes],
-        *,
+        raw: Mapping[str, str | bytes] | Mapping[bytes, bytes],
         entry_id: str,
         created_ms: int,
         updated_ms: int,
         machine_version: int,
         final: bool,
-        available_events: Sequence[str],
+        available_events: tuple[str, ...],
         source: str,
         parked: bool = False,
     ) -> None:
@@ -145,7 +148,7 @@ class Snapshot:
         self.updated_ms = updated_ms
         self.machine_version = machine_version
         self.final = final
-        self.available_events = tuple(available_events)
+        self.available_events = available_events
         self.source = source
         self.parked = parked
 
@@ -153,8 +156,12 @@ class Snapshot:
     def data(self) -> dict[str, Any]:
         """The fields collected so far."""
         if self._data is None:
-            decode = msgspec.json.decode
-            self._data = {name: decode(text) for name, text in self._raw.items()}
+            decode = _decode_json
+            self._data = {
+                name.decode() if isinstance(name, bytes) else name: decode(text)
+                for name, text in self._raw.items()
+                if name not in _OWN_FIELDS
+            }
         return self._data
 
     @property

@@ -64,13 +64,15 @@ def checked(row: PartitionRow, lines: Sequence[str], tail: entry.EntryId, seen_m
         )
     for line in lines:
         record = parse_any(row.partition, line)
-        if not entry.follows(record.entry_id, cursor, record.prev if record.is_mark else None):
-            hole = f"partition {row.partition}: {record.entry_id} does not follow {cursor}: entries are missing"
+        entry_id = record.entry_id
+        is_mark = record.event == entry.EVENT_EPOCH
+        if not entry.follows(entry_id, cursor, record.prev if is_mark else None):
+            hole = f"partition {row.partition}: {entry_id} does not follow {cursor}: entries are missing"
             break
-        cursor = record.entry_id
+        cursor = entry_id
         if record.machine == entry.FOREIGN:
             foreign.append(record)
-        elif not record.is_mark:
+        elif not is_mark:
             kept.append(prefix + line.replace("-", entry.SEPARATOR, 1))
             records.append(record)
     return Batch(row, cursor, tail, seen_ms, kept, records, foreign), hole

@@ -120,11 +120,9 @@ class Calls:
                 f"{self.name}:{id}: its key in Redis holds something that statecache did not write; run 'statecache verify'"
             )
         state, version, entry_id, created, machine_version, updated, *flags = own.decode().split(" ")
-        data = {name.decode(): text for name, text in fields.items() if name not in (b"@", b"@r")}
         return model.Snapshot(
-            self.name, id, state, int(version), data, entry_id=entry_id, created_ms=int(created), updated_ms=int(updated),
-            machine_version=int(machine_version), final=state in self.definition.finals,
-            available_events=self.definition.available_events(state), source=source, parked=flags == ["p"],
+            self.name, id, state, int(version), fields, entry_id, int(created), int(updated), int(machine_version),
+            state in self.definition.finals, self.definition.available_events(state), source, flags == ["p"],
         )  # fmt: skip
 
     def _folded(self, rows: Sequence[model.Transition]) -> model.Snapshot:

@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -94,14 +95,14 @@ class Driver:
         """Do what one flow wants."""
         if type(wish) is items.Item:
             return self._batcher.apply(wish, max(0.01, deadline - time.monotonic()))
-        return self._patiently([wish], deadline)[0]
+        return self._patiently(lambda: self._answers([wish], deadline), deadline)[0]
 
-    def _patiently(self, wishes: Sequence[Any], deadline: float) -> Sequence[Any]:
-        """Answer, and while a server cannot be reached ask again until the deadline: nothing but an item does harm twice."""
+    def _patiently(self, ask: Callable[[], Sequence[Any]], deadline: float) -> Sequence[Any]:
+        """Ask, and while a server cannot be reached ask again until the deadline: nothing but an item does harm twice."""
         attempt = 0
         while True:
             try:
-                return self._answers(wishes, deadline)
+                return ask()
             except errors.UnavailableError:
                 self._revive()
                 if not self._pause(attempt, deadline):
@@ -198,7 +199,7 @@ class Driver:
         for start in range(0, len(addresses), _UNFINISHED_MAX):
             some = addresses[start : start + _UNFINISHED_MAX]
             try:
-                found = self._patiently([flows.Hot(*address) for _, address in some], deadline)
+                found = self._patiently(partial(self.hot.hashes, [address for _, address in some]), deadline)
             except errors.StateCacheError as error:
                 for index, _ in some:
                     results[index] = error
@@ -264,7 +265,7 @@ class Driver:
                     kinds.setdefault(type(one.wish), []).append(one)
         for ones in kinds.values():
             try:
-                answers = self._patiently([one.wish for one in ones], deadline)
+                answers = self._patiently(partial(self._answers, [one.wish for one in ones], deadline), deadline)
             except errors.StateCacheError as error:
                 answers = [error] * len(ones)
             for one, answer in zip(ones, answers, strict=True):

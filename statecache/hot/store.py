@@ -259,15 +259,26 @@ class HotStore:
 
         Plain reads, not admitted: a Redis that has just become untrue may be seen until the first checked call.
         """
-        packed = [resp.command("HGETALL", self.keyspace.instance(*address)) for address in addresses]
         with self._exchange("HGETALL") as line:
             replies: list[Any] = []
-            for start in range(0, len(packed), 125):
-                line.send(b"".join(packed[start : start + 125]))
+            for start in range(0, len(addresses), 125):
+                line.send(self.packed_reads(addresses[start : start + 125]))
                 if start:
-                    replies += [_reply_or_error(line) for _ in range(125)]
-            replies += [_reply_or_error(line) for _ in range(len(packed) - len(replies))]
+                    replies += line.read_many(125)
+            replies += line.read_many(len(addresses) - len(replies))
             return [hash_of(reply) for reply in replies]
+
+    def packed_reads(self, addresses: Sequence[tuple[int, str, str]]) -> bytes:
+        """The bytes of HGETALL for each address."""
+        prefixes: dict[tuple[int, str], str] = {}
+        packed = []
+        for partition, machine, id in addresses:
+            prefix = prefixes.get((partition, machine))
+            if prefix is None:
+                prefix = prefixes[partition, machine] = self.keyspace.instance(partition, machine, "")
+            key = (prefix + id).encode()
+            packed.append(b"*2\r\n$7\r\nHGETALL\r\n$%d\r\n%b\r\n" % (len(key), key))
+        return b"".join(packed)
 
     def own_field(self, partition: int, machine: str, id: str) -> bytes | None:
         """The field ``@`` of an instance's hash, None if it is not hot."""
@@ -624,14 +635,6 @@ def _id(text: str) -> entry.EntryId:
 
 def _optional_id(text: str) -> entry.EntryId | None:
     return None if text == "-" else entry.EntryId.parse(text)
-
-
-def _reply_or_error(line: wire.Wire) -> Any:
-    """One of several replies: an error too, because those behind it must be read before the wire is used again."""
-    try:
-        return line.read()
-    except redis.ResponseError as error:
-        return error
 
 
 def hash_of(reply: list[bytes] | dict[bytes, bytes] | redis.ResponseError) -> dict[bytes, bytes]:

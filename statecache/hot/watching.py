@@ -13,7 +13,7 @@ import msgspec
 import redis
 
 from statecache.core import entry
-from statecache.hot import failures, resp, wire
+from statecache.hot import failures, resp
 from statecache.hot.store import HotStore, parse_any
 
 _META = ("status", "watermark", "limit")
@@ -114,17 +114,10 @@ def _replies(hot: HotStore, commands: Sequence[bytes]) -> list[Any]:
     try:
         with hot.wires.wire() as line:
             line.send(b"".join(commands))
-            replies = [_reply_or_error(line) for _ in commands]
+            replies = line.read_many(len(commands))
         for reply in replies:
             if isinstance(reply, redis.ResponseError):
                 raise reply
     except (redis.RedisError, OSError) as error:
         raise failures.translated(error, "metrics") from error
     return replies
-
-
-def _reply_or_error(line: wire.Wire) -> Any:
-    try:
-        return line.read()
-    except redis.ResponseError as error:
-        return error

@@ -49,6 +49,18 @@ class Wire:
             return self.connection.read_response(disable_decoding=True)
         return self.connection.read_response(disable_decoding=True, timeout=timeout_seconds)
 
+    def read_many(self, count: int) -> list[Any]:
+        """So many replies. An error reply stands in its place: those behind it must be read before the wire is used again."""
+        read = self.connection.read_response
+        replies: list[Any] = []
+        while len(replies) < count:
+            try:
+                while len(replies) < count:
+                    replies.append(read(disable_decoding=True))
+            except redis.ResponseError as error:
+                replies.append(error)
+        return replies
+
     def call(self, packed: bytes) -> Any:
         self.send(packed)
         return self.read()

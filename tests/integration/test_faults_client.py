@@ -279,7 +279,7 @@ def test_a_cancelled_call_takes_its_connection_with_it(world: worlds.World) -> N
         world.start(f"o{number}", amount=number)
     with mock.patch.object(wire.Wire, "read", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
         world.orders.transition("o0", "note", {"amount": 100})
-    with mock.patch.object(wire.Wire, "read", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+    with mock.patch.object(wire.Wire, "read_many", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
         world.orders.get("o1")
     for number in (1, 2):
         assert world.orders.get(f"o{number}").data == {"amount": number}
