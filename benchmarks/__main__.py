@@ -48,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     scale = parser.add_mutually_exclusive_group()
     scale.add_argument("--quick", action="store_true", help="a smoke test: every row in small, figures mean nothing")
     scale.add_argument("--full", action="store_true", help="1,000,000 instances, minutes under load: about an hour")
+    parser.add_argument("--rounds", type=_positive, metavar="N", help="samples of each side (by row: 2 to 9)")
     parser.add_argument("--server", choices=sorted(wheels.FLAVOURS), default="valkey9", help="the server (valkey9)")
     parser.add_argument("--aof", action="store_true", help="with its append-only file on (everysec), for all sides")
     parser.add_argument("--json", action="store_true", help="print the JSON document instead of the table")
@@ -58,6 +59,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--render", type=Path, metavar="FILE", help="print the table of an earlier run, run nothing")
     parser.add_argument("--into", type=Path, metavar="PAGE", help="with --render: put it between the page's marks")
     return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} rounds measure nothing: give 1 or more")
+    return number
 
 
 def _list(rows: Sequence[harness.Row], as_json: bool) -> int:
@@ -91,7 +99,7 @@ def _run(rows: Sequence[harness.Row], options: argparse.Namespace) -> int:
         document["machine"] = {**machine_facts(servers), "postgresql": postgres_version(servers)}
         servers.end_row()
         for place, one in enumerate(rows):
-            told = _one(servers, scale, one, f"[{place + 1}/{len(rows)}] {one.name}", options.server)
+            told = _one(servers, scale, one, f"[{place + 1}/{len(rows)}] {one.name}", options)
             document["rows"].append(told)
             document["seconds"] = time.monotonic() - begun
             path.write_text(
@@ -105,15 +113,15 @@ def _run(rows: Sequence[harness.Row], options: argparse.Namespace) -> int:
     return 1 if any(one["error"] for one in document["rows"]) else 0
 
 
-def _one(servers: Servers, scale: str, one: harness.Row, place: str, flavour: str) -> dict[str, Any]:
+def _one(servers: Servers, scale: str, one: harness.Row, place: str, options: argparse.Namespace) -> dict[str, Any]:
     """Run a row; an error of it is told in its place, and the others go on."""
     begun = time.monotonic()
-    bench = harness.Bench(servers, scale, _progress(place))
+    bench = harness.Bench(servers, scale, _progress(place), options.rounds)
     measures: list[dict[str, Any]] = []
     error = ""
     try:
         for measure in one.run(bench):
-            told = report.document_of(measure, flavour)
+            told = report.document_of(measure, options.server)
             measures.append(told)
             _say(f"{place}: {report.line(told)}")
     except Exception as failure:

@@ -33,7 +33,7 @@ POOLS: dict[str, Callable[[int], Any]] = {
 @row("aio.tasks-1000", "1,000 tasks on one `AsyncStateCache`")
 def tasks(bench: Bench) -> Iterator[Measure]:
     count, calls = bench.pick(50, 1000, 1000), bench.pick(4, 20, 40)
-    own, peers = _measured(bench, count, calls, bench.pick(2, 5, 7), list(POOLS))
+    own, peers = _measured(bench, count, calls, bench.rounds(2, 5, 7), list(POOLS))
     bench.note = f"{count:,} tasks of {calls} transitions each, an instance each, plain event loop"
     for (name, samples), target in zip(peers.items(), (6, 10), strict=True):
         targets = (ratio_at_least(target), own_at_least(35_000)) if target == 6 else (ratio_at_least(target),)
@@ -49,7 +49,7 @@ def tasks(bench: Bench) -> Iterator[Measure]:
 def one_task(bench: Bench) -> Iterator[Measure]:
     calls = bench.pick(50, 2000, 5000)
     name = next(iter(POOLS))
-    own, peers = _measured(bench, 1, calls, bench.rounds, [name])
+    own, peers = _measured(bench, 1, calls, bench.rounds(), [name])
     bench.note = f"{calls} transitions one after another, plain event loop"
     yield _latency("p50", 50, own, name, peers[name], ratio_at_most(0.9))
     yield _latency("p99", 99, own, name, peers[name])

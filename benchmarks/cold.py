@@ -26,7 +26,7 @@ def after_wipe(bench: Bench) -> Iterator[Measure]:
     fleet.flush()
     rng = random.Random(5)
     first, cold, calls = [], [], bench.pick(20, 300, 1000)
-    for turn in range(bench.pick(2, 5, 7)):
+    for turn in range(bench.rounds(2, 5, 7)):
         bench.progress(f"wipe {turn + 1}")
         _wipe(bench)
         moves = fleet.some(calls + 1, rng)
@@ -54,7 +54,7 @@ def bulk(bench: Bench) -> Iterator[Measure]:
     rng, size = random.Random(3), bench.pick(200, 10_000, 40_000)
     cold: list[Cost] = []
     warm: list[Cost] = []
-    for turn in range(bench.pick(2, 5, 5)):
+    for turn in range(bench.rounds(2, 5, 5)):
         bench.progress(f"wipe {turn + 1}")
         _wipe(bench)
         moves = fleet.some(size + 1, rng)

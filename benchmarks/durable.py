@@ -42,7 +42,7 @@ def bulk(bench: Bench) -> Iterator[Measure]:
         lambda: bench.cost(lambda: commits.transitions(bench.pick(20, 1500, 4000))),
         lambda: bench.cost(lambda: events.transitions(bench.pick(20, 500, 2000))),
         lambda: bench.cost(lambda: flows.transitions(bench.pick(10, 100, 500))),
-        rounds=bench.pick(2, 5, 7),
+        rounds=bench.rounds(2, 5, 7),
     )
     bench.note = f"{count:,} instances, each item another one, 5 fields, one process and one thread"
     yield hot.rate(own, single, "a commit each (psycopg)")
@@ -69,10 +69,10 @@ def one(bench: Bench) -> Iterator[Measure]:
             samples.append((time.perf_counter() - begun) * 1e3)
         return samples
 
-    own, single = bench.in_turn(ours, theirs, rounds=bench.pick(2, 5, 7))
+    own, single = bench.in_turn(ours, theirs, rounds=bench.rounds(2, 5, 7))
     yield _p50("p50, one caller", own, single)
     threads = 32
-    crowd, single = bench.in_turn(lambda: _crowd(fleet, threads, calls), theirs, rounds=bench.pick(2, 5, 7))
+    crowd, single = bench.in_turn(lambda: _crowd(fleet, threads, calls), theirs, rounds=bench.rounds(2, 5, 7))
     bench.note = f"{len(fleet.ids):,} instances, 5 fields; the peer is one caller: its rate is its latency's inverse"
     yield Measure(
         f"rate, {threads} threads", "/s", [len(latencies) / seconds for latencies, seconds in crowd],

@@ -53,7 +53,7 @@ def _flush(bench: Bench, kind: str, in_a_row: int, ratio: float, rate: float, *c
     def theirs() -> Cost:
         return bench.cost(lambda: peer.seconds_of(bench.pick(0.1, 1.5, 3.0)))
 
-    own, commits = bench.in_turn(ours, theirs, rounds=bench.pick(2, 5, 7))
+    own, commits = bench.in_turn(ours, theirs, rounds=bench.rounds(2, 5, 7))
     bench.note = f"{count:,} instances, {in_a_row} moves per instance, {entries:,} entries a flush, 5 fields"
     yield hot.rate(own, commits, "a commit each", ratio_at_least(ratio), own_at_least(rate))
     yield Measure("flusher CPU", "us/item", [one.us("client") for one in own], targets=client)  # type: ignore[arg-type]

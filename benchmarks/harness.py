@@ -131,9 +131,12 @@ class Cost:
 class Bench:
     """What a row gets: the servers, its sizes, and a place for its note."""
 
-    def __init__(self, servers: Servers, scale: str, progress: Callable[[str], None]) -> None:
+    def __init__(
+        self, servers: Servers, scale: str, progress: Callable[[str], None], rounds: int | None = None
+    ) -> None:
         self.servers = servers
         self.scale = scale
+        self._rounds = rounds
         self.progress = progress
         self.note = ""
 
@@ -141,9 +144,9 @@ class Bench:
         """A size by scale."""
         return {"quick": quick, "default": default, "full": full}[self.scale]
 
-    @property
-    def rounds(self) -> int:
-        return int(self.pick(2, 7, 9))
+    def rounds(self, quick: int = 2, default: int = 7, full: int = 9) -> int:
+        """How many pairs to take: what the command line says, else by scale."""
+        return self._rounds or int(self.pick(quick, default, full))
 
     def cost(self, work: Callable[[], int]) -> Cost:
         """Run ``work``, which returns how many items it did, and see what that took."""
@@ -158,7 +161,7 @@ class Bench:
 
     def in_turn(self, *sides: Callable[[], Any], rounds: int | None = None, warm: bool = True) -> list[list[Any]]:
         """Run the sides in turn for some rounds, reversed every other one; the samples of each side, by round."""
-        count = rounds or self.rounds
+        count = rounds or self.rounds()
         if warm:
             for side in sides:
                 side()

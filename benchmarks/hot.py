@@ -31,7 +31,7 @@ def transition(bench: Bench) -> Iterator[Measure]:
     peer = Writer(bench.servers.client(), len(fleet.ids))
     client = bench.servers.client()
     calls = bench.pick(100, 2000, 5000)
-    moves = iter(fleet.moves(calls * (bench.rounds + 1)))
+    moves = iter(fleet.moves(calls * (bench.rounds() + 1)))
 
     def ours() -> None:
         move = next(moves)
@@ -160,11 +160,13 @@ def interleaved(bench: Bench, calls: int, *sides: Callable[[], Any]) -> list[lis
         for _ in range(calls // 10):
             side()
     blocks = []
-    for turn in range(bench.rounds):
-        bench.progress(f"round {turn + 1} of {bench.rounds}")
+    for turn in range(bench.rounds()):
+        bench.progress(f"round {turn + 1} of {bench.rounds()}")
         block: list[list[float]] = [[] for _ in sides]
+        order = list(zip(sides, block, strict=True))
         for _ in range(calls):
-            for side, samples in zip(sides, block, strict=True):
+            order.append(order.pop(0))  # nobody always comes after the same one
+            for side, samples in order:
                 begun = clock()
                 side()
                 samples.append((clock() - begun) * 1e6)

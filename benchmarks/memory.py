@@ -25,7 +25,7 @@ def two_fields(bench: Bench) -> Iterator[Measure]:
 def _memory(bench: Bench, fields: int, ratio: float) -> Iterator[Measure]:
     count = bench.pick(500, 20_000, 100_000)
     own, peer, entry, kept, kept_bytes = [], [], [], [], []
-    for turn in range(bench.pick(1, 2, 3)):
+    for turn in range(bench.rounds(1, 2, 3)):
         bench.progress(f"round {turn + 1}")
         one = _ours(bench, count, fields)
         own.append(one["instance"])

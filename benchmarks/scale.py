@@ -28,7 +28,7 @@ def instances(bench: Bench) -> Iterator[Measure]:
 
         return run
 
-    own, peer = bench.in_turn(side(many), side(few), rounds=bench.pick(2, 9, 11))
+    own, peer = bench.in_turn(side(many), side(few), rounds=bench.rounds(2, 9, 11))
     bench.note = f"{many_count:,} hot instances of 5 fields against 1,000; random ones, in calls of 1,000"
     bulk = (ratio_at_most(1.2, only="valkey9"), ratio_at_most(1.2, only="valkey8"), ratio_at_most(1.35, only="redis7"))
     yield Measure(

@@ -42,7 +42,7 @@ def _threads(bench: Bench, count: int, rate: tuple[Any, ...], tail: tuple[Any, .
             queue(pipe, thread * 50 + step % 50, step // 50, PATCHES[step % 2048])
             pipe.execute()
 
-    own, pipelined = bench.in_turn(lambda: _crowd(ours, count, calls), lambda: _crowd(theirs, count, calls))
+    own, pipelined = bench.in_turn(lambda: crowd(ours, count, calls), lambda: crowd(theirs, count, calls))
     bench.note = f"{count} threads of {calls} transitions each, 50 instances each"
     name = "redis-py, pipelined HSET+XADD per call"
     yield Measure("rate", "/s", [one[0] for one in own], name, [one[0] for one in pipelined], rate)
@@ -57,7 +57,7 @@ def alone(bench: Bench) -> Iterator[Measure]:
     servers = bench.servers
     database = servers.database("sqlite")
     fleet = Fleet(servers.cache(database), 1000)
-    bare = Fleet(servers.cache(database), 1000, start=False)
+    bare = Fleet(servers.cache(database), 1000, start=False, seed=8)
     bare.steps = fleet.steps  # the same instances
     _take_batching_out(bare.cache)
     peer = Writer(servers.client(), 1000)
@@ -88,7 +88,7 @@ def _take_batching_out(cache: StateCache) -> None:
     cache.driver._batcher = Direct()  # type: ignore[assignment]
 
 
-def _crowd(call: Callable[[int, int], None], count: int, calls: int) -> Sample:
+def crowd(call: Callable[[int, int], None], count: int, calls: int) -> Sample:
     latencies: list[float] = []
     barrier = threading.Barrier(count + 1)
 

@@ -77,7 +77,7 @@ def _together(bench: Bench, in_a_row: int, offered: float, target: Any) -> Itera
     commits, stretches = [], []
     with _processes(bench, url, count, in_a_row) as (writer, flusher):
         warm = _warmed(fleet, writer)
-        for turn in range(bench.pick(1, 2, 2)):
+        for turn in range(bench.rounds(1, 2, 2)):
             bench.progress(f"stretch {turn + 1}: the peer")
             before = _peer(bench, peer)
             bench.progress(f"stretch {turn + 1}: {seconds:g} s")
