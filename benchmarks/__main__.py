@@ -96,7 +96,11 @@ def _run(rows: Sequence[harness.Row], options: argparse.Namespace) -> int:
     path = options.output or RESULTS / f"{started:%Y%m%d-%H%M%S}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     with Servers(options.server, aof=options.aof) as servers:
-        document["machine"] = {**machine_facts(servers), "postgresql": postgres_version(servers)}
+        try:
+            document["machine"] = {**machine_facts(servers), "postgresql": postgres_version(servers)}
+        except wheels.ServerError as error:
+            _say(f"no server to run on: {error}")
+            return 1
         servers.end_row()
         for place, one in enumerate(rows):
             told = _one(servers, scale, one, f"[{place + 1}/{len(rows)}] {one.name}", options)

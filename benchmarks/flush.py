@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from benchmarks import hot
-from benchmarks.harness import Bench, Cost, Measure, own_at_least, own_at_most, ratio_at_least, row
+from benchmarks.harness import Bench, Cost, Measure, Target, own_at_least, own_at_most, ratio_at_least, row
 from benchmarks.peers_sql import Committer, postgres_committer, sqlite_committer
 from benchmarks.workload import Fleet
 
@@ -34,7 +34,7 @@ def sqlite_four(bench: Bench) -> Iterator[Measure]:
     yield from _flush(bench, "sqlite", 4, 15, 45_000)
 
 
-def _flush(bench: Bench, kind: str, in_a_row: int, ratio: float, rate: float, *client: object) -> Iterator[Measure]:
+def _flush(bench: Bench, kind: str, in_a_row: int, ratio: float, rate: float, *client: Target) -> Iterator[Measure]:
     count = bench.pick(1000, 50_000, 200_000)
     entries = bench.pick(1000, 50_000, 200_000)
     fleet = Fleet(bench.servers.cache(bench.servers.database(kind)), count)
@@ -56,7 +56,7 @@ def _flush(bench: Bench, kind: str, in_a_row: int, ratio: float, rate: float, *c
     own, commits = bench.in_turn(ours, theirs, rounds=bench.rounds(2, 5, 7))
     bench.note = f"{count:,} instances, {in_a_row} moves per instance, {entries:,} entries a flush, 5 fields"
     yield hot.rate(own, commits, "a commit each", ratio_at_least(ratio), own_at_least(rate))
-    yield Measure("flusher CPU", "us/item", [one.us("client") for one in own], targets=client)  # type: ignore[arg-type]
+    yield Measure("flusher CPU", "us/item", [one.us("client") for one in own], targets=client)
     yield Measure("Valkey CPU", "us/item", [one.us("server") for one in own])
     if kind == "postgresql":
         yield hot.cpu("PostgreSQL CPU", "sql", own, commits)

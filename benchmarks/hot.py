@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,13 +11,14 @@ from benchmarks.harness import (
     Bench,
     Cost,
     Measure,
+    Target,
     own_at_most,
     percentile,
     ratio_at_least,
     ratio_at_most,
     row,
 )
-from benchmarks.peers_redis import Writer
+from benchmarks.peers_redis import Writer, hash_key
 from benchmarks.workload import PATCHES, Fleet, order_id, refused
 
 INSTANCES = 16_000
@@ -57,7 +57,7 @@ def get(bench: Bench) -> Iterator[Measure]:
         return fleet.orders.get(fleet.ids[next(numbers)]).data
 
     def theirs() -> Any:
-        return client.hgetall(f"{{peer:{(number := next(numbers)) % 16:02d}}}:i:order:{order_id(number)}")
+        return client.hgetall(hash_key(next(numbers)))
 
     blocks = interleaved(bench, calls, ours, theirs)
     bench.note = f"{len(fleet.ids)} instances, 5 fields, one connection, {calls} calls a round"
@@ -145,8 +145,8 @@ def get_many(bench: Bench) -> Iterator[Measure]:
 
     lazy, decoded, plain = bench.in_turn(ours(False), ours(True), theirs)
     bench.note = f"{len(fleet.ids)} instances, 5 fields, one thread"
-    yield rate(lazy, plain, "pipelined HGETALL", ratio_at_least(1.7), "rate, data decoded on access")
-    yield rate(decoded, plain, "pipelined HGETALL", ratio_at_least(1.4), "rate, data decoded")
+    yield rate(lazy, plain, "pipelined HGETALL", ratio_at_least(1.7), name="rate, data decoded on access")
+    yield rate(decoded, plain, "pipelined HGETALL", ratio_at_least(1.4), name="rate, data decoded")
     yield cpu("client CPU", "client", lazy, plain)
 
 
@@ -175,7 +175,7 @@ def interleaved(bench: Bench, calls: int, *sides: Callable[[], Any]) -> list[lis
 
 
 def of_percentile(
-    name: str, percent: float, blocks: list[list[list[float]]], own: int, peer: int, peer_name: str, *targets: Any
+    name: str, percent: float, blocks: list[list[list[float]]], own: int, peer: int, peer_name: str, *targets: Target
 ) -> Measure:
     """A percentile of two sides of ``interleaved``, round by round."""
     return Measure(
@@ -184,25 +184,19 @@ def of_percentile(
     )  # fmt: skip
 
 
-def rate(own: list[Cost], peer: list[Cost], peer_name: str, *targets: Any) -> Measure:
-    """Items a second; a text among the targets is the measure's name."""
-    name = next((one for one in targets if isinstance(one, str)), "rate")
-    bounds = tuple(one for one in targets if not isinstance(one, str))
-    return Measure(name, "/s", [one.rate for one in own], peer_name, [one.rate for one in peer], bounds)
+def rate(own: list[Cost], peer: list[Cost], peer_name: str, *targets: Target, name: str = "rate") -> Measure:
+    """Items a second."""
+    return Measure(name, "/s", [one.rate for one in own], peer_name, [one.rate for one in peer], targets)
 
 
 def cpu(name: str, what: str, own: list[Cost], peer: list[Cost], at_most: float | None = None) -> Measure:
-    """CPU microseconds an item, of the medians' kind that a target bounds."""
+    """CPU microseconds an item of ``client``, ``server`` or ``sql``; the bound, if any, is on our own."""
     targets = () if at_most is None else (own_at_most(at_most),)
-    return Measure(
-        name, "us/item", [one.us(what) for one in own], "the same peer", [one.us(what) for one in peer], targets
-    )
+    mine, theirs = ([one.us(what) for one in side] for side in (own, peer))
+    return Measure(name, "us/item", mine, "the same peer", theirs, targets)
 
 
 def done(results: list[Any]) -> list[Any]:
+    """The results of a bulk call, all of which must be receipts."""
     refused(results)
     return results
-
-
-def median_rate(costs: list[Cost]) -> float:
-    return statistics.median(one.rate for one in costs)
