@@ -68,6 +68,14 @@ def test_the_table_is_put_between_the_marks_of_a_page(tmp_path: Path) -> None:
         report.put_into(page, "new")
 
 
+def test_the_committed_reference_run_is_the_table_of_the_page() -> None:
+    folder = Path(command.__file__).parent
+    document = report.read(folder / "results" / "reference.json")
+    page = (folder.parent / "docs" / "performance.md").read_text(encoding="utf-8")
+    assert report.render(document) in page, "python -m benchmarks --render FILE --into docs/performance.md"
+    assert {one["name"] for one in document["rows"]} <= {one.name for one in harness.rows()}
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
