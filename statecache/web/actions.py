@@ -71,6 +71,7 @@ def transition(request: Request, form: Form) -> Response:
     """Fire an event in the name of who has logged in."""
     session = forms.who(request, form)
     machine, id, event = (form.get(name, "") for name in ("machine", "id", "event"))
+    request.state.back = wording.instance_link(machine, id)  # where the error page leads back to
     if not form.get("version", "").isdecimal() or not form.get("transition_id", ""):
         raise problems.Told(400, "this form lacks its version: load the page again")
     receipt = _site(request).handle(machine).transition(
@@ -86,6 +87,7 @@ def retry(request: Request, form: Form) -> Response:
     """Move an instance's dead letters into history, once the reason for their refusal is gone."""
     session = forms.who(request, form)
     machine, id = form.get("machine", ""), form.get("id", "")
+    request.state.back = wording.instance_link(machine, id)
     _site(request).handle(machine)
     count = letters.retry(_site(request).cache, machine, id)
     _log.info("%s retried %d dead letters", session.actor, count, extra={"machine": machine})

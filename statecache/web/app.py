@@ -14,8 +14,9 @@ from starlette.staticfiles import StaticFiles
 
 from statecache.core import errors
 from statecache.core.machine import StateMachine
+from statecache.engine import watching
 from statecache.engine.cache import StateCache
-from statecache.web import actions, api, guard, live, pages, probes, problems, rendering, views, wording
+from statecache.web import actions, api, guard, live, pages, probes, problems, rendering, views
 from statecache.web.policy import Policy
 from statecache.web.site import Site
 
@@ -32,14 +33,15 @@ def create_app(
     """Make the application of a store, which stays its caller's to close.
 
     ``policy`` says who may do what; without one that of the cache's settings. ``machines`` are classes whose guards this
-    process can judge: all others are taken from SQL as they were registered. Raises ``ConfigurationError`` for a policy
-    that is not safe.
+    process can judge: all others are taken from SQL as they were registered. ``/metrics`` shows the registry of
+    ``cache.metrics``. Raises ``ConfigurationError`` for a policy that is not safe, or a registry that shows another store.
     """
     policy = policy or Policy.of(cache.settings)
     app = FastAPI(
         title="statecache", version=version("statecache"), description=_DESCRIPTION, openapi_url="/api/v1/openapi.json",
         docs_url=None, redoc_url=None,
     )  # fmt: skip
+    watching.watch(cache)
     app.state.site = Site(cache, policy, machines)
     app.include_router(api.router)
     app.include_router(probes.router)
@@ -64,8 +66,7 @@ def _answer(request: Request, error: Exception) -> Response:
 
 def _page(request: Request, error: Exception) -> Response:
     status, problem, headers = problems.of(error)
-    machine, id = request.query_params.get("machine"), request.query_params.get("id")
-    back = wording.instance_link(machine, id) if machine and id and status != 404 else None
+    back = getattr(request.state, "back", None)
     page = rendering.page(request, "error.html", status, problem=problem, advice=views.problem(error), back=back)
     page.headers.update(headers)
     return page

@@ -8,7 +8,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Request
 from starlette.responses import RedirectResponse, Response
 
-from statecache.web import rendering, story, views, wording
+from statecache.web import rendering, views, wording
 from statecache.web.site import Site
 
 router = APIRouter(include_in_schema=False)
@@ -30,7 +30,8 @@ def home(request: Request, q: str | None = None) -> Response:
     if found and len(found["exact"]) == 1 and not found["similar"]:
         hit = found["exact"][0]
         return RedirectResponse(wording.instance_link(hit.machine, hit.id), 303)
-    return rendering.page(request, "home.html", q=text, found=found, machines=views.machines(site))
+    titles = found["titles"] if found else {}
+    return rendering.page(request, "home.html", q=text, found=found, titles=titles, machines=views.machines(site))
 
 
 @router.get("/instance")
@@ -68,9 +69,8 @@ def instances(
     state = state or None
     age = None if older_than_minutes is None else timedelta(minutes=older_than_minutes)
     found = handle.find(state, older_than=age, limit=_LISTED_MAX)
-    titles = {one: story.state_title(handle.machine, one) for one in handle.machine.definition.states}
     return rendering.page(
-        request, "instances.html", name=name, title=handle.machine.spec.title or name, state=state, titles=titles,
+        request, "instances.html", name=name, title=handle.machine.spec.title or name, state=state, titles=views.titles(handle),
         older_than_minutes=older_than_minutes, found=found, more=len(found) == _LISTED_MAX,
     )  # fmt: skip
 

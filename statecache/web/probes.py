@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from fastapi import APIRouter, Request
-from starlette.responses import JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from statecache.web import documents, problems
 from statecache.web.site import Site
@@ -28,3 +29,10 @@ def readyz(request: Request) -> JSONResponse:
     reasons = site.not_ready()
     body = documents.Ready(ready=not reasons, reasons=reasons)
     return JSONResponse(body.model_dump(), 503 if reasons else 200)
+
+
+@router.get("/metrics", response_class=PlainTextResponse, responses=problems.documented(401, 421))
+def metrics(request: Request) -> Response:
+    """What this process has counted, and the gauges of the store, for Prometheus."""
+    site: Site = request.app.state.site
+    return Response(site.cache.metrics.text(), media_type=CONTENT_TYPE_LATEST)

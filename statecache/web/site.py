@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import math
 import threading
 import time
@@ -17,6 +18,9 @@ from statecache.web.policy import Policy
 _STATUS_SECONDS = 0.8
 _PARKED_MAX = 1000
 _RECOVERIES = 20
+_LOOK_SECONDS_MAX = 5.0
+
+Health = tuple[engine_status.Status, int]
 
 
 class Site:
@@ -31,7 +35,7 @@ class Site:
         self._handles: dict[str, MachineHandle] = {}
         self._lock = threading.Lock()
         self._looked_at = -math.inf
-        self._status: tuple[engine_status.Status, int] | errors.StateCacheError
+        self._look: concurrent.futures.Future[Health] | None = None
 
     def handle(self, name: str) -> MachineHandle:
         """The handle of a machine's latest version. One query; the machine itself is built once a version.
@@ -71,22 +75,28 @@ class Site:
                 found += self.cache.durable.beginning_with(name, prefix, limit - len(found))
         return found
 
-    def status(self) -> tuple[engine_status.Status, int]:
+    def status(self) -> Health:
         """How the store is doing, and how many instances are parked (1000 at most); at most a second old.
 
-        Raises ``UnavailableError`` when SQL is away.
+        Raises ``UnavailableError`` when SQL is away, or a server hangs: one look is waited for by all who ask, and no other
+        is begun while it hangs.
         """
-        with self._lock:  # one look serves all who wait, a failed one too: else they would wait for SQL one by one
-            if time.monotonic() - self._looked_at > _STATUS_SECONDS:
-                try:
-                    found = engine_status.status(self.cache, _RECOVERIES)
-                    self._status = found, len(self.cache.durable.parked_instances(_PARKED_MAX))
-                except errors.StateCacheError as error:
-                    self._status = error
-                self._looked_at = time.monotonic()
-            if isinstance(self._status, errors.StateCacheError):
-                raise self._status
-            return self._status
+        with self._lock:
+            if self._look is None or (self._look.done() and time.monotonic() - self._looked_at > _STATUS_SECONDS):
+                self._look, self._looked_at = concurrent.futures.Future(), time.monotonic()
+                threading.Thread(target=self._fulfil, args=(self._look,), name="statecache-look", daemon=True).start()
+            look = self._look
+        try:
+            return look.result(_LOOK_SECONDS_MAX)
+        except TimeoutError:
+            raise errors.UnavailableError(f"a server has not answered for {_LOOK_SECONDS_MAX:g} s") from None
+
+    def _fulfil(self, look: concurrent.futures.Future[Health]) -> None:
+        try:
+            found = engine_status.status(self.cache, _RECOVERIES)
+            look.set_result((found, len(self.cache.durable.parked_instances(_PARKED_MAX))))
+        except BaseException as error:
+            look.set_exception(error)
 
     def not_ready(self) -> list[str]:
         """Why this deployment should get no traffic now; empty when it should."""

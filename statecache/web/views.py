@@ -146,7 +146,21 @@ def search(site: Site, text: str, limit: int) -> dict[str, Any]:
     exact = site.exact(text)
     known = {(one.machine, one.id) for one in exact}
     similar = [one for one in site.similar(text, limit + len(exact)) if (one.machine, one.id) not in known]
-    return {"exact": exact, "similar": similar[:limit], "more": len(similar) > limit}
+    names = {one.machine for one in exact} | {one.machine for one in similar}
+    return {
+        "exact": exact,
+        "similar": similar[:limit],
+        "more": len(similar) > limit,
+        "titles": {
+            name: titles(site.handle(name))
+            for name in {*(one.machine for one in exact), *(one.machine for one in similar)}
+        },
+    }
+
+
+def titles(handle: MachineHandle) -> dict[str, str]:
+    """What people call the states."""
+    return {state: story.state_title(handle.machine, state) for state in handle.machine.definition.states}
 
 
 def problem(error: Exception) -> str | None:

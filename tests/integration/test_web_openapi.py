@@ -34,7 +34,7 @@ OPERATIONS = [
     "GET /api/v1/where", "GET /api/v1/instances/{machine}", "GET /api/v1/history/{machine}",
     "POST /api/v1/instances/{machine}", "POST /api/v1/transitions/{machine}", "GET /api/v1/machines",
     "GET /api/v1/machines/{machine}", "GET /api/v1/counts/{machine}", "GET /api/v1/find/{machine}", "GET /api/v1/health",
-    "GET /healthz", "GET /readyz",
+    "GET /healthz", "GET /readyz", "GET /metrics",
 ]  # fmt: skip
 
 

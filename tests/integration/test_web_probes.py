@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from statecache.web.policy import Policy
-from tests.support import servers, webs, worlds
+from tests.support import prometheus, servers, webs, worlds
 from tests.support.waiting import wait_until
 
 
@@ -67,3 +67,31 @@ def test_not_ready_behind_its_bound(redis_url: str, sqlite_url: str, namespace: 
         assert told[0].startswith("lag: ")
         world.flush()
         wait_until(lambda: not _reasons(web), "it is ready again")
+
+
+def test_a_server_that_hangs_is_not_waited_for_without_end(
+    redis_url: str, private_postgres: servers.PostgresServer, namespace: str
+) -> None:
+    """SQL is stopped, not dead: its connections stand and say nothing. Each probe is answered all the same."""
+    url = private_postgres.url(private_postgres.create_database())
+    with worlds.World(redis_url, url, namespace) as world, webs.serving(world) as web:
+        assert web.get("/readyz").status_code == 200
+        private_postgres.pause()
+        try:
+            told = wait_until(lambda: _reasons(web), "it is not ready", 30)
+            assert told[0].startswith("SQL: ")
+            assert web.get("/healthz").status_code == 200
+        finally:
+            private_postgres.resume()
+        wait_until(lambda: not _reasons(web), "it is ready again", 30)
+
+
+def test_metrics_of_the_process_and_of_the_store(redis_url: str, sqlite_url: str, namespace: str) -> None:
+    with worlds.World(redis_url, sqlite_url, namespace) as world, webs.serving(world, webs.ACTING) as web:
+        web.post("/api/v1/instances/order", json={"id": "1"}, headers=web.bearer)
+        answer = web.get("/metrics")
+        assert answer.headers["content-type"].startswith("text/plain; version=")
+        prometheus.promtool("check", "metrics", stdin=answer.content)
+        lines = answer.text.splitlines()
+        assert any(line.startswith("statecache_flush_lag_seconds{") and not line.endswith(" 0.0") for line in lines)
+        assert any(line.startswith('statecache_transitions_total{event="@start",machine="order"') for line in lines)
