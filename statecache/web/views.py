@@ -151,10 +151,7 @@ def search(site: Site, text: str, limit: int) -> dict[str, Any]:
         "exact": exact,
         "similar": similar[:limit],
         "more": len(similar) > limit,
-        "titles": {
-            name: titles(site.handle(name))
-            for name in {*(one.machine for one in exact), *(one.machine for one in similar)}
-        },
+        "titles": {name: titles(site.handle(name)) for name in names},
     }
 
 
