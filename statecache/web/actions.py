@@ -21,6 +21,7 @@ from statecache.web.site import Site
 
 _log = logging.getLogger(__name__)
 router = APIRouter(include_in_schema=False)
+_VERSION_DIGITS_MAX = 19
 Form = Annotated[dict[str, str], Depends(forms.read)]
 
 
@@ -72,11 +73,12 @@ def transition(request: Request, form: Form) -> Response:
     session = forms.who(request, form)
     machine, id, event = (form.get(name, "") for name in ("machine", "id", "event"))
     request.state.back = wording.instance_link(machine, id)  # where the error page leads back to
-    if not form.get("version", "").isdecimal() or not form.get("transition_id", ""):
+    version = form.get("version", "")
+    if not (version.isdecimal() and len(version) < _VERSION_DIGITS_MAX and form.get("transition_id", "")):
         raise problems.Told(400, "this form lacks its version: load the page again")
     receipt = _site(request).handle(machine).transition(
         id, event, actor=session.actor, reason=form.get("reason", "").strip() or None,
-        expect_version=int(form["version"]), transition_id=form["transition_id"],
+        expect_version=int(version), transition_id=form["transition_id"],
     )  # fmt: skip
     _log.info("%s fired %s", session.actor, receipt.event, extra={"machine": machine, "version": receipt.version})
     return RedirectResponse(wording.link("/instance", machine=machine, id=id, done=1), 303)

@@ -48,8 +48,8 @@ def create_app(
     for faces in (pages, actions, live):
         app.include_router(faces.router)
     app.mount("/static", StaticFiles(packages=[(__package__, "static")]))
-    app.add_middleware(guard.Guard, policy=policy)
-    for kind in (errors.StateCacheError, problems.Told, RequestValidationError, HTTPException, Exception):
+    app.add_middleware(guard.Guard, policy=policy, answer=_answer)
+    for kind in (errors.StateCacheError, problems.Told, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _answer)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
@@ -59,9 +59,7 @@ def _answer(request: Request, error: Exception) -> Response:
     status, _, _ = problems.of(error)
     if status >= 500:
         _log.warning("%s %s: %s", request.method, request.url.path, error, exc_info=status == 500)
-    if guard.is_for_programs(request.url.path):
-        return problems.response(error)
-    return _page(request, error)
+    return problems.response(error) if guard.is_for_programs(request.url.path) else _page(request, error)
 
 
 def _page(request: Request, error: Exception) -> Response:

@@ -13,10 +13,11 @@ Plain ASGI: it passes streams through as they are. What it decides:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from urllib.parse import quote, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.requests import cookie_parser
+from starlette.requests import Request, cookie_parser
 from starlette.responses import RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -40,6 +41,7 @@ SECURITY_HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Permissions-Policy": "camera=(), geolocation=(), microphone=()",
 }
+HEADERS = {**SECURITY_HEADERS, "Cache-Control": "no-store"}
 
 
 def is_for_programs(path: str) -> bool:
@@ -48,11 +50,15 @@ def is_for_programs(path: str) -> bool:
 
 
 class Guard:
-    """The middleware. It puts the session, or None, into ``scope["state"]["session"]``."""
+    """The middleware. It puts the session, or None, into ``scope["state"]["session"]``.
 
-    def __init__(self, app: ASGIApp, policy: Policy) -> None:
+    ``answer`` makes the answer to an error that nothing inside expected.
+    """
+
+    def __init__(self, app: ASGIApp, policy: Policy, answer: Callable[[Request, Exception], Response]) -> None:
         self._app = app
         self._policy = policy
+        self._answer = answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
@@ -63,22 +69,31 @@ class Guard:
             return
         path = scope["path"]
 
+        started = False
+
         async def secured(message: Message) -> None:
+            nonlocal started
             if message["type"] == "http.response.start":
+                started = True
                 headers = MutableHeaders(scope=message)
-                for name, value in SECURITY_HEADERS.items():
-                    headers[name] = value
-                headers.setdefault("Cache-Control", "no-store")
+                headers.update(HEADERS)
+                if path.startswith("/static/"):
+                    headers["Cache-Control"] = "no-cache"  # to be asked for, and mostly answered with 304
             await send(message)
 
         headers = Headers(scope=scope)
         session = self._session(headers)
         scope.setdefault("state", {})["session"] = session
         refusal = self._refusal(scope["method"], path, scope.get("query_string", b""), headers, session)
-        if refusal is None:
-            await self._app(scope, receive, secured)
-        else:
+        if refusal is not None:
             await refusal(scope, receive, secured)
+            return
+        try:
+            await self._app(scope, receive, secured)
+        except Exception as error:
+            if started:
+                raise
+            await self._answer(Request(scope), error)(scope, receive, secured)
 
     def _session(self, headers: Headers) -> Session | None:
         cookie = cookie_parser(headers.get("cookie", "")).get(SESSION_COOKIE)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from datetime import timedelta
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
 from starlette.responses import RedirectResponse, Response
 
+from statecache.core import errors
 from statecache.web import rendering, views, wording
 from statecache.web.site import Site
 
 router = APIRouter(include_in_schema=False)
 _FOUND_MAX = 50
 _LISTED_MAX = 100
+_MINUTES_MAX = 10_000_000
 
 
 def _site(request: Request) -> Site:
@@ -62,17 +65,33 @@ def instances(
     request: Request,
     name: str,
     state: str | None = None,
-    older_than_minutes: Annotated[float | None, Query(ge=0, le=1e7, allow_inf_nan=False)] = None,
+    older_than_minutes: str = "",
 ) -> Response:
     """Instances of a machine, those first that have been longest where they are."""
     handle = _site(request).handle(name)
     state = state or None
-    age = None if older_than_minutes is None else timedelta(minutes=older_than_minutes)
+    minutes = _minutes(older_than_minutes)
+    age = None if minutes is None else timedelta(minutes=minutes)
     found = handle.find(state, older_than=age, limit=_LISTED_MAX)
     return rendering.page(
         request, "instances.html", name=name, title=handle.machine.spec.title or name, state=state, titles=views.titles(handle),
-        older_than_minutes=older_than_minutes, found=found, more=len(found) == _LISTED_MAX,
+        older_than_minutes=minutes, found=found, more=len(found) == _LISTED_MAX,
     )  # fmt: skip
+
+
+def _minutes(text: str) -> float | None:
+    """A field that may be left empty."""
+    if not text.strip():
+        return None
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = math.nan
+    if not 0 <= minutes <= _MINUTES_MAX:
+        raise errors.InvalidDataError(
+            f"minutes {wording.value(text)!r} is refused: a number from 0 to {_MINUTES_MAX:,}"
+        )
+    return minutes
 
 
 @router.get("/health")

@@ -27,6 +27,7 @@ _environment.filters |= {
     "machine_time": wording.machine_time,
     "ranges": wording.ranges,
 }
+_environment.tests["notable"] = lambda part: part["kind"] not in ("intact", "new") or bool(part["findings"])
 _environment.globals |= {"link": wording.link, "instance_link": wording.instance_link}
 
 

@@ -38,6 +38,7 @@ def serve(app: FastAPI, host: str, port: int, listening: Callable[[str], None]) 
 
     Raises ``UnavailableError`` when the address cannot be had.
     """
+    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # the application logs its errors itself
     with bind(host, port) as bound:
         _Server(configuration(app), app.state.site, listening).run([bound])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import math
 import threading
 import time
@@ -59,15 +60,17 @@ class Site:
         """The instances with this id, one a machine at most; also that of an address ``machine:id``."""
         found = []
         for name in self.machine_names():
-            for wanted in (id, id.removeprefix(f"{name}:")) if id.startswith(f"{name}:") else (id,):
-                try:
-                    found.append(self.handle(name).get(wanted))
-                except errors.NotFoundError:
-                    continue
+            prefix = f"{name}:"
+            for wanted in (id, id[len(prefix) :]) if id.startswith(prefix) else (id,):
+                if 0 < len(wanted) <= self.cache.settings.id_length_max:
+                    with contextlib.suppress(errors.NotFoundError):
+                        found.append(self.handle(name).get(wanted))
         return found
 
     def similar(self, prefix: str, limit: int) -> list[Checkpoint]:
         """Instances whose id begins so, as of the watermark, ``limit`` at most."""
+        if len(prefix) > self.cache.settings.id_length_max:
+            return []
         codec.check_text("id", prefix, self.cache.settings.id_length_max)
         found: list[Checkpoint] = []
         for name in self.machine_names():

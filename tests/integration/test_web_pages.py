@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from statecache.web import guard
 from statecache.web.policy import Policy
 from tests.support import refusing, webs, worlds
 
@@ -209,6 +210,7 @@ def test_forms_need_session_origin_and_form_token(world: worlds.World, web: webs
     assert submit(web, "/actions/transition", form, Cookie="").status_code == 401
     assert web.post("/actions/transition", json=form, headers={"Origin": web.url}).status_code == 400
     assert submit(web, "/actions/transition", form | {"version": "x"}).status_code == 400
+    assert submit(web, "/actions/transition", form | {"version": "9" * 5000}).status_code == 400
     assert submit(web, "/actions/transition", form | {"event": "no_such"}).status_code == 409
     assert submit(web, "/actions/transition", {f"f{n}": "" for n in range(50)}).status_code == 400
     assert world.orders.get("1").version == 1
@@ -251,3 +253,41 @@ def test_elsewhere_pages_ask_for_the_token_first(world: worlds.World) -> None:
         assert web.get("/live/health").status_code == 401
         log_in(web)
         assert web.get("/instance?machine=order&id=1").status_code == 200
+
+
+def test_what_nobody_expected_says_nothing_and_is_as_safe(
+    world: worlds.World, web: webs.Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error that is none of ours is told to the log, not to the reader."""
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("a secret")
+
+    monkeypatch.setattr("statecache.web.site.Site.exact", broken)
+    for path in ("/?q=1", "/api/v1/where?id=1"):
+        answer = web.get(path)
+        assert answer.status_code == 500
+        assert "a secret" not in answer.text
+        for name, value in guard.HEADERS.items():
+            assert answer.headers[name] == value
+
+
+def test_reports_of_recoveries(world: worlds.World, web: webs.Served) -> None:
+    world.start("1", ["pay"])
+    world.flush()
+    world.wipe()
+    world.cache.recover()
+    page = web.get("/health").text
+    assert "Report: 2 of 2 partitions" in page
+    assert "wiped" in page
+
+
+def test_odd_searches_and_fields(world: worlds.World, web: webs.Served) -> None:
+    long = "x" * 200
+    world.start(long)
+    assert web.get("/", params={"q": f"order:{long}"}).status_code == 303, "an address may be longer than an id"
+    for q in ("order:", ":", "x" * 1000, "nobody:1", "order:1"):
+        assert "Nothing is called" in web.get("/", params={"q": q}).text
+    for minutes, status in (("", 200), ("0.5", 200), ("x", 422), ("nan", 422), ("1e99", 422), ("-1", 422)):
+        answer = web.get("/machines/order/instances", params={"state": "", "older_than_minutes": minutes})
+        assert answer.status_code == status
