@@ -120,6 +120,27 @@ def database_url(request: pytest.FixtureRequest) -> str:
     return url
 
 
+@pytest.fixture(params=["sync", "async"])
+def client(request: pytest.FixtureRequest) -> str:
+    """Which of the two clients a behaviour is tested on: ``World(..., client=client)``."""
+    kind: str = request.param
+    return kind
+
+
+@pytest.fixture(
+    params=[
+        ("sqlite", "sync"),
+        pytest.param(("postgres", "sync"), marks=pytest.mark.postgres),
+        ("sqlite", "async"),  # its SQL is the sync client's
+    ],
+    ids=" ".join,
+)
+def database_and_client(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """SQLAlchemy URL of a fresh database, and the client: behaviour that may depend on either."""
+    kind, client = request.param
+    return request.getfixturevalue(f"{kind}_url"), client
+
+
 @pytest.fixture
 def data_folder(tmp_path: Path) -> Iterator[Path]:
     """A data folder for the embedded server. A server that the test left running in it is stopped."""

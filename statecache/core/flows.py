@@ -222,7 +222,7 @@ def transition(request: Request, answered: items.Outcome | None = None) -> Gener
             elif code == "OLD":
                 known = yield from _long_ago(request)
                 if known is not None:
-                    return known
+                    return _confirmed(outcome, known)
                 guard_wanted = _pin(request, int(outcome.words[0]), verdict)
             elif code == "VERSION":
                 guard_wanted = _pin(request, int(outcome.words[0]), verdict)

@@ -57,7 +57,8 @@ class AsyncStateCache:
     def __init__(self, sync: StateCache) -> None:
         self.sync = sync
         """The sync client that does what is rare; it may be used too, from threads."""
-        self.hot = AsyncHotStore(sync.hot, sync.redis_url, sync.settings.socket_timeout_seconds)
+        settings = sync.settings
+        self.hot = AsyncHotStore(sync.hot, sync.redis_url, settings.socket_timeout_seconds, settings.batch_items_max)
 
     @classmethod
     def connect(
@@ -241,14 +242,14 @@ class AsyncMachineHandle:
     ) -> list[model.Receipt | errors.StateCacheError]:
         """As ``MachineHandle.start_many``."""
         return await asyncio.to_thread(
-            self._sync.start_many, list(starts), actor=actor, durability=durability, timeout=timeout
+            self._sync.start_many, starts, actor=actor, durability=durability, timeout=timeout
         )
 
     async def transition_many(
         self, moves: Iterable[model.Move], *, durability: str | None = None, timeout: float | None = None
     ) -> list[model.Receipt | errors.StateCacheError]:
         """As ``MachineHandle.transition_many``."""
-        return await asyncio.to_thread(self._sync.transition_many, list(moves), durability=durability, timeout=timeout)
+        return await asyncio.to_thread(self._sync.transition_many, moves, durability=durability, timeout=timeout)
 
     async def get(self, id: str, *, timeout: float | None = None) -> model.Snapshot:
         """As ``MachineHandle.get``."""

@@ -36,8 +36,13 @@ class _Waiter:
 class Batcher:
     """Sends items of many threads in shared script calls."""
 
-    def __init__(self, apply: Callable[[Sequence[items.Item], float | None], list[items.Outcome]]) -> None:
+    def __init__(
+        self,
+        apply: Callable[[Sequence[items.Item], float | None], list[items.Outcome]],
+        items_max: int = BATCH_ITEMS_MAX,
+    ) -> None:
         self._apply = apply
+        self._items_max = min(items_max, BATCH_ITEMS_MAX)
         self._lock = threading.Lock()
         self._queue: deque[_Waiter] = deque()
         self._led = False
@@ -77,7 +82,7 @@ class Batcher:
         """Those of the queue that travel with its first: as many as fit, none that wants another confirmation."""
         size = len(leader.item.tail)
         taken: list[_Waiter] = []
-        while self._queue and len(taken) + 1 < BATCH_ITEMS_MAX:
+        while self._queue and len(taken) + 1 < self._items_max:
             waiter = self._queue[0]
             size += len(waiter.item.tail)
             if size > BATCH_BYTES_MAX or waiter.item.confirm != leader.item.confirm:

@@ -84,6 +84,7 @@ class StateCache:
             self.admission,
             self._revive,
             lambda count: self.metrics.add("statecache_hydrations_total", count),
+            batch_items_max=settings.batch_items_max,
         )
         self.flusher = self.make_flusher(self._partitions)
         self.leases = Leases(self.durable, settings.partition_count, lease_seconds=settings.lease_seconds)

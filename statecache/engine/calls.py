@@ -28,29 +28,34 @@ class Calls:
 
     def starts(self, starts: Iterable[Start], actor: str | None) -> tuple[list[Any], Build]:
         """The ids of many starts, and what builds the request of each."""
-        wanted = [_as_start(start) for start in starts]
+        wanted = [_as_start(start) for start in as_list("starts", starts)]
 
         def build(index: int) -> flows.Request:
             one = wanted[index]
+            if isinstance(one, errors.InvalidDataError):
+                raise one
             return self.door.start(
                 one.id, one.data, actor=one.actor or actor, reason=one.reason, transition_id=one.transition_id,
                 occurred_at=one.occurred_at,
             )  # fmt: skip
 
-        return [one.id for one in wanted], build
+        return [getattr(one, "id", None) for one in wanted], build
 
     def moves(self, moves: Iterable[model.Move]) -> tuple[list[Any], Build]:
         """The ids of many moves, and what builds the request of each."""
-        wanted = list(moves)
+        wanted = [_as_move(move) for move in as_list("moves", moves)]
         # A move sent again is answered only after history was asked; what follows it must not overtake it meanwhile.
-        repeatable = {move.id for move in wanted if move.transition_id is not None}
+        repeatable = {move.id for move in wanted if isinstance(move, model.Move) and _is_repeatable(move)}
 
         def build(index: int) -> flows.Request:
-            request = self.door.transition(wanted[index])
+            one = wanted[index]
+            if isinstance(one, errors.InvalidDataError):
+                raise one
+            request = self.door.transition(one)
             request.own_id = request.own_id or request.item.id in repeatable
             return request
 
-        return [move.id for move in wanted], build
+        return [getattr(one, "id", None) for one in wanted], build
 
     def addresses(self, ids: Sequence[str], results: list[Any]) -> list[tuple[int, tuple[int, str, str]]]:
         """Where the instances lie, by index; the error of an id that is refused is put into ``results``."""
@@ -154,7 +159,34 @@ def _check_kind(what: str, value: object, kind: type) -> None:
         )
 
 
-def _as_start(start: model.Start | tuple[str, Mapping[str, Any] | None] | str) -> model.Start:
-    if isinstance(start, model.Start):
-        return start
-    return model.Start(start) if isinstance(start, str) else model.Start(*start)
+def as_list(what: str, given: Iterable[Any]) -> list[Any]:
+    """A list of what a bulk call was given."""
+    if isinstance(given, (str, Mapping)) or not isinstance(given, Iterable):
+        raise errors.InvalidDataError(f"{what} {wording.shown(given)} is refused: give a list")
+    return list(given)
+
+
+def _as_start(start: Any) -> model.Start | errors.InvalidDataError:
+    """One element of a list of starts, or the error that it will get: the others are begun."""
+    match start:
+        case model.Start():
+            return start
+        case str(id):
+            return model.Start(id)
+        case (id, data):
+            return model.Start(id, data)
+    return errors.InvalidDataError(
+        f"the start {wording.shown(start)} is refused: it must be an id, (id, data) or a Start, not {type(start).__name__}"
+    )
+
+
+def _is_repeatable(move: model.Move) -> bool:
+    return move.transition_id is not None and isinstance(move.id, str)
+
+
+def _as_move(move: object) -> model.Move | errors.InvalidDataError:
+    if isinstance(move, model.Move):
+        return move
+    return errors.InvalidDataError(
+        f"the move {wording.shown(move)} is refused: it must be a Move, not {type(move).__name__}"
+    )

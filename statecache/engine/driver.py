@@ -55,13 +55,17 @@ class Driver:
         admission: Admission,
         revive: Callable[[], None] = lambda: None,
         on_hydrated: Callable[[int], None] = lambda count: None,
+        *,
+        batch_items_max: int = 1000,
     ) -> None:
         self.hot = hot
         self.durable = durable
         self.admission = admission
         self._revive = revive
         self._on_hydrated = on_hydrated
-        self._batcher = Batcher(hot.apply)
+        self._batch_items_max = batch_items_max
+        self._lane_items_max = min(batch_items_max, _LANE_ITEMS_MAX)
+        self._batcher = Batcher(hot.apply, batch_items_max)
         self.closing = threading.Event()
 
     # --- one flow ----------------------------------------------------------------------------------------------------
@@ -128,7 +132,7 @@ class Driver:
         sent: deque[tuple[list[int], list[flows.Request], list[Running]]] = deque()
 
         def opened() -> Iterator[list[items.Item]]:
-            for indexes in _chunks(ids):
+            for indexes in _chunks(ids, self._batch_items_max):
                 built, requests, held = self._opened(indexes, build, results)
                 if requests:
                     sent.append((built, requests, held))
@@ -163,7 +167,7 @@ class Driver:
             except errors.StateCacheError as error:
                 results[index] = error
                 continue
-            if flows.opening(request) is None or len(requests) >= _LANE_ITEMS_MAX or request.address in holding:
+            if flows.opening(request) is None or len(requests) >= self._lane_items_max or request.address in holding:
                 holding.add(request.address)
                 one = Running(index, request.address, flows.transition(request))
                 one.wish = next(one.flow)
@@ -228,7 +232,8 @@ class Driver:
             if patience_seconds is not None and (now_left := sum(map(len, lanes))) < left:
                 left, deadline = now_left, time.monotonic() + patience_seconds
             self._answer_others(lanes, results, deadline)
-            self._apply_lanes([ones for ones in map(_sendable, lanes) if ones], results)
+            sendable = [_sendable(lane, self._lane_items_max) for lane in lanes]
+            self._apply_lanes([ones for ones in sendable if ones], results)
             for lane in lanes:
                 lane[:] = [one for one in lane if one.wish is not None]
             lanes = [lane for lane in lanes if lane]
@@ -238,7 +243,7 @@ class Driver:
         sent: deque[list[Running]] = deque()
 
         def packed() -> Iterator[list[items.Item]]:
-            for ones in _joined(lanes):
+            for ones in _joined(lanes, self._batch_items_max):
                 sent.append(ones)
                 yield [one.wish for one in ones]
 
@@ -404,35 +409,39 @@ def pause_seconds(attempt: int) -> float:
     return min(_PAUSE_SECONDS_MAX, _PAUSE_SECONDS_MIN * 2.0 ** min(attempt, 10))
 
 
-def _sendable(lane: Sequence[Running]) -> list[Running]:
+def _sendable(lane: Sequence[Running], items_max: int) -> list[Running]:
     """The flows of a lane whose items may leave now: up to the first that wants something else, or may be sent again."""
     ones: list[Running] = []
     for one in lane:
         if type(one.wish) is not items.Item:
             break
         ones.append(one)
-        if one.wish.pinned or len(ones) >= _LANE_ITEMS_MAX:
+        if one.wish.pinned or len(ones) >= items_max:
             break
     return ones
 
 
-def _chunks(ids: Sequence[Any]) -> Iterator[Sequence[int]]:
+def _chunks(ids: Sequence[Any], items_max: int) -> Iterator[Sequence[int]]:
     """Groups of about ``CHUNK_ITEMS`` indexes; those of one instance stand in one group, in their order."""
     texts = {id for id in ids if isinstance(id, str)}
+    size = min(CHUNK_ITEMS, items_max)
     if len(texts) == len(ids):
-        for start in range(0, len(ids), CHUNK_ITEMS):
-            yield range(start, min(start + CHUNK_ITEMS, len(ids)))
+        for start in range(0, len(ids), size):
+            yield range(start, min(start + size, len(ids)))
         return
     lanes: dict[Any, list[int]] = {}
     for index, id in enumerate(ids):
         lanes.setdefault(id if isinstance(id, str) else index, []).append(index)
-    yield from _joined(lanes.values())
+    yield from _joined(lanes.values(), items_max)
 
 
-def _joined(lanes: Iterable[list[Any]]) -> Iterator[list[Any]]:
-    """Lanes put together to lists of about ``CHUNK_ITEMS``."""
+def _joined(lanes: Iterable[list[Any]], items_max: int) -> Iterator[list[Any]]:
+    """Lanes put together to lists of about ``CHUNK_ITEMS``, of no more than ``items_max`` unless one lane is longer."""
     joined: list[Any] = []
     for lane in lanes:
+        if joined and len(joined) + len(lane) > items_max:
+            yield joined
+            joined = []
         joined += lane
         if len(joined) >= CHUNK_ITEMS:
             yield joined

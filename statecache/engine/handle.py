@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from statecache import metrics
 from statecache.core import entry, errors, flows, model
 from statecache.core.machine import StateMachine
-from statecache.engine.calls import Build, Calls, Start, as_ids
+from statecache.engine.calls import Build, Calls, Start, as_ids, as_list
 
 if TYPE_CHECKING:
     from statecache.engine.cache import StateCache
@@ -126,9 +126,9 @@ class MachineHandle:
         Several moves of one instance are applied in the order given. Cost: one script call per 125 moves, two in flight.
         Without ``timeout`` a long list may take its time: it fails when nothing of it has gone on for the default timeout.
         """
-        wanted = list(moves)
+        wanted = as_list("moves", moves)
         ids, build = self.calls.moves(wanted)
-        return self._write_many(ids, build, lambda index: wanted[index].event, durability, timeout)
+        return self._write_many(ids, build, lambda index: getattr(wanted[index], "event", None), durability, timeout)
 
     def _write(self, request: flows.Request, durability: str | None, timeout: float | None) -> model.Receipt:
         deadline = self._cache.deadline(timeout)

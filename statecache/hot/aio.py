@@ -70,7 +70,9 @@ class _Pump(Generic[Sent, Received]):
         exchange: Callable[[list[Sent]], Awaitable[list[Received]]],
         size: Callable[[Sent], int],
         together: Callable[[Sent, Sent], bool] = lambda left, right: True,
+        items_max: int = store.BATCH_ITEMS_MAX,
     ) -> None:
+        self._items_max = items_max
         self._exchange = exchange
         self._size = size
         self._together = together
@@ -83,7 +85,7 @@ class _Pump(Generic[Sent, Received]):
             return await self._alone(wish)
         answer: asyncio.Future[Received] = asyncio.get_running_loop().create_future()
         self._waiting.append(_Call(wish, answer))
-        if self._active < EXCHANGES_IN_FLIGHT and len(self._waiting) >= store.BATCH_ITEMS_MAX:
+        if self._active < EXCHANGES_IN_FLIGHT and len(self._waiting) >= self._items_max:
             self._start()
         return await answer
 
@@ -127,7 +129,7 @@ class _Pump(Generic[Sent, Received]):
     def _taken(self) -> list[_Call[Sent, Received]]:
         batch: list[_Call[Sent, Received]] = []
         size = 0
-        while self._waiting and len(batch) < store.BATCH_ITEMS_MAX:
+        while self._waiting and len(batch) < self._items_max:
             call = self._waiting[0]
             if call.answer.cancelled():
                 self._waiting.popleft()
@@ -156,7 +158,13 @@ def _for_callers(error: BaseException) -> BaseException:
 class AsyncHotStore:
     """The frequent exchanges of a ``HotStore``, with ``await``. For one event loop."""
 
-    def __init__(self, hot: store.HotStore, url: str, socket_timeout_seconds: float) -> None:
+    def __init__(
+        self,
+        hot: store.HotStore,
+        url: str,
+        socket_timeout_seconds: float,
+        batch_items_max: int = store.BATCH_ITEMS_MAX,
+    ) -> None:
         self.hot = hot
         self._pool = redis.asyncio.ConnectionPool.from_url(
             url,
@@ -172,7 +180,10 @@ class AsyncHotStore:
         self._idle: list[AsyncWire] = []
         self._closed = False
         self._items: _Pump[items.Item, items.Outcome] = _Pump(
-            self._apply, lambda item: len(item.tail), lambda left, right: left.confirm == right.confirm
+            self._apply,
+            lambda item: len(item.tail),
+            lambda left, right: left.confirm == right.confirm,
+            min(batch_items_max, store.BATCH_ITEMS_MAX),
         )
         self._hashes: _Pump[tuple[int, str, str], dict[bytes, bytes]] = _Pump(self._read_hashes, lambda address: 64)
 

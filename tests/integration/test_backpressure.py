@@ -24,12 +24,13 @@ def link(postgres_server: servers.PostgresServer) -> Iterator[proxy.Proxy]:
 
 
 @pytest.fixture
-def world(link: proxy.Proxy, redis_url: str, postgres_url: str, namespace: str) -> Iterator[worlds.World]:
+def world(link: proxy.Proxy, redis_url: str, postgres_url: str, namespace: str, client: str) -> Iterator[worlds.World]:
     """One partition, with a brake of 100 entries while SQL is healthy, and a hard bound of 300."""
     with worlds.World(
         redis_url,
         link.url(postgres_url),
         namespace,
+        client=client,
         partition_count=1,
         backlog_limit_entries=BACKLOG,
         flush_batch_entries=50,
@@ -98,7 +99,7 @@ def test_a_blocked_writer_goes_on_when_there_is_room(world: worlds.World) -> Non
     results: list[Any] = []
     blocked = threading.Thread(target=lambda: results.append(world.orders.transition("1", "note", timeout=20.0)))
     looked = threading.Event()
-    with worlds.after_call(world.cache.driver, "_pause", looked.set):
+    with worlds.after_call(world.hot, "packed_apply", looked.set, call=2):
         blocked.start()
         assert looked.wait(10)
         world.flush()

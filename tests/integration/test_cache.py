@@ -22,17 +22,21 @@ UTC = datetime.UTC
 
 
 @pytest.fixture
-def world(redis_url: str, database_url: str, namespace: str) -> Iterator[World]:
-    with World(redis_url, database_url, namespace) as found:
+def world(redis_url: str, database_and_client: tuple[str, str], namespace: str) -> Iterator[World]:
+    database_url, client = database_and_client
+    with World(redis_url, database_url, namespace, client=client) as found:
         yield found
 
 
 @pytest.fixture
-def lite(redis_url: str, sqlite_url: str, namespace: str) -> Iterator[World]:
+def lite(redis_url: str, sqlite_url: str, namespace: str, client: str) -> Iterator[World]:
     """A world on SQLite, where the database's kind plays no part."""
-    with World(redis_url, sqlite_url, namespace) as found:
+    with World(redis_url, sqlite_url, namespace, client=client) as found:
         yield found
 
+
+ONLY_SYNC = pytest.mark.parametrize("client", ["sync"])
+"""About the sync client's own machinery (forks, threads, its wires); the async client's has tests of its own."""
 
 # --- every method of the design -------------------------------------------------------------------------------------------
 
@@ -198,7 +202,7 @@ def test_guard_decides_on_the_version_that_it_saw(lite: World) -> None:
     lite.start("1", amount=5)
     other = lite.more().machine(Order)
     with (
-        before_call(lite.hot, "apply_stream", lambda: other.transition("1", "note", data={"amount": 0})),
+        before_call(lite.hot, "packed_apply", lambda: other.transition("1", "note", data={"amount": 0})),
         pytest.raises(
             errors.InvalidTransitionError, match="guard of 'approve' refused it in state 'placed' at version 2"
         ),
@@ -210,7 +214,7 @@ def test_guard_decides_on_the_version_that_it_saw(lite: World) -> None:
 def test_guard_that_is_overtaken_looks_again_and_passes(lite: World) -> None:
     lite.start("1", amount=5)
     other = lite.more().machine(Order)
-    with before_call(lite.hot, "apply_stream", lambda: other.transition("1", "note", data={"amount": 6})):
+    with before_call(lite.hot, "packed_apply", lambda: other.transition("1", "note", data={"amount": 6})):
         receipt = lite.orders.transition("1", "approve")
     assert (receipt.version, receipt.state) == (3, "paid")
 
@@ -299,6 +303,12 @@ def _work_in_child(cache: StateCache, pipe: Any) -> None:
 
 
 @pytest.mark.parametrize("way", ["multiprocessing", "os.fork"])
+@pytest.mark.parametrize(
+    "database_and_client",
+    [("sqlite", "sync"), pytest.param(("postgres", "sync"), marks=pytest.mark.postgres)],
+    indirect=True,
+    ids=" ".join,
+)
 def test_child_forked_after_connecting_works_beside_its_parent(world: World, way: str) -> None:
     """Both use the same ``StateCache`` object at once. The child opens connections of its own, and makes ids of its own:
     a repeated id would turn one's transition into a duplicate of the other's."""
@@ -333,6 +343,7 @@ def test_child_forked_after_connecting_works_beside_its_parent(world: World, way
     assert world.orders.get("child").state == "placed"
 
 
+@ONLY_SYNC
 def test_fork_while_another_thread_holds_the_locks(lite: World) -> None:
     """The parent forks while another of its threads holds the admission's lock: in the child nobody would release it."""
     lite.start("1")
@@ -552,18 +563,54 @@ def test_starts_given_in_every_form(world: World) -> None:
     assert [row.actor for id in "abcd" for row in world.orders.history(id)] == ["us", "us", "us", "me"]
 
 
-@pytest.mark.parametrize("bad", [("x", {}, 1, 2, 3, 4, 5), (), 5, None])
-def test_start_of_a_wrong_form_stops_nothing_halfway(lite: World, bad: Any) -> None:
-    """P12: a list whose 300th element is no start: it alone fails, or the call is refused before anything is sent."""
+@pytest.mark.parametrize("bad", [("x", {}, 1, 2, 3, 4, 5), (), 5, None, {"id": "x"}, ([], None)])
+def test_start_of_a_wrong_form_fails_alone(lite: World, bad: Any) -> None:
+    """P12: a list whose 300th element is no start: that one gets the error, as any other refused item does."""
     starts: list[Any] = [f"s{number}" for number in range(300)]
-    starts[299] = bad
-    try:
-        results = lite.orders.start_many(starts)
-    except (TypeError, ValueError, errors.InvalidDataError):
-        assert lite.client.keys(f"{{{lite.namespace}:*:i:*") == []
-    else:
-        assert isinstance(results[299], errors.InvalidDataError)
-        assert all(isinstance(one, model.Receipt) for one in results[:299])
+    starts[250] = bad
+    results = lite.orders.start_many(starts)
+    assert isinstance(results[250], errors.InvalidDataError)
+    assert "is refused" in str(results[250])
+    assert all(isinstance(one, model.Receipt) for one in results[:250] + results[251:])
+
+
+@pytest.mark.parametrize("bad", [None, "1", ("1", "note"), Move(["1"], "note", transition_id="t")])  # type: ignore[arg-type]
+def test_move_of_a_wrong_form_fails_alone(lite: World, bad: Any) -> None:
+    lite.start("1")
+    results = lite.orders.transition_many([Move("1", "note"), bad, Move("1", "pay")])
+    assert isinstance(results[1], errors.InvalidDataError)
+    assert [one.version for one in results[::2] if isinstance(one, model.Receipt)] == [2, 3]
+
+
+@pytest.mark.parametrize("bad", ["1", {"1": None}, 5, None])
+def test_a_list_that_is_none_is_refused(lite: World, bad: Any) -> None:
+    for call in (lite.orders.start_many, lite.orders.transition_many):
+        with pytest.raises(errors.InvalidDataError, match="give a list"):
+            call(bad)
+    assert lite.client.keys(f"{{{lite.namespace}:*:i:*") == []
+
+
+@pytest.mark.parametrize("client", ["sync", "async"])
+def test_no_script_call_holds_more_items_than_the_setting(
+    redis_url: str, sqlite_url: str, namespace: str, client: str
+) -> None:
+    """``batch_items_max=10``: lists of many instances, of one instance, and single calls of many threads."""
+    with World(redis_url, sqlite_url, namespace, client=client, batch_items_max=10) as world:
+        sizes: list[int] = []
+        original = world.hot.packed_apply
+
+        def packed(chunk: Any, line: Any) -> bytes:
+            sizes.append(len(chunk))
+            return original(chunk, line)
+
+        world.hot.packed_apply = packed  # type: ignore[method-assign]
+        ids = [f"o{number}" for number in range(35)]
+        assert all(isinstance(one, model.Receipt) for one in world.orders.start_many(ids))
+        moves = [Move(id, "note") for id in ids for _ in range(3)] + [Move("o0", "note")] * 25
+        results = world.orders.transition_many(moves)
+        assert [one.version for one in results[-25:] if isinstance(one, model.Receipt)] == list(range(5, 30))
+        together(*[lambda id=id: world.orders.transition(id, "note") for id in ids])
+        assert max(sizes) == 10
 
 
 def test_bulk_calls_of_nothing(lite: World) -> None:
@@ -680,7 +727,8 @@ def test_evicted_while_it_is_read(world: World) -> None:
     """The hash is there no more when it is read, and SQL has it."""
     world.start("1", ["pay"])
     world.flush()
-    with before_call(world.hot, "hashes", lambda: world.evict("1")):
+    hot, reads = (world.cache.inner.hot, "hash") if world.kind == "async" else (world.hot, "hashes")
+    with before_call(hot, reads, lambda: world.evict("1")):
         assert world.orders.get("1").source == "durable"
 
 
@@ -806,6 +854,7 @@ def test_embedded_thread_flushes_by_itself(redis_url: str, sqlite_url: str, name
         assert [row.durable for row in other.machine(Order).history("1")] == [True] * 3
 
 
+@ONLY_SYNC
 def test_closed_cache_says_so_and_closing_twice_is_harmless(lite: World) -> None:
     lite.cache.close()
     lite.cache.close()
@@ -942,6 +991,7 @@ class Interrupt(BaseException):
     """What a signal's handler may raise anywhere, like KeyboardInterrupt."""
 
 
+@ONLY_SYNC
 def test_interrupted_call_leaves_no_reply_to_the_next(lite: World) -> None:
     """Fault 10: a call is interrupted by a signal after its request was sent. Its connection is not used again: the
     next call would take that reply for its own."""

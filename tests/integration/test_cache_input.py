@@ -30,8 +30,8 @@ class Invoice(StateMachine):
 
 
 @pytest.fixture
-def world(redis_url: str, sqlite_url: str, namespace: str) -> Iterator[World]:
-    with World(redis_url, sqlite_url, namespace) as found:
+def world(redis_url: str, sqlite_url: str, namespace: str, client: str) -> Iterator[World]:
+    with World(redis_url, sqlite_url, namespace, client=client) as found:
         found.start("1")
         yield found
 

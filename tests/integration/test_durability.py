@@ -77,9 +77,9 @@ def replica(private_redis: servers.ValkeyServer, start_redis: Start) -> servers.
 
 @pytest.fixture
 def replicated(
-    private_redis: servers.ValkeyServer, replica: servers.ValkeyServer, sqlite_url: str, namespace: str
+    private_redis: servers.ValkeyServer, replica: servers.ValkeyServer, sqlite_url: str, namespace: str, client: str
 ) -> Iterator[worlds.World]:
-    with worlds.World(private_redis.url, sqlite_url, namespace) as world:
+    with worlds.World(private_redis.url, sqlite_url, namespace, client=client) as world:
         yield world
         if replica.alive:
             replica.resume()
@@ -134,6 +134,25 @@ def test_a_repetition_waits_for_a_write_of_its_own(replicated: worlds.World, rep
     assert (receipt.version, receipt.duplicate) == (2, True)
 
 
+def test_a_repetition_of_long_ago_waits_for_a_write_of_its_own(
+    replicated: worlds.World, replica: servers.ValkeyServer
+) -> None:
+    """The ring has dropped the id, so the script answers OLD and history knows. The replica is stopped: no confirmation was
+    had, and the call says so; once it goes on, the repetition is confirmed."""
+    replicated.start("1")
+    replicated.orders.transition("1", "note", transition_id="long ago")
+    for _ in range(9):
+        replicated.orders.transition("1", "note")
+    replica.pause()
+    other = replicated.more().machine(worlds.Order)
+    with pytest.raises(errors.DurabilityTimeout) as caught:
+        other.transition("1", "note", transition_id="long ago", durability="replica", timeout=0.3)
+    assert (caught.value.receipt.version, caught.value.receipt.duplicate) == (2, True)
+    replica.resume()
+    receipt = other.transition("1", "note", transition_id="long ago", durability="replica", timeout=10.0)
+    assert (receipt.version, receipt.duplicate) == (2, True)
+
+
 # --- durable -----------------------------------------------------------------------------------------------------------
 
 
@@ -143,9 +162,10 @@ def link(postgres_server: servers.PostgresServer) -> Iterator[proxy.Proxy]:
         yield made
 
 
-def test_durable_is_in_sql(redis_url: str, database_url: str, namespace: str) -> None:
+def test_durable_is_in_sql(redis_url: str, database_and_client: tuple[str, str], namespace: str) -> None:
     """When the call returns, the row is there; Redis may be lost now."""
-    with worlds.World(redis_url, database_url, namespace) as world:
+    database_url, client = database_and_client
+    with worlds.World(redis_url, database_url, namespace, client=client) as world:
         receipt = world.orders.start("1", {"amount": 1}, durability="durable")
         row = world.durable.transition("order", "1", 1)
         assert row is not None

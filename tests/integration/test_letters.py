@@ -13,8 +13,9 @@ from tests.support import refusing, servers, worlds
 
 
 @pytest.fixture
-def world(redis_url: str, database_url: str, namespace: str) -> Iterator[worlds.World]:
-    with worlds.World(redis_url, database_url, namespace) as made:
+def world(redis_url: str, database_and_client: tuple[str, str], namespace: str) -> Iterator[worlds.World]:
+    database_url, client = database_and_client
+    with worlds.World(redis_url, database_url, namespace, client=client) as made:
         yield made
         made.verify()
 

@@ -1,6 +1,7 @@
 """A store with both its servers in reach, for tests that do to them what a caller never does.
 
-``World`` opens a ``StateCache`` without a flusher, so that a test decides when anything is flushed. Faults: Redis loses
+``World`` opens a ``StateCache`` without a flusher (``client="async"``: an ``AsyncStateCache`` in the
+same clothes), so that a test decides when anything is flushed. Faults: Redis loses
 its tail (``redis_copy``, then ``redis_back``: every key as it was, the scripts gone), is wiped, or is taken for another
 server (``disown``); SQL is restored from an older copy (``sql_copy``, then ``sql_back``). ``hot_dump`` and ``sql_dump``
 tell whether anything changed at all.
@@ -27,6 +28,7 @@ from statecache.engine import verify as verification
 from statecache.engine.flusher import Flusher
 from statecache.hot.store import HotStore
 from statecache.settings import Settings
+from tests.support import blocking
 
 
 def _has_amount(order: model.Snapshot) -> bool:
@@ -100,7 +102,10 @@ def sql_back(durable: DurableStore, saved: dict[str, list[Any]]) -> None:
 class World:
     """One store under test. ``cache`` is a client of it; ``orders`` its handle of ``Order``; ``more()`` are others."""
 
-    def __init__(self, redis_url: str, database_url: str, namespace: str, **settings: Any) -> None:
+    def __init__(
+        self, redis_url: str, database_url: str, namespace: str, *, client: str = "sync", **settings: Any
+    ) -> None:
+        self.kind = client
         self.redis_url = redis_url
         self.database_url = database_url
         self.namespace = namespace
@@ -118,8 +123,9 @@ class World:
         return redis.Redis.from_url(self.redis_url)
 
     def more(self, **settings: Any) -> StateCache:
-        """Another client of the same store, closed with the world."""
-        cache = StateCache.connect(
+        """Another client of the same store, of the same kind, closed with the world."""
+        kind: Any = blocking.BlockingCache if self.kind == "async" else StateCache
+        cache: StateCache = kind.connect(
             redis_url=self.redis_url,
             database_url=self.database_url,
             namespace=self.namespace,

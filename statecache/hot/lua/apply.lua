@@ -14,7 +14,8 @@
 --   OK version entry_id from to     written (from is - for a start)
 --   DUP version entry_id            this transition id is in the ring; the ring was written again, nothing else changed
 --                                   (entry_id is - when the id stands for an older version)
---   OLD version                     a repetition, and the ring has dropped ids: look in history. Nothing written
+--   OLD version                     a repetition, and the ring has dropped ids: look in history. The ring was written
+--                                   again, nothing else changed
 --   MISS cold evicted_to            not hot; cold is 0 when nothing of the partition is cold. Nothing written
 --   EXISTS version                  a start found it. Nothing written
 --   STATE state version             no such move from this state. Nothing written

@@ -95,7 +95,10 @@ local function apply(i, first, last)
     local back = (#ring - place - 7) / 8
     return 'DUP ' .. (version - back) .. ' ' .. (back == 0 and match(own[1], '^%S+ %d+ (%S+)') or '-')
   end
-  if extras and extras[1] == 1 and version > #ring / 8 and expected ~= version then return 'OLD ' .. version end
+  if extras and extras[1] == 1 and version > #ring / 8 and expected ~= version then
+    call('HSET', key, '@r', ring) -- it may prove a duplicate: a WAIT after this call speaks of it too
+    return 'OLD ' .. version
+  end
   if start_state then return 'EXISTS ' .. version end
   if flags == 'p' then return 'PARKED' end
   -- Before the checks of version and state: what follows an item that found no room must not be judged without it.
