@@ -15,6 +15,9 @@ from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping, S
 from datetime import datetime, timedelta
 from typing import Any, Generic, Self, TypeVar
 
+from prometheus_client import CollectorRegistry
+
+from statecache import metrics as metering
 from statecache.core import entry, errors, flows, items, model
 from statecache.core.machine import StateMachine
 from statecache.engine import recovery
@@ -68,24 +71,33 @@ class AsyncStateCache:
         namespace: str | None = None,
         *,
         flusher: bool = False,
+        metrics: metering.Metrics | CollectorRegistry | None = None,
         **settings: Any,
     ) -> Opening[Self]:
         """As ``StateCache.connect``."""
 
         async def open() -> Self:
             made = asyncio.to_thread(
-                StateCache.connect, redis_url, database_url, namespace, flusher=flusher, **settings
+                StateCache.connect, redis_url, database_url, namespace, flusher=flusher, metrics=metrics, **settings
             )
             return cls(await made)
 
         return Opening(open)
 
     @classmethod
-    def embedded(cls, folder: str | os.PathLike[str], *, flusher: bool = True, **settings: Any) -> Opening[Self]:
+    def embedded(
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        flusher: bool = True,
+        metrics: metering.Metrics | CollectorRegistry | None = None,
+        **settings: Any,
+    ) -> Opening[Self]:
         """As ``StateCache.embedded``."""
 
         async def open() -> Self:
-            return cls(await asyncio.to_thread(StateCache.embedded, folder, flusher=flusher, **settings))
+            made = asyncio.to_thread(StateCache.embedded, folder, flusher=flusher, metrics=metrics, **settings)
+            return cls(await made)
 
         return Opening(open)
 
@@ -104,6 +116,11 @@ class AsyncStateCache:
     def redis_url(self) -> str:
         """Where the hot store works."""
         return self.sync.redis_url
+
+    @property
+    def metrics(self) -> metering.Metrics:
+        """What this process counts."""
+        return self.sync.metrics
 
     @property
     def database_url(self) -> str:
