@@ -1,8 +1,8 @@
 """The async client: the flows of ``core/flows.py`` run by an async driver; everything rare is the sync client's, in a thread.
 
-Transitions and reads of hot instances are awaited on the event loop and batched by themselves (``hot/aio.py``). Look-ups in
-SQL, admission, recovery, history and bulk calls run in worker threads on the same stores as the sync client, so there is one
-copy of all logic, and what the sync client survives this one survives.
+Transitions and reads of hot instances are awaited on the event loop and batched by themselves (``hot/gather.py``). Look-ups in
+SQL, admission, recovery, history and bulk calls run in worker threads (``engine/aside.py``) on the same stores as the sync
+client, so there is one copy of all logic, and what the sync client survives this one survives.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import asyncio
 import os
 import random
 import time
+import weakref
 from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, Generic, Self, TypeVar
@@ -20,12 +21,12 @@ from prometheus_client import CollectorRegistry
 from statecache import metrics as metering
 from statecache.core import entry, errors, flows, items, model
 from statecache.core.machine import StateMachine
-from statecache.engine import recovery
+from statecache.engine import aside, recovery
 from statecache.engine.cache import StateCache
-from statecache.engine.calls import Start
-from statecache.engine.driver import pause_seconds
+from statecache.engine.calls import Start, as_ids, as_list
+from statecache.engine.driver import UNREACHABLE, pause_seconds
 from statecache.engine.handle import CONFIRMED, MachineHandle
-from statecache.hot.aio import AsyncHotStore
+from statecache.hot.aio import AsyncHotStore, Turn
 
 Opened = TypeVar("Opened", bound="AsyncStateCache")
 Result = TypeVar("Result")
@@ -53,15 +54,28 @@ class Opening(Generic[Opened]):
 class AsyncStateCache:
     """``StateCache`` with ``await``: see there for what each method does and raises.
 
-    Made by ``connect`` or ``embedded`` inside a running event loop, which it belongs to. Concurrent calls of one process
-    travel together by themselves. ``close`` waits for what is in flight.
+    Made by ``connect`` or ``embedded`` inside a running event loop (asyncio, uvloop, anyio on asyncio), which it belongs to;
+    in another loop, or in a forked child, make another one. Concurrent calls travel together by themselves; those of one
+    instance are applied in the order in which they were called (bulk calls are not part of that order). A cancelled call's
+    transition is applied once or not at all; no other call notices. ``close`` waits for what is under way.
     """
 
-    def __init__(self, sync: StateCache) -> None:
+    def __init__(self, sync: StateCache, threads: aside.Threads | None = None) -> None:
         self.sync = sync
         """The sync client that does what is rare; it may be used too, from threads."""
         settings = sync.settings
         self.hot = AsyncHotStore(sync.hot, sync.redis_url, settings.socket_timeout_seconds, settings.batch_items_max)
+        self.threads = threads or aside.Threads()
+        self._loop = asyncio.get_running_loop()
+        self._gathered = {
+            kind: aside.Together(self.threads, sync.driver.answers) for kind in aside.GATHERED
+        }  # a batch for each: one query, or one script, serves wishes of one kind only
+        self._waits = aside.Waits(self.threads, sync.confirm_many)
+        self._under_way = 0
+        self._nothing_under_way: asyncio.Future[None] | None = None
+        self._closer: asyncio.Task[None] | None = None
+        self._unusable = ""
+        _open_caches.add(self)
 
     @classmethod
     def connect(
@@ -76,13 +90,10 @@ class AsyncStateCache:
     ) -> Opening[Self]:
         """As ``StateCache.connect``."""
 
-        async def open() -> Self:
-            made = asyncio.to_thread(
-                StateCache.connect, redis_url, database_url, namespace, flusher=flusher, metrics=metrics, **settings
-            )
-            return cls(await made)
+        def connect() -> StateCache:
+            return StateCache.connect(redis_url, database_url, namespace, flusher=flusher, metrics=metrics, **settings)
 
-        return Opening(open)
+        return cls._opening(connect)
 
     @classmethod
     def embedded(
@@ -94,23 +105,89 @@ class AsyncStateCache:
         **settings: Any,
     ) -> Opening[Self]:
         """As ``StateCache.embedded``."""
+        return cls._opening(lambda: StateCache.embedded(folder, flusher=flusher, metrics=metrics, **settings))
 
+    @classmethod
+    def _opening(cls, connect: Callable[[], StateCache]) -> Opening[Self]:
         async def open() -> Self:
-            made = asyncio.to_thread(StateCache.embedded, folder, flusher=flusher, metrics=metrics, **settings)
-            return cls(await made)
+            try:
+                asyncio.get_running_loop()
+            except RuntimeError:
+                raise errors.ConfigurationError(
+                    "AsyncStateCache needs a running asyncio event loop (asyncio.run, uvloop, anyio with its asyncio backend); "
+                    "trio is not supported"
+                ) from None
+            threads = aside.Threads()
+            sync = await threads.open(connect, StateCache.close)
+            return cls(sync, threads)
 
         return Opening(open)
 
     async def close(self) -> None:
-        """Wait for what is in flight, flush (if this process flushes), close every connection."""
-        await self.hot.close()
-        await asyncio.to_thread(self.sync.close)
+        """Wait for what is under way, flush (if this process flushes), close every connection, end every thread.
+
+        Calls that begin afterwards raise ``ConfigurationError``. Safe to call twice; cancelled, it goes on by itself.
+        """
+        if self._unusable == _FORKED:
+            self._refuse()
+        self._unusable = self._unusable or "this AsyncStateCache is closed"
+        if self._closer is None:
+            if asyncio.get_running_loop() is not self._loop and not self._loop.is_closed():
+                raise errors.ConfigurationError(_OTHER_LOOP)
+            self._closer = asyncio.get_running_loop().create_task(self._close())
+        await asyncio.shield(self._closer)
+
+    async def _close(self) -> None:
+        if asyncio.get_running_loop() is self._loop:
+            if self._under_way:
+                self._nothing_under_way = self._loop.create_future()
+                await self._nothing_under_way
+            await self.hot.close()
+        self.sync.driver.closing.set()
+        await self.threads.close(self.sync.close)
+        _open_caches.discard(self)
 
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *exception: object) -> None:
         await self.close()
+
+    # --- what is under way -------------------------------------------------------------------------------------------
+
+    def enter(self) -> None:
+        """Begin a call: ``close`` waits for its ``leave``. Raises ``ConfigurationError`` where no call may begin."""
+        if self._unusable:
+            self._refuse()
+        try:
+            here = asyncio.get_running_loop() is self._loop
+        except RuntimeError:
+            here = False
+        if not here:
+            raise errors.ConfigurationError(_OTHER_LOOP)
+        self._under_way += 1
+
+    def leave(self) -> None:
+        """End a call."""
+        self._under_way -= 1
+        if not self._under_way and self._nothing_under_way is not None and not self._nothing_under_way.done():
+            self._nothing_under_way.set_result(None)
+
+    def _refuse(self) -> None:
+        raise errors.ConfigurationError(self._unusable)
+
+    def _after_fork(self) -> None:
+        self._unusable = _FORKED
+
+    async def blocking(self, work: Callable[..., Result], *arguments: Any, **named: Any) -> Result:
+        """A call that the sync client does, in a thread."""
+        self.enter()
+        try:
+            return await self.threads.run(work, *arguments, **named)
+        finally:
+            self.leave()
+
+    # --- where it works ----------------------------------------------------------------------------------------------
 
     @property
     def redis_url(self) -> str:
@@ -129,29 +206,68 @@ class AsyncStateCache:
 
     async def machine(self, machine: type[StateMachine] | str) -> AsyncMachineHandle:
         """As ``StateCache.machine``."""
-        return AsyncMachineHandle(self, await asyncio.to_thread(self.sync.machine, machine))
+        return AsyncMachineHandle(self, await self.blocking(self.sync.machine, machine))
 
     async def wait_durable(
         self, receipt: model.Receipt | Sequence[model.Receipt], timeout: float | None = None
     ) -> None:
         """As ``StateCache.wait_durable``."""
-        await asyncio.to_thread(self.sync.wait_durable, receipt, timeout)
+        if isinstance(receipt, model.Receipt):
+            self.enter()
+            try:
+                await self._waits.confirm(receipt, self.sync.deadline(timeout))
+            finally:
+                self.leave()
+        else:
+            await self.blocking(self.sync.wait_durable, list(receipt), timeout)
 
     async def flush(self, timeout: float = 10.0) -> None:
         """As ``StateCache.flush``."""
-        await asyncio.to_thread(self.sync.flush, timeout)
+        await self.blocking(self.sync.flush, timeout)
 
     async def recover(self, *, dry_run: bool = False) -> recovery.Report:
         """As ``StateCache.recover``."""
-        return await asyncio.to_thread(self.sync.recover, dry_run=dry_run)
+        return await self.blocking(self.sync.recover, dry_run=dry_run)
 
-    async def run(self, flow: flows.Flow, deadline: float) -> Any:
-        """Run a flow to its end and return its result."""
+    # --- the driver --------------------------------------------------------------------------------------------------
+
+    async def read(self, flow: flows.Flow, deadline: float) -> Any:
+        """Run a flow that reads."""
+        self.enter()
+        try:
+            return await self._run(flow, deadline, None)
+        finally:
+            self.leave()
+
+    async def write(self, request: flows.Request, level: model.Durability, deadline: float) -> model.Receipt:
+        """Apply a transition in its turn, and wait for its durability."""
+        self.enter()
+        turn = self.hot.enter(request.address)  # before anything is awaited: this is the order of the callers
+        try:
+            if level in CONFIRMED:
+                request.item.confirm = await self.threads.run(self.sync.confirmation, level, deadline)
+            receipt: model.Receipt = await self._run(flows.transition(request), deadline, turn)
+        except BaseException:
+            self.hot.leave(turn)
+            self.leave()
+            raise
+        self.hot.leave(turn)
+        try:
+            if level is model.Durability.DURABLE:
+                await self._waits.confirm(receipt, deadline)
+            return receipt
+        finally:
+            self.leave()
+
+    async def _run(self, flow: flows.Flow, deadline: float, turn: Turn | None) -> Any:
         try:
             wish = next(flow)
             while True:
                 try:
-                    answer = await self._answer(wish, deadline)
+                    if type(wish) is items.Item:
+                        answer: Any = await self.hot.apply(wish, deadline, turn)
+                    else:
+                        answer = await self._answer(wish, deadline)
                 except errors.StateCacheError as error:
                     wish = flow.throw(error)
                 else:
@@ -161,20 +277,52 @@ class AsyncStateCache:
 
     async def _answer(self, wish: Any, deadline: float) -> Any:
         kind = type(wish)
-        if kind is items.Item:
-            return await self.hot.apply(wish)
         if kind is flows.Hot:
+            return await self._hash(wish, deadline)
+        if kind is flows.Pause:
+            if wish.why in UNREACHABLE:
+                await self._revive()
+            return await self._pause(wish.attempt, deadline)
+        gathered = self._gathered.get(kind)
+        if gathered is not None:
+            return await gathered.answer(wish, deadline)
+        return await self.threads.run(self.sync.driver.answer, wish, deadline)
+
+    async def _hash(self, wish: flows.Hot, deadline: float) -> dict[bytes, bytes]:
+        """Read a hash; while the server cannot be reached, again until the deadline."""
+        attempt = 0
+        while True:
             try:
-                return await self.hot.hash((wish.partition, wish.machine, wish.id))
+                return await self.hot.hash((wish.partition, wish.machine, wish.id), deadline)
             except errors.UnavailableError:
-                pass  # the sync driver asks again until the deadline
-        elif kind is flows.Pause and wish.why not in ("LOST", "UNSENT"):
-            left = deadline - time.monotonic()
-            if left <= 0:
-                return False
-            await asyncio.sleep(min(left, pause_seconds(wish.attempt) * random.uniform(0.5, 1.0)))
-            return True
-        return await asyncio.to_thread(self.sync.driver.answer, wish, deadline)
+                await self._revive()
+                if not await self._pause(attempt, deadline):
+                    raise
+                attempt += 1
+
+    async def _pause(self, attempt: int, deadline: float) -> bool:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            return False
+        await asyncio.sleep(min(left, pause_seconds(attempt) * random.uniform(0.5, 1.0)))
+        return True
+
+    async def _revive(self) -> None:
+        if self.sync.server is not None:
+            await self.threads.run(self.sync.driver.revive)
+
+
+_OTHER_LOOP = "this AsyncStateCache belongs to another event loop: make one in each loop"
+_FORKED = "this AsyncStateCache was made before the process was forked: make another one in the child"
+_open_caches: weakref.WeakSet[AsyncStateCache] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for cache in list(_open_caches):
+        cache._after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 class AsyncMachineHandle:
@@ -239,15 +387,9 @@ class AsyncMachineHandle:
         return receipt
 
     async def _write(self, request: flows.Request, durability: str | None, timeout: float | None) -> model.Receipt:
-        sync = self._cache.sync
-        deadline = sync.deadline(timeout)
-        level = sync.level(durability or self.machine.definition.durability)
-        if level in CONFIRMED:
-            request.item.confirm = await asyncio.to_thread(sync.confirmation, level, deadline)
-        receipt: model.Receipt = await self._cache.run(flows.transition(request), deadline)
-        if level is model.Durability.DURABLE:
-            await asyncio.to_thread(sync.confirm, [receipt], deadline)
-        return receipt
+        cache = self._cache
+        level = cache.sync.level(durability or self.machine.definition.durability)
+        return await cache.write(request, level, cache.sync.deadline(timeout))
 
     async def start_many(
         self,
@@ -258,20 +400,22 @@ class AsyncMachineHandle:
         timeout: float | None = None,
     ) -> list[model.Receipt | errors.StateCacheError]:
         """As ``MachineHandle.start_many``."""
-        return await asyncio.to_thread(
-            self._sync.start_many, starts, actor=actor, durability=durability, timeout=timeout
+        return await self._cache.blocking(
+            self._sync.start_many, as_list("starts", starts), actor=actor, durability=durability, timeout=timeout
         )
 
     async def transition_many(
         self, moves: Iterable[model.Move], *, durability: str | None = None, timeout: float | None = None
     ) -> list[model.Receipt | errors.StateCacheError]:
         """As ``MachineHandle.transition_many``."""
-        return await asyncio.to_thread(self._sync.transition_many, moves, durability=durability, timeout=timeout)
+        return await self._cache.blocking(
+            self._sync.transition_many, as_list("moves", moves), durability=durability, timeout=timeout
+        )
 
     async def get(self, id: str, *, timeout: float | None = None) -> model.Snapshot:
         """As ``MachineHandle.get``."""
         try:
-            snapshot: model.Snapshot = await self._cache.run(
+            snapshot: model.Snapshot = await self._cache.read(
                 self._sync.calls.get(id), self._cache.sync.deadline(timeout)
             )
         except errors.NotFoundError:
@@ -284,7 +428,7 @@ class AsyncMachineHandle:
         self, ids: Iterable[str], *, timeout: float | None = None
     ) -> list[model.Snapshot | errors.StateCacheError]:
         """As ``MachineHandle.get_many``."""
-        return await asyncio.to_thread(self._sync.get_many, ids, timeout=timeout)
+        return await self._cache.blocking(self._sync.get_many, as_ids(ids), timeout=timeout)
 
     async def state(self, id: str, *, timeout: float | None = None) -> str:
         """As ``MachineHandle.state``."""
@@ -292,20 +436,20 @@ class AsyncMachineHandle:
 
     async def history(self, id: str, *, timeout: float | None = None) -> list[model.Transition]:
         """As ``MachineHandle.history``."""
-        return await asyncio.to_thread(self._sync.history, id, timeout=timeout)
+        return await self._cache.blocking(self._sync.history, id, timeout=timeout)
 
     async def at(
         self, id: str, *, version: int | None = None, when: datetime | None = None, timeout: float | None = None
     ) -> model.Snapshot:
         """As ``MachineHandle.at``."""
-        return await asyncio.to_thread(self._sync.at, id, version=version, when=when, timeout=timeout)
+        return await self._cache.blocking(self._sync.at, id, version=version, when=when, timeout=timeout)
 
     async def find(
         self, state: str | None = None, *, older_than: timedelta | None = None, limit: int = 100
     ) -> list[model.Snapshot]:
         """As ``MachineHandle.find``."""
-        return await asyncio.to_thread(self._sync.find, state, older_than=older_than, limit=limit)
+        return await self._cache.blocking(self._sync.find, state, older_than=older_than, limit=limit)
 
     async def counts(self) -> dict[str, int]:
         """As ``MachineHandle.counts``."""
-        return await asyncio.to_thread(self._sync.counts)
+        return await self._cache.blocking(self._sync.counts)

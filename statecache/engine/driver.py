@@ -27,7 +27,7 @@ from statecache.hot.store import HotStore
 CHUNK_ITEMS = 125
 _UNFINISHED_MAX = 1000
 _LANE_ITEMS_MAX = 500
-_UNREACHABLE = ("LOST", "UNSENT")
+UNREACHABLE = ("LOST", "UNSENT")
 Address = tuple[int, tuple[int, str, str]]
 """An index and the (partition, machine, id) that is wanted for it."""
 _PAUSE_SECONDS_MIN, _PAUSE_SECONDS_MAX = 0.001, 0.1
@@ -61,7 +61,7 @@ class Driver:
         self.hot = hot
         self.durable = durable
         self.admission = admission
-        self._revive = revive
+        self.revive = revive
         self._on_hydrated = on_hydrated
         self._batch_items_max = batch_items_max
         self._lane_items_max = min(batch_items_max, _LANE_ITEMS_MAX)
@@ -99,7 +99,11 @@ class Driver:
         """Do what one flow wants."""
         if type(wish) is items.Item:
             return self._batcher.apply(wish, max(0.01, deadline - time.monotonic()))
-        return self._patiently(lambda: self._answers([wish], deadline), deadline)[0]
+        return self.answers([wish], deadline)[0]
+
+    def answers(self, wishes: Sequence[Any], deadline: float) -> Sequence[Any]:
+        """Answer wishes of one kind, however long a server is away, until the deadline. Raises the error of all of them."""
+        return self._patiently(lambda: self._answers(wishes, deadline), deadline)
 
     def _patiently(self, ask: Callable[[], Sequence[Any]], deadline: float) -> Sequence[Any]:
         """Ask, and while a server cannot be reached ask again until the deadline: nothing but an item does harm twice."""
@@ -108,7 +112,7 @@ class Driver:
             try:
                 return ask()
             except errors.UnavailableError:
-                self._revive()
+                self.revive()
                 if not self._pause(attempt, deadline):
                     raise
                 attempt += 1
@@ -270,7 +274,7 @@ class Driver:
                     kinds.setdefault(type(one.wish), []).append(one)
         for ones in kinds.values():
             try:
-                answers = self._patiently(partial(self._answers, [one.wish for one in ones], deadline), deadline)
+                answers = self.answers([one.wish for one in ones], deadline)
             except errors.StateCacheError as error:
                 answers = [error] * len(ones)
             for one, answer in zip(ones, answers, strict=True):
@@ -299,8 +303,8 @@ class Driver:
             self.admission.ensure(wishes[0].code, deadline)
             return [None] * len(wishes)
         if kind is flows.Pause:
-            if any(wish.why in _UNREACHABLE for wish in wishes):
-                self._revive()
+            if any(wish.why in UNREACHABLE for wish in wishes):
+                self.revive()
             return [self._pause(max(wish.attempt for wish in wishes), deadline)] * len(wishes)
         return [self._alone(wish, deadline) for wish in wishes]
 

@@ -63,3 +63,21 @@ def translated(error: redis.RedisError | OSError, what: str) -> errors.StateCach
 def outcome_of(error: redis.RedisError | OSError, *, sent: bool) -> items.Outcome:
     """A flow's outcome for a driver's error. ``cause`` is the error that the caller shall get if it cannot be mended."""
     return items.Outcome(code_of(error, sent=sent), [], 0, translated(error, "transition"))
+
+
+_WORDS: dict[str, type[redis.ResponseError]] = {
+    "NOSCRIPT": redis.exceptions.NoScriptError,
+    "OOM": redis.OutOfMemoryError,
+    "READONLY": redis.ReadOnlyError,
+    "NOPERM": redis.exceptions.NoPermissionError,
+}
+
+
+def error_of_reply(text: str) -> Exception:
+    """The driver's error for an error reply, for who reads replies without the driver."""
+    word = text.split(" ", 1)[0]
+    if word == "LOADING":
+        return redis.BusyLoadingError(text)
+    if word in ("NOAUTH", "WRONGPASS"):
+        return redis.AuthenticationError(text)
+    return _WORDS.get(word, redis.ResponseError)(text)

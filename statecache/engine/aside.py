@@ -1,0 +1,153 @@
+"""What blocks, done in worker threads for the async client: SQL look-ups, admission, recovery, waiting until rows are there.
+
+The threads are the client's own, so that an event loop's other work in threads cannot keep a cold instance waiting, and none is
+left when the client is closed. Wishes of one kind that arrive while one of that kind is under way are answered together by the
+next: a thousand cold instances cost a few queries, a thousand waiters share the flushes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import functools
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent import futures
+from typing import Any, TypeVar
+
+from statecache.core import errors, flows, model
+
+Result = TypeVar("Result")
+Done = Callable[[Sequence[Any], float], Sequence[Any]]
+"""Answers wishes of one kind, in order, until a deadline; an error is an answer too."""
+
+GATHERED = (flows.Lookup, flows.Hydrate, flows.Admit)
+THREADS = 8
+_TOGETHER_MAX = 500
+_GRACE_SECONDS = 1.0
+_ROUND_SECONDS = 0.5
+"""So long at most do waiters who came later wait for the round of those who came before them."""
+
+
+class Threads:
+    """The worker threads of one client."""
+
+    def __init__(self) -> None:
+        self._executor = futures.ThreadPoolExecutor(THREADS, thread_name_prefix="statecache-aio")
+
+    async def run(self, work: Callable[..., Result], *arguments: Any, **named: Any) -> Result:
+        """Run a function in a thread. Cancelled, it goes on there to its end, unheard."""
+        context = contextvars.copy_context()
+        return await asyncio.wrap_future(
+            self._executor.submit(context.run, functools.partial(work, *arguments, **named))
+        )
+
+    async def open(self, work: Callable[[], Result], close: Callable[[Result], None]) -> Result:
+        """Run a function that opens something; if the caller is cancelled meanwhile, what it opens is closed again."""
+        opening = self._executor.submit(work)
+        try:
+            return await asyncio.wrap_future(opening)
+        except BaseException:
+            opening.add_done_callback(
+                lambda done: None if done.cancelled() or done.exception() else close(done.result())
+            )
+            self._executor.shutdown(wait=False)
+            raise
+
+    async def close(self, last: Callable[[], None]) -> None:
+        """Wait for what still runs in the threads, do a last thing, and end them."""
+        loop = asyncio.get_running_loop()
+        ended: asyncio.Future[None] = loop.create_future()
+
+        def tell(error: BaseException | None) -> None:
+            if not ended.done():
+                ended.set_exception(error) if error is not None else ended.set_result(None)
+
+        def work() -> None:
+            error: BaseException | None = None
+            try:
+                self._executor.shutdown(wait=True)
+                last()
+            except BaseException as raised:
+                error = raised
+            loop.call_soon_threadsafe(tell, error)
+
+        thread = threading.Thread(target=work, name="statecache-aio-close")
+        thread.start()
+        await ended
+        thread.join()
+
+
+class Together:
+    """Wishes of one kind: one thread at work for them, the next batch gathers meanwhile."""
+
+    def __init__(self, threads: Threads, done: Done) -> None:
+        self._threads = threads
+        self._done = done
+        self._waiting: deque[tuple[Any, float, asyncio.Future[Any]]] = deque()
+        self._worker: asyncio.Task[None] | None = None
+
+    async def answer(self, wish: Any, deadline: float) -> Any:
+        """Answer a wish; raises its error. ``UnavailableError`` when the threads take much longer than the deadline."""
+        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._waiting.append((wish, deadline, answer))
+        if self._worker is None:
+            self._worker = asyncio.get_running_loop().create_task(self._work())
+        try:
+            async with asyncio.timeout(max(0.0, deadline - time.monotonic()) + _GRACE_SECONDS):
+                found = await answer
+        except TimeoutError as error:
+            raise errors.UnavailableError("SQL did not answer within the call's timeout") from error
+        if isinstance(found, errors.StateCacheError):
+            raise found
+        return found
+
+    async def _work(self) -> None:
+        try:
+            while self._waiting:
+                batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), _TOGETHER_MAX))]
+                batch = [one for one in batch if not one[2].done()]
+                if not batch:
+                    continue
+                deadline = max(deadline for _, deadline, _ in batch)
+                try:
+                    answers = await self._threads.run(self._done, [wish for wish, _, _ in batch], deadline)
+                except errors.StateCacheError as error:
+                    answers = [error] * len(batch)
+                for (_, _, answer), found in zip(batch, answers, strict=True):
+                    if not answer.done():
+                        answer.set_result(found)
+        finally:
+            self._worker = None
+
+
+class Waits:
+    """Waiting until receipts are in SQL, in rounds that all waiters share."""
+
+    def __init__(self, threads: Threads, confirm_many: Callable[[list[Any], float], None]) -> None:
+        self._confirm_many = confirm_many
+        self._rounds = Together(threads, self._round)
+
+    async def confirm(self, receipt: model.Receipt, deadline: float) -> None:
+        """Return when the receipt is in SQL. Raises its error."""
+        while True:
+            try:
+                await self._rounds.answer((receipt, deadline), deadline)
+                return
+            except errors.DurabilityTimeout:
+                if time.monotonic() >= deadline:
+                    raise
+            except errors.UnavailableError as error:
+                raise errors.DurabilityTimeout(
+                    f"{receipt.machine}:{receipt.id} version {receipt.version} stands, but was not seen in SQL: {error}",
+                    receipt,
+                ) from error
+
+    def _round(self, wishes: Sequence[tuple[model.Receipt, float]], deadline: float) -> Sequence[Any]:
+        results: list[Any] = [receipt for receipt, _ in wishes]
+        soonest = min(deadline for _, deadline in wishes)
+        now = time.monotonic()
+        self._confirm_many(results, min(now + _ROUND_SECONDS, max(soonest, now)))
+        return results
