@@ -130,10 +130,10 @@ class AsyncStateCache:
         """
         if self._unusable == _FORKED:
             self._refuse()
+        if asyncio.get_running_loop() is not self._loop and not self._loop.is_closed():
+            raise errors.ConfigurationError(_OTHER_LOOP)
         self._unusable = self._unusable or "this AsyncStateCache is closed"
         if self._closer is None:
-            if asyncio.get_running_loop() is not self._loop and not self._loop.is_closed():
-                raise errors.ConfigurationError(_OTHER_LOOP)
             self._closer = asyncio.get_running_loop().create_task(self._close())
         await asyncio.shield(self._closer)
 
