@@ -99,7 +99,9 @@ class Together:
             async with asyncio.timeout(max(0.0, deadline - time.monotonic()) + _GRACE_SECONDS):
                 found = await answer
         except TimeoutError as error:
-            raise errors.UnavailableError("SQL did not answer within the call's timeout") from error
+            raise errors.UnavailableError(
+                "SQL, or the admission to Redis, did not answer within the call's timeout"
+            ) from error
         if isinstance(found, errors.StateCacheError):
             raise found
         return found

@@ -32,11 +32,17 @@ def main() -> int:
     parser.add_argument(
         "--only", default="", help="faults, joined by commas: " + ", ".join(one.name for one in nemesis.FAULTS)
     )
+    parser.add_argument(
+        "--client",
+        choices=["sync", "async", "mixed"],
+        default="mixed",
+        help="of writers and readers; mixed: by the seed",
+    )
     parser.add_argument("--folder", type=Path, default=None, help="where everything is written")
     parser.add_argument("--quiet", action="store_true", help="do not tell each fault")
     asked = parser.parse_args()
     seed = asked.seed or secrets.token_hex(4)
-    options = rounds.Options(seed, asked.round_seconds, asked.sql, asked.server, asked.aof, asked.only)
+    options = rounds.Options(seed, asked.round_seconds, asked.sql, asked.server, asked.aof, asked.only, asked.client)
     folder = asked.folder or Path(tempfile.mkdtemp(prefix="statecache-chaos-"))
     logging.basicConfig(
         filename=folder / "judge.log", level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
@@ -57,6 +63,7 @@ def run(
     results: list[rounds.Result] = []
     deadline = time.monotonic() + 60 * minutes
     stage = Stage(folder, sql=options.sql, server=options.server, aof=options.aof)
+    stage.client = options.client
     try:
         while len(results) < count if count else time.monotonic() < deadline:
             number = first + len(results)

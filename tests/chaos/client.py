@@ -6,6 +6,7 @@ every fault is felt. Everything random comes from the seed that they are given. 
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import random
 import signal
@@ -14,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
@@ -22,6 +23,7 @@ from statecache import Move, StateCache
 from statecache.core import errors, keys, model
 from tests.chaos import ledger, machine
 from tests.chaos.ledger import Told, Wanted
+from tests.support import blocking
 
 
 class Orders(msgspec.Struct, frozen=True):
@@ -41,6 +43,7 @@ class Orders(msgspec.Struct, frozen=True):
     pause_seconds: float = 0.004
     durable_share: float = 0.2
     flush_interval_ms: int = 50
+    is_async: bool = False
 
 
 class Client:
@@ -58,7 +61,8 @@ class Client:
         """Connect, however long it takes: the nemesis may be at work already."""
         while True:
             try:
-                return StateCache.connect(
+                kind: Any = blocking.BlockingCache if self.orders.is_async else StateCache
+                cache: StateCache = kind.connect(
                     redis_url=self.orders.redis_url,
                     database_url=self.orders.database_url,
                     namespace=self.orders.namespace,
@@ -68,6 +72,7 @@ class Client:
                     flush_interval_ms=self.orders.flush_interval_ms,
                     flusher=flusher,
                 )
+                return cache
             except (errors.UnavailableError, errors.RecoveringError) as error:
                 self.note("connect", error)
                 if self.stop.wait(0.05):
@@ -173,19 +178,40 @@ class Writer(Client):
             elif answer.word == "unknown" and one.transition_id and self.random.random() < 0.8:
                 self.unanswered.append(one)
 
-    def _single(self, one: Wanted, durability: str) -> model.Receipt:
+    def _single(self, one: Wanted, durability: str, tickets: Any = None) -> Any:
+        """The receipt; with the async client's own handle an awaitable of it."""
+        tickets = tickets or self.tickets
         common: dict[str, Any] = {
             "actor": self.orders.name, "reason": one.key, "transition_id": one.transition_id, "durability": durability,
             "timeout": self.random.uniform(0.8, 2.5),
         }  # fmt: skip
         if one.event == "@start":
-            return self.tickets.start(one.id, one.data, **common)
-        return self.tickets.transition(
+            return tickets.start(one.id, one.data, **common)
+        return tickets.transition(
             one.id, one.event, one.data, increment={"count": 1} if one.counts else None, expect_version=one.expect_version,
             **common,
         )  # fmt: skip
 
+    def _at_once(self, wanted: Sequence[Wanted], durability: str) -> list[Any]:
+        """The same as single calls of many tasks, which travel together by themselves."""
+        cache: Any = self.cache
+        handle = cast(Any, self.tickets).inner
+
+        async def calls() -> list[Any]:
+            return await asyncio.gather(
+                *[self._single(one, durability, handle) for one in wanted], return_exceptions=True
+            )
+
+        results: list[Any] = cache.call(calls())
+        for one in results:
+            if isinstance(one, BaseException) and not isinstance(one, errors.StateCacheError):
+                self.note("!contract", one)
+        return results
+
     def _many(self, wanted: Sequence[Wanted], durability: str) -> Sequence[model.Receipt | Exception]:
+        if self.orders.is_async and self.random.random() < 0.7:
+            return self._at_once(wanted, durability)
+
         def call() -> Any:
             timeout = self.random.uniform(1.0, 3.0)
             if wanted[0].event == "@start":

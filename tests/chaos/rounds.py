@@ -35,6 +35,7 @@ class Options(msgspec.Struct, frozen=True):
     server: str = "valkey9"
     aof: str = "everysec"
     only: str = ""
+    client: str = "mixed"
 
 
 class Result(msgspec.Struct):

@@ -62,6 +62,7 @@ class Stage:
         self.restores: list[Restore] = []
         self.foreign = 0
         self.snapshot: Path | None = None
+        self.client = "mixed"
         self.durable_share = 0.2
         self.flush_interval_ms = 50
         self._numbers: dict[str, int] = {}
@@ -99,6 +100,7 @@ class Stage:
             str(self.ledgers / f"{name}.jsonl"), self.prefix, durable_share=self.durable_share,
             flush_interval_ms=self.flush_interval_ms,
             successor_of=before.orders.ledger if before is not None and role == "writer" else "",
+            is_async=role in ("writer", "reader") and (self.client == "async" or (self.client == "mixed" and seed % 2 == 1)),
         )  # fmt: skip
         self.players[place] = Player(orders, self.folder / f"{place}.log")
         return self.players[place]

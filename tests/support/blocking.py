@@ -82,12 +82,12 @@ class BlockingCache:
         return cls(open)
 
     def machine(self, machine: Any) -> BlockingHandle:
-        return BlockingHandle(self, self._run(self.inner.machine(machine)))
+        return BlockingHandle(self, self.call(self.inner.machine(machine)))
 
     def close(self) -> None:
         if self._closed:
             return
-        self._run(self.inner.close())
+        self.call(self.inner.close())
         self._closed = True
         self._runner.close()
 
@@ -97,13 +97,14 @@ class BlockingCache:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _run(self, work: Coroutine[Any, Any, Result]) -> Result:
+    def call(self, work: Coroutine[Any, Any, Result]) -> Result:
+        """Run a coroutine in the client's loop."""
         return self._runner.call(work)
 
     def __getattr__(self, name: str) -> Any:
         if name in METHODS:
             method = getattr(self.inner, name)
-            return lambda *arguments, **named: self._run(method(*arguments, **named))
+            return lambda *arguments, **named: self.call(method(*arguments, **named))
         return getattr(self.inner.sync, name)
 
 
@@ -117,5 +118,5 @@ class BlockingHandle:
     def __getattr__(self, name: str) -> Any:
         found = getattr(self.inner, name)
         if inspect.iscoroutinefunction(found):
-            return lambda *arguments, **named: self.cache._run(found(*arguments, **named))
+            return lambda *arguments, **named: self.cache.call(found(*arguments, **named))
         return found
