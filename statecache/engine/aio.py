@@ -14,9 +14,7 @@ import time
 import weakref
 from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
-from typing import Any, Generic, Self, TypeVar
-
-from prometheus_client import CollectorRegistry
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from statecache import metrics as metering
 from statecache.core import entry, errors, flows, items, model
@@ -27,6 +25,9 @@ from statecache.engine.calls import Start, as_ids, as_list
 from statecache.engine.driver import UNREACHABLE, pause_seconds
 from statecache.engine.handle import CONFIRMED, MachineHandle
 from statecache.hot.aio import AsyncHotStore, Turn
+
+if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry
 
 Opened = TypeVar("Opened", bound="AsyncStateCache")
 Result = TypeVar("Result")
