@@ -9,7 +9,7 @@ import typer
 from statecache.cli import arguments, exits, options, output
 
 if TYPE_CHECKING:
-    from statecache.engine.eviction import Report
+    from statecache.engine import eviction, warming
 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only tell what would be done.")]
 Machine = Annotated[str | None, typer.Option("--machine", metavar="NAME", help="Only this machine's instances.")]
@@ -17,6 +17,7 @@ Machine = Annotated[str | None, typer.Option("--machine", metavar="NAME", help="
 
 def register(app: typer.Typer) -> None:
     options.command(app, "evict")(evict)
+    options.command(app, "warm")(warm)
 
 
 def evict(
@@ -41,7 +42,11 @@ def evict(
         if machine is not None:
             cache.machine(machine)
         idle_seconds = None if age is None else age.total_seconds()
-        report = eviction.evict(cache, idle_seconds=idle_seconds, machine=machine, dry_run=dry_run)
+        with output.progress("evicting") as update:
+            report = eviction.evict(
+                cache, idle_seconds=idle_seconds, machine=machine, dry_run=dry_run,
+                progress=lambda report: update(report.evicted),
+            )  # fmt: skip
     if store.as_json:
         import msgspec
 
@@ -51,7 +56,7 @@ def evict(
     return exits.FOUND if dry_run and report.evicted else exits.DONE
 
 
-def _evicted_facts(report: Report) -> list[tuple[str, object]]:
+def _evicted_facts(report: eviction.Report) -> list[tuple[str, object]]:
     kept = ", ".join(f"{count} {reason}" for reason, count in sorted(report.kept.items()))
     facts: list[tuple[str, object]] = [
         ("would be evicted" if report.dry_run else "evicted", output.counted(report.evicted, "instance")),
@@ -60,4 +65,53 @@ def _evicted_facts(report: Report) -> list[tuple[str, object]]:
     ]
     if report.above:
         facts.append(("still beyond the bounds", output.counted(report.above, "instance")))
+    return [*facts, ("took", output.seconds(report.seconds))]
+
+
+def warm(
+    store: options.Store,
+    limit: Annotated[
+        int | None, typer.Option("--limit", metavar="N", help="At most so many, those that moved last.", min=1)
+    ] = None,
+    machine: Machine = None,
+    finals: Annotated[bool, typer.Option("--finals", help="Those in a final state too, behind the others.")] = False,
+    dry_run: DryRun = False,
+) -> int:
+    """Bring instances back into Redis before they are asked for, those that moved last first: after a wipe, say.
+
+    It ends when Redis is at its bounds (hot_instances_max, hot_memory_share). With --dry-run 1 if SQL has any to bring back.
+    """
+    from statecache.engine import warming
+
+    with store.open() as cache:
+        if machine is not None:
+            cache.machine(machine)
+        with output.progress("warming", limit) as update:
+            report = warming.warm(
+                cache, limit=limit, machine=machine, finals=finals, dry_run=dry_run,
+                progress=lambda report: update(report.warmed + report.hot_already),
+            )  # fmt: skip
+    if store.as_json:
+        import msgspec
+
+        output.emit(msgspec.to_builtins(report))
+    else:
+        output.console().print(output.facts(_warmed_facts(report)))
+    return exits.FOUND if dry_run and report.candidates else exits.DONE
+
+
+def _warmed_facts(report: warming.Report) -> list[tuple[str, object]]:
+    facts: list[tuple[str, object]] = [("in SQL, in these states", output.counted(report.candidates, "instance"))]
+    if report.dry_run:
+        return facts
+    facts += [
+        ("brought back", output.counted(report.warmed, "instance")),
+        ("hot already", output.count(report.hot_already)),
+    ]
+    if report.stale:
+        facts.append(("not brought back", f"{output.count(report.stale)}: SQL is older than what Redis has dropped"))
+    if report.parked:
+        facts.append(("parked, left cold", output.count(report.parked)))
+    if report.full:
+        facts.append(("ended", "Redis is at its bounds"))
     return [*facts, ("took", output.seconds(report.seconds))]

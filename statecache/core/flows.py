@@ -504,10 +504,18 @@ def hash_texts(found: model.Lookup) -> tuple[str, str, list[str]]:
     own = f"{kept.state} {kept.version} {kept.entry_id} {kept.created_ms} {kept.machine_version} {kept.updated_ms}"
     if found.letters:
         own += " p"
+    return own, kept.recent, pairs_of(kept.data)
+
+
+_RAW_FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
+
+
+def pairs_of(data: str) -> list[str]:
+    """``[name, text, ...]`` of a checkpoint's data, the values' JSON texts as they are."""
     pairs: list[str] = []
-    for name, text in msgspec.json.decode(kept.data or "{}", type=dict[str, msgspec.Raw]).items():
-        pairs += (name, bytes(text).decode())
-    return own, kept.recent, pairs
+    for name, text in _RAW_FIELDS.decode(data or "{}").items():
+        pairs += (name, str(text, "utf-8"))
+    return pairs
 
 
 def history(partition: int, machine: str, id: str) -> Generator[Wish, Any, list[model.Transition]]:

@@ -13,10 +13,11 @@ import sqlalchemy as sa
 
 from statecache.core import entry
 from statecache.durable import schema
-from statecache.durable.rows import Idle
+from statecache.durable.rows import Idle, Recent
 
 _checkpoints = schema.checkpoints.c
 _partitions = schema.partitions.c
+_letters = schema.dead_letters.c
 
 # A left join keeps the order of the index: SQLite would turn an inner one round, and sort.
 _LOCATED = schema.checkpoints.outerjoin(schema.partitions, _partitions.partition == _checkpoints.partition)
@@ -36,6 +37,35 @@ _IDLE = (
     .order_by(_at, _checkpoints.id)
     .limit(_PAGE)
 )
+
+_RECENT = (
+    sa.select(
+        _checkpoints.id, _checkpoints.partition, _checkpoints.state, _checkpoints.version, _checkpoints.epoch,
+        _checkpoints.seq, _checkpoints.created_ms, _at, _checkpoints.machine_version, _checkpoints.recent,
+        _checkpoints.data, *_WATERMARK,
+        sa.exists().where(_letters.machine == _checkpoints.machine, _letters.id == _checkpoints.id),
+    )
+    .select_from(_LOCATED)
+    .where(*_IN_STATE)
+    .where(_at <= _after_ms, (_at < _after_ms) | (_checkpoints.id < _after_id))
+    .order_by(_at.desc(), _checkpoints.id.desc())
+    .limit(_PAGE)
+)  # fmt: skip
+
+
+def recent(connection: sa.Connection, machine: str, state: str, before: tuple[int, str], limit: int) -> list[Recent]:
+    """The next checkpoints of a state, newest first, as the hashes that they are hydrated to."""
+    values = {
+        "k_machine": machine, "k_state": state, "after_ms": before[0], "after_id": before[1], "page": limit,
+    }  # fmt: skip
+    return [
+        Recent(
+            id, partition, at, f"{state_} {version} {epoch}-{seq} {created} {machine_version} {at}", ring, data,
+            f"{watermark_epoch or 0}-{watermark_seq or 0}", bool(parked),
+        )
+        for id, partition, state_, version, epoch, seq, created, at, machine_version, ring, data, watermark_epoch,
+            watermark_seq, parked in connection.execute(_RECENT, values).fetchall()
+    ]  # fmt: skip
 
 
 def idle(

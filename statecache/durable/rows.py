@@ -115,6 +115,20 @@ class Idle(NamedTuple):
     watermark: entry.EntryId
 
 
+class Recent(NamedTuple):
+    """A checkpoint as a warmer wants it: ``own`` is the text of the hash' field ``@``, ``ring`` of ``@r``, ``data`` a JSON
+    object; with its partition's watermark, and whether it has open letters, of the same snapshot (protocol holes H9, H12)."""
+
+    id: str
+    partition: int
+    updated_ms: int
+    own: str
+    ring: str
+    data: str
+    watermark: str
+    parked: bool
+
+
 class Above(NamedTuple):
     """An instance that SQL knows beyond some entry id."""
 

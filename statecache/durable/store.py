@@ -14,7 +14,17 @@ import sqlalchemy as sa
 
 from statecache.core import errors, model
 from statecache.durable import bulk, cold, connecting, engine, faults, flush, forms, letters, queries, schema
-from statecache.durable.rows import Discard, Idle, Instance, Letter, MachineRow, PartitionRow, Standing, StoreRow
+from statecache.durable.rows import (
+    Discard,
+    Idle,
+    Instance,
+    Letter,
+    MachineRow,
+    PartitionRow,
+    Recent,
+    Standing,
+    StoreRow,
+)
 
 
 class DurableStore:
@@ -155,6 +165,13 @@ class DurableStore:
     def beginning_with(self, machine: str, prefix: str, limit: int) -> list[model.Checkpoint]:
         """Return up to ``limit`` instances whose id begins with ``prefix``, by id. As of the watermark."""
         return self.database.read(lambda connection: queries.beginning_with(connection, machine, prefix, limit))
+
+    def recent(self, machine: str, state: str, before: tuple[int, str], limit: int = 1000) -> list[Recent]:
+        """Return the next instances in ``state``, those that changed last first, for warming.
+
+        ``before`` is the ``(updated_ms, id)`` of the last one of the page before, ``(2**62, "")`` at first.
+        """
+        return self.database.read(lambda connection: cold.recent(connection, machine, state, before, limit))
 
     def counts(self, machine: str) -> dict[str, int]:
         """Return how many instances are in each state that has any. As of the watermark."""

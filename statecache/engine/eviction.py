@@ -76,6 +76,7 @@ class Range(NamedTuple):
 
     machine: str
     state: str
+    final: bool
     ttl_seconds: float
 
 
@@ -202,7 +203,7 @@ class Evictor:
         candidates: Iterator[tuple[str, Idle]] | None = None
         evicted_before = report.evicted
         while True:
-            report.above = self._above()
+            report.above = above(self._cache)
             if report.dry_run:
                 report.above = max(0, report.above - report.evicted)
             if not report.above:
@@ -215,20 +216,6 @@ class Evictor:
             check()
         if report.evicted == evicted_before and not report.dry_run:
             self._anew_at = 0.0  # what may leave stands behind where we looked: begin anew next time
-
-    def _above(self) -> int:
-        """By how many instances Redis is beyond its bounds; an estimate where memory is the bound."""
-        settings = self._cache.settings
-        if not settings.hot_instances_max and not settings.hot_memory_share:
-            return 0
-        fill = self._cache.hot.fill()
-        above = 0
-        if settings.hot_instances_max:
-            above = fill.keys - 2 * settings.partition_count - settings.hot_instances_max
-        over = fill.used_bytes - fill.max_bytes * settings.hot_memory_share
-        if fill.max_bytes and settings.hot_memory_share and over > 0:
-            above = max(above, math.ceil(over * fill.keys / fill.used_bytes))
-        return max(0, above)
 
     def _oldest_first(self, ranges: Sequence[tuple[Range, int]]) -> Iterator[tuple[str, Idle]]:
         """(state, candidate) of some ranges, each up to a time, the longest idle of all first."""
@@ -311,6 +298,21 @@ def evict(
     )
 
 
+def above(cache: StateCache) -> int:
+    """By how many instances Redis is beyond its bounds (0: it is within them); an estimate where memory is the bound."""
+    settings = cache.settings
+    if not settings.hot_instances_max and not settings.hot_memory_share:
+        return 0
+    fill = cache.hot.fill()
+    count = 0
+    if settings.hot_instances_max:
+        count = fill.keys - 2 * settings.partition_count - settings.hot_instances_max
+    over = fill.used_bytes - fill.max_bytes * settings.hot_memory_share
+    if fill.max_bytes and settings.hot_memory_share and over > 0:
+        count = max(count, math.ceil(over * fill.keys / fill.used_bytes))
+    return max(0, count)
+
+
 def ranges(cache: StateCache) -> list[Range]:
     """Every state of every registered machine, with the idle time after which its instances leave."""
     settings = cache.settings
@@ -325,5 +327,5 @@ def ranges(cache: StateCache) -> list[Range]:
         ttl = spec.hot_ttl_seconds or settings.hot_ttl_seconds
         for state, final in states[name].items():
             ttls = [seconds for seconds in (ttl, settings.hot_ttl_final_seconds if final else 0.0) if seconds]
-            found.append(Range(name, state, min(ttls, default=0.0)))
+            found.append(Range(name, state, final, min(ttls, default=0.0)))
     return found

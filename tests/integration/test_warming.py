@@ -1,0 +1,226 @@
+"""Warming: what comes back, in which order, and what may happen between the look at SQL and the hydration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import msgspec
+import pytest
+
+from statecache.core import errors
+from statecache.engine import eviction, letters, warming
+from tests.integration.test_eviction import hot, started
+from tests.integration.test_holes import _spoil
+from tests.support.worlds import Order, World, after_call, before_call
+
+
+@pytest.fixture
+def world(redis_url: str, database_url: str, namespace: str) -> Iterator[World]:
+    with World(redis_url, database_url, namespace) as world:
+        yield world
+
+
+def wiped(world: World) -> None:
+    """Redis lost everything and was recovered; our client is admitted to the new epoch."""
+    world.wipe()
+    world.cache.recover()
+    world.cache.admission.ensure("EPOCH", world.cache.deadline(None))
+
+
+def hashes(world: World) -> dict[bytes, object]:
+    """The instances' hashes, field by field."""
+    return {key: world.client.hgetall(key) for key in world.client.scan_iter(match=f"{{{world.namespace}:*}}:i:*")}
+
+
+def test_wiped_instances_come_back_as_they_were_rings_too(world: World) -> None:
+    """P4 after a warming: a repetition of a call of before the wipe is answered from the ring, not applied again."""
+    ids = started(world, 6, ("pay", "ship"))
+    world.orders.transition(ids[0], "note", transition_id="twice", data={"n": 1.5, "text": 'ü "x"'}, unset=["amount"])
+    world.orders.transition(ids[5], "deliver")
+    world.flush()
+    before = hashes(world)
+    wiped(world)
+    told = warming.warm(world.cache, dry_run=True)
+    assert (told.dry_run, told.candidates, told.warmed) == (True, 5, 0)
+    report = warming.warm(world.cache, finals=True)
+    assert (report.candidates, report.warmed, report.hot_already, report.full, report.more) == (6, 6, 0, False, False)
+    assert hashes(world) == before
+    assert world.orders.transition(ids[0], "note", transition_id="twice").duplicate
+    again = warming.warm(world.cache, finals=True)
+    assert (again.warmed, again.hot_already) == (0, 6)
+    world.verify()
+
+
+def test_the_last_moved_first_final_ones_last(world: World) -> None:
+    ids = started(world, 8)
+    for event in ("pay", "ship", "deliver"):
+        world.orders.transition(ids[7], event)
+    world.orders.transition(ids[1], "pay")
+    world.flush()
+    wiped(world)
+    assert warming.warm(world.cache, limit=3).warmed == 3
+    assert hot(world) == {ids[1], ids[6], ids[5]}
+    report = warming.warm(world.cache, limit=4)
+    assert (report.warmed, report.hot_already) == (1, 3)
+    assert hot(world) == {ids[1], *ids[4:7]}
+    assert warming.warm(world.cache).warmed == 3
+    assert hot(world) == set(ids[:7])
+    assert warming.warm(world.cache, finals=True).warmed == 1
+
+
+def test_it_goes_on_at_its_position(world: World) -> None:
+    """Stopped after each chunk, and begun again with the position, as JSON keeps it: everything comes back, each once."""
+    world.orders.start_many([f"o{number}" for number in range(2300)])
+    world.flush()
+    wiped(world)
+    report = warming.warm(world.cache, seconds_max=0.0)
+    assert (report.warmed, report.more) == (0, True)
+    warmed, runs, looks = 0, 0, 0
+    while report.more:
+        position = msgspec.json.decode(msgspec.json.encode(report.position), type=dict[str, tuple[int, str]])
+        seen: list[int] = []
+        report = warming.warm(
+            world.cache,
+            position=position,
+            progress=lambda report, seen=seen: seen.append(report.warmed),  # type: ignore[misc]
+            stopping=lambda seen=seen: seen[-1] > 0,  # type: ignore[misc]
+        )
+        warmed += report.warmed
+        looks += report.hot_already
+        runs += 1
+    assert (warmed, looks, runs) == (2300, 0, 4)
+    assert len(hot(world)) == 2300
+
+
+def test_it_ends_where_redis_is_full(world: World) -> None:
+    world.orders.start_many([f"o{number}" for number in range(3000)])
+    world.flush()
+    wiped(world)
+    report = warming.warm(world.more(hot_instances_max=500))
+    assert report.full
+    assert 500 < report.warmed <= 1000 + 500
+    world.client.config_set("maxmemory", 1)
+    try:
+        report = warming.warm(world.more(hot_memory_share=0.0))
+    finally:
+        world.client.config_set("maxmemory", 0)
+    assert (report.full, report.warmed) == (True, 0)
+
+
+def test_bad_limit_is_refused(world: World) -> None:
+    with pytest.raises(errors.InvalidDataError, match="limit 0 is refused"):
+        warming.warm(world.cache, limit=0)
+
+
+def test_parked_ones_are_left_to_the_call_that_wants_them(world: World) -> None:
+    started(world, 3)
+    _spoil(world, "o001")
+    world.flush()
+    wiped(world)
+    report = warming.warm(world.cache)
+    assert (report.warmed, report.parked) == (2, 1)
+    with pytest.raises(errors.ParkedError):
+        world.orders.transition("o001", "note")
+
+
+# --- between the look and the hydration ----------------------------------------------------------------------------------
+
+
+def test_moved_between_the_look_and_the_hydration(world: World) -> None:
+    """A client brings an instance back and moves it to version 2; the page says version 1: nothing is overwritten (H10)."""
+    started(world, 3)
+    wiped(world)
+    other = world.more().machine(Order)
+    with before_call(world.hot, "hydrate", lambda: other.transition("o001", "pay")):
+        report = warming.warm(world.cache)
+    assert (report.warmed, report.hot_already) == (2, 1)
+    assert world.orders.transition("o001", "ship").version == 3
+    world.flush()
+    world.verify()
+
+
+def test_moved_flushed_and_evicted_between_the_look_and_the_hydration(world: World) -> None:
+    """The same, and version 2 was flushed and evicted: what Redis has dropped is above the page's watermark (H9)."""
+    ids = started(world, 3)
+    ids = [id for id in ids if world.partition_of(id) == world.partition_of(ids[0])]
+    wiped(world)
+    other = world.more()
+
+    def move_and_evict() -> None:
+        other.machine(Order).transition(ids[0], "pay")
+        other.flush()
+        assert eviction.evict(other, idle_seconds=0).evicted == 1
+
+    with before_call(world.hot, "hydrate", move_and_evict):
+        report = warming.warm(world.cache)
+    assert report.stale >= 1
+    assert not world.is_hot(ids[0])
+    assert world.orders.transition(ids[0], "ship").version == 3
+    world.flush()
+    world.verify()
+
+
+def test_recovery_between_the_look_and_the_hydration(world: World) -> None:
+    """The hydration is of the old epoch: refused; pages are read again under the new one."""
+    started(world, 3)
+    wiped(world)
+    with before_call(world.hot, "hydrate", world.more().recover):
+        assert warming.warm(world.cache).warmed == 3
+    world.verify()
+
+
+def test_wiped_again_between_the_look_and_the_hydration(world: World) -> None:
+    started(world, 3)
+    wiped(world)
+    with before_call(world.hot, "hydrate", world.wipe):
+        assert warming.warm(world.cache).warmed == 3
+    world.verify()
+
+
+def test_sql_goes_back_behind_the_look(world: World) -> None:
+    """Redis holds nothing, SQL is restored to version 1 and nobody has noticed: the wipe was at SQL's newer watermark, so
+    version 1 is not brought back by a look at the older SQL (H9). The next recovery settles it."""
+    started(world, 3)
+    saved = world.sql_copy()
+    world.orders.transition("o001", "pay")
+    world.flush()
+    wiped(world)
+    row = world.durable.identity()
+    world.sql_back(saved)
+    assert world.durable.identity().epoch < row.epoch
+    report = warming.warm(world.cache)
+    assert report.warmed + report.stale == 3
+    assert not world.is_hot("o001")
+    world.flush_through()
+    world.verify()
+
+
+def test_letters_are_retried_between_the_look_and_the_hydration(world: World) -> None:
+    """H12. The page says: version 1, with letters. An operator moves the letters into history (version 2), and the hash is
+    dropped. Hydrated from the page without its letters it would stand at version 1, unparked: it is left cold."""
+    started(world, 1)
+    _spoil(world, "o000", moves=1)
+    world.flush()
+    with world.durable.database.writer.begin() as connection:
+        connection.exec_driver_sql("UPDATE statecache_dead_letters SET patch = NULL")
+    wiped(world)
+
+    def retry() -> None:
+        letters.retry(world.more(), "order", "o000")
+
+    with after_call(world.durable, "recent", retry):
+        report = warming.warm(world.cache)
+    assert (report.warmed, report.parked) == (0, 1)
+    assert world.orders.get("o000").version == 2
+    assert world.orders.transition("o000", "note").version == 3
+    world.flush()
+    world.verify()
+
+
+def test_warmers_and_evictors_side_by_side(world: World) -> None:
+    """Dropped behind the look, and brought back: whoever is last decides whether it is hot, nobody what it is."""
+    started(world, 5)
+    with before_call(world.hot, "hydrate", lambda: eviction.evict(world.more(), idle_seconds=0)):
+        report = warming.warm(world.cache)
+    assert report.warmed == 5
+    world.verify()
