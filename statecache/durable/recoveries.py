@@ -29,7 +29,9 @@ ABANDONED = 0
 """The heartbeat of a recovery that failed and said so."""
 
 
-def take(store: DurableStore, old: tuple[int, str], new_epoch: int, new_owner: str, now_ms: int) -> None:
+def take(
+    store: DurableStore, old: tuple[int, str], new_epoch: int, new_owner: str, now_ms: int, process: str = ""
+) -> None:
     """Make ``(new_epoch, new_owner)`` the owner of everything, if ``old`` still is, and open its row in the report.
 
     Waits for open flush transactions. Raises ``Superseded`` if ``old`` is not the owner any more, ``CommitUnknown`` if
@@ -51,7 +53,13 @@ def take(store: DurableStore, old: tuple[int, str], new_epoch: int, new_owner: s
         )
         connection.execute(
             sa.insert(schema.recoveries).values(
-                epoch=new_epoch, owner=new_owner, started_ms=now_ms, heartbeat_ms=now_ms, classes="", report=""
+                epoch=new_epoch,
+                owner=new_owner,
+                started_ms=now_ms,
+                heartbeat_ms=now_ms,
+                classes="",
+                report="",
+                process=process,
             )
         )
     with contextlib.suppress(

@@ -48,7 +48,8 @@ class MachineRow(msgspec.Struct, frozen=True):
 
 
 class RecoveryRow(msgspec.Struct, frozen=True):
-    """One recovery: alive while ``heartbeat_ms`` moves, done when ``finished_ms`` is set. ``report`` is JSON text."""
+    """One recovery: alive while ``heartbeat_ms`` moves, done when ``finished_ms`` is set. ``report`` is JSON text, ``process``
+    what ``engine.processes`` tells its process by (None or empty: unknown)."""
 
     epoch: int
     owner: str
@@ -57,6 +58,7 @@ class RecoveryRow(msgspec.Struct, frozen=True):
     finished_ms: int | None
     classes: str
     report: str
+    process: str | None = None
 
 
 class Advance(msgspec.Struct, frozen=True):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sqlalchemy as sa
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 PROTOCOL = 1
 
 metadata = sa.MetaData()
@@ -178,6 +178,7 @@ recoveries = sa.Table(
     sa.Column("finished_ms", sa.BigInteger),
     sa.Column("classes", sa.Text, nullable=False),
     sa.Column("report", sa.Text, nullable=False),
+    sa.Column("process", sa.Text),
 )
 
 # Who flushes what. Tables of their own: the partitions' rows are the flush's compare-and-set, and stay as small as it needs.

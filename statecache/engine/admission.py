@@ -2,8 +2,8 @@
 
 Asked whenever a script was refused or is unknown. SQL holds the epoch and owner that count; Redis must have the same in every
 partition, be ready, and be served by the server that the last recovery found true. If all match, the scripts are loaded on the
-connection that compared them, and the call goes on. Otherwise a recovery is under way (its heartbeat is fresh: wait), or is
-needed: whoever meets the untrue Redis first runs it, unless ``auto_recover`` is off.
+connection that compared them, and the call goes on. Otherwise a recovery is under way (its heartbeat is fresh, and its process
+not known to be gone: wait), or is needed: whoever meets the untrue Redis first runs it, unless ``auto_recover`` is off.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from statecache.core import errors
 from statecache.durable import recoveries
 from statecache.durable.rows import StoreRow
 from statecache.durable.store import DurableStore
+from statecache.engine import processes
 from statecache.hot import scripts
 from statecache.hot import store as hot_store
 
@@ -88,7 +89,12 @@ class Admission:
             # Between its report and its last "ready" a recovery is finished in SQL, and Redis still says recovering.
             under_way = recovery.finished_ms is None or "RECOVERING" in codes
             sign_ms = max(recovery.heartbeat_ms, recovery.finished_ms or 0)
-            if under_way and time.time() * 1000 - sign_ms < HEARTBEAT_STALE_MS:
+            # A process that is known to be gone is not waited for. Superseding is safe whatever we think of it: it is fenced.
+            if (
+                under_way
+                and not processes.is_gone(recovery.process)
+                and time.time() * 1000 - sign_ms < HEARTBEAT_STALE_MS
+            ):
                 return errors.RecoveringError(
                     f"a recovery is under way (epoch {row.epoch}); try again when it has ended"
                 )

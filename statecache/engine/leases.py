@@ -21,18 +21,17 @@ unnoticed with the connection, and poolers forbid them).
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import secrets
 import socket
 import time
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
 
 from statecache.core import errors
 from statecache.durable import leases
 from statecache.durable.leases import FlusherRow
 from statecache.durable.store import DurableStore
+from statecache.engine import processes
 
 HEARTBEATS_A_LEASE = 4
 LOOKS_A_HEARTBEAT = 4
@@ -84,7 +83,12 @@ class Leases:
     def _renew(self, now: float) -> None:
         if not leases.beat(self._durable, self.name):
             leases.join(
-                self._durable, self.name, self.host, os.getpid(), _place(), max(1, int(self._lease_seconds * 1000))
+                self._durable,
+                self.name,
+                self.host,
+                os.getpid(),
+                processes.place(),
+                max(1, int(self._lease_seconds * 1000)),
             )
         rows = leases.look(self._durable)
         living = self._living(rows)
@@ -129,26 +133,8 @@ def someone_flushes(durable: DurableStore) -> bool:
 
 
 def has_ended(row: FlusherRow) -> bool:
-    """Whether a flusher's process is known to be gone: it ran where we run, and there is no such process."""
-    if not row.place or row.place != _place():
-        return False
-    try:
-        os.kill(row.pid, 0)
-    except ProcessLookupError:
-        return True
-    except OSError:
-        return False
-    return False
-
-
-@functools.cache
-def _place() -> str:
-    """What two processes have in common that see each other's process ids: the boot of the machine, and the namespace of
-    ids. Empty where that cannot be told."""
-    with contextlib.suppress(OSError):
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
-    return ""
+    """Whether a flusher's process is known to be gone."""
+    return processes.has_ended(row.pid, row.place)
 
 
 def leave_quietly(mine: Leases) -> None:

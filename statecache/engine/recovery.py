@@ -36,7 +36,7 @@ from statecache.durable import recoveries
 from statecache.durable.faults import CommitUnknown, Superseded
 from statecache.durable.rows import Advance, Discard, PartitionRow
 from statecache.durable.store import DurableStore
-from statecache.engine import admission
+from statecache.engine import admission, processes
 from statecache.hot import scripts
 from statecache.hot.store import Fenced, HotStore, Probed, parse_any
 
@@ -215,7 +215,7 @@ class _Attempt:
             return row.epoch == 0
         self.progress(f"epoch {row.epoch} -> {epoch}: taking it in SQL")
         try:
-            recoveries.take(self.durable, (row.epoch, row.owner), epoch, self.stamp.owner, _now_ms())
+            recoveries.take(self.durable, (row.epoch, row.owner), epoch, self.stamp.owner, _now_ms(), processes.own())
         except CommitUnknown:
             taken = self.durable.identity()
             if (taken.epoch, taken.owner) != (epoch, self.stamp.owner):

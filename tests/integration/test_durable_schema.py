@@ -164,7 +164,7 @@ def test_an_older_and_a_newer_schema(database_url: str) -> None:
 
 
 def test_a_store_of_the_first_schema_is_upgraded_with_its_data(database_url: str) -> None:
-    """0002: every partition that is there gets a free lease."""
+    """Every partition that is there gets a free lease; recoveries of before tell no process."""
     database = engine.open_database(database_url)
     with database.transaction(limited=False) as connection:
         settings = config.Config()
@@ -175,6 +175,7 @@ def test_a_store_of_the_first_schema_is_upgraded_with_its_data(database_url: str
         for number in range(3):
             values = ", ".join([str(number), "1", "'o'", *"00000"])
             connection.execute(sa.text(f"INSERT INTO statecache_partitions VALUES ({values})"))
+        connection.execute(sa.text("INSERT INTO statecache_recoveries VALUES (1, 'o', 1, 2, 3, 'new', '')"))
         connection.execute(sa.text("INSERT INTO statecache_store VALUES (1, 'd', 1, 1, 3, 1, 'o', 5)"))
     database.close()
     with pytest.raises(errors.ConfigurationError, match="run 'statecache db upgrade'"):
@@ -182,6 +183,7 @@ def test_a_store_of_the_first_schema_is_upgraded_with_its_data(database_url: str
     migrate.upgrade(database_url)
     store = DurableStore.connect(database_url, partition_count=None)
     assert (store.identity().schema_version, store.identity().epoch) == (schema.SCHEMA_VERSION, 1)
+    assert recoveries.recoveries(store)[0].process is None
     leases.join(store, "me", "here", 1, "", 1000)
     leases.take(store, "me", [0, 1, 2], [])
     assert leases.look(store)[0].partitions == (0, 1, 2)

@@ -19,7 +19,7 @@ from statecache.durable import leases as durable_leases
 from statecache.durable import schema
 from statecache.durable.store import DurableStore
 from statecache.engine import leases as engine_leases
-from statecache.engine import status
+from statecache.engine import processes, status
 from statecache.engine.leases import Leases
 from tests.support import servers
 from tests.support.waiting import wait_until
@@ -131,7 +131,7 @@ def test_a_process_that_is_gone_is_not_waited_for(world: World) -> None:
     """Killed on the machine where we run: its lease has a minute left, its process id is gone."""
     child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()
-    durable_leases.join(world.durable, "dead", "here", child.pid, engine_leases._place(), 60_000)
+    durable_leases.join(world.durable, "dead", "here", child.pid, processes.place(), 60_000)
     durable_leases.take(world.durable, "dead", list(range(PARTITIONS)), [])
     assert not engine_leases.someone_flushes(world.durable)
     assert [row.alive for row in status.flushers(world.cache)] == [False]

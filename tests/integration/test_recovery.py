@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import msgspec
 import pytest
+import sqlalchemy as sa
 
 from statecache.core import errors, model
-from statecache.durable import recoveries
+from statecache.durable import recoveries, schema
 from statecache.durable.faults import CommitUnknown
-from statecache.engine import letters, recovery
+from statecache.engine import admission, letters, processes, recovery
+from tests.acceptance import command
 from tests.support.worlds import Order, World, after_call, before_call, together
 
 IDS = [f"r{number}" for number in range(8)]
@@ -565,3 +568,29 @@ def test_epoch_in_redis_above_that_of_sql_is_passed(lite: World) -> None:
     assert report.epoch == 4
     assert report.loss_possible
     _check_afterwards(lite, Damage({}, dict.fromkeys(IDS, 2)))
+
+
+def test_a_recoverer_that_was_killed_is_not_waited_for(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its heartbeat is fresh, for hours by the rule of this test; but its process is known to be gone: the next call
+    takes over at once. One of another machine would be waited for."""
+    monkeypatch.setattr(admission, "HEARTBEAT_STALE_MS", 86_400_000)
+    id = world.id()  # in the partition that is fenced first
+    world.start(id)
+    world.flush()
+    where = ["--redis-url", world.redis_url, "--database-url", world.database_url, "--namespace", world.namespace]
+    killed = command.run("recover", *where, env={"STATECACHE_FAILPOINT": "recovery.fenced=die"})
+    assert killed.code == -signal.SIGKILL
+    assert world.orders.transition(id, "pay").version == 2
+    mine, theirs = recoveries.recoveries(world.durable, limit=2)
+    assert (theirs.finished_ms, theirs.process != mine.process, mine.process) == (None, True, processes.own())
+
+    killed = command.run("recover", *where, env={"STATECACHE_FAILPOINT": "recovery.fenced=die"})
+    assert killed.code == -signal.SIGKILL
+    elsewhere = sa.update(schema.recoveries).values(process="17 another boot pid:[4026531836]")
+    world.durable.database.alone(lambda connection: connection.execute(elsewhere))
+    with pytest.raises(errors.RecoveringError, match="under way"):
+        world.orders.transition(id, "ship", timeout=0.2)
+    monkeypatch.setattr(admission, "HEARTBEAT_STALE_MS", -1)
+    assert world.orders.transition(id, "ship").version == 3
+    world.flush()
+    world.verify()

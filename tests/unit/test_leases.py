@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from statecache.cli import output
 from statecache.durable.leases import FlusherRow
-from statecache.engine import leases
+from statecache.engine import leases, processes
 
 
 @given(st.dictionaries(st.text("abcdef", min_size=1, max_size=4), st.integers(0, 20), min_size=1), st.integers(1, 64))
@@ -36,7 +36,7 @@ def _row(pid: int, place: str) -> FlusherRow:
 def test_a_process_is_gone_only_where_its_id_means_something() -> None:
     child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()
-    here = leases._place()
+    here = processes.place()
     assert here
     assert leases.has_ended(_row(child.pid, here))
     assert not leases.has_ended(_row(os.getpid(), here))

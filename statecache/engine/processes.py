@@ -1,0 +1,45 @@
+"""Is a process known to be gone? What tells so sooner than waiting for a sign of life that does not come.
+
+Only ever a short cut: no answer means "unknown", and a process id that was given to another process looks alive.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from pathlib import Path
+
+
+@functools.cache
+def place() -> str:
+    """What two processes have in common that see each other's process ids: the boot of the machine, and the namespace of
+    ids. Empty where that cannot be told."""
+    with contextlib.suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+    return ""
+
+
+def own() -> str:
+    """This process as text, for ``is_gone`` of others; empty where that cannot be told."""
+    return f"{os.getpid()} {place()}" if place() else ""
+
+
+def has_ended(pid: int, where: str) -> bool:
+    """Whether there is no such process, if it ran where we run."""
+    if not where or where != place():
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def is_gone(text: str | None) -> bool:
+    """Whether the process that called itself so (``own``) has ended."""
+    pid, _, where = (text or "").partition(" ")
+    return pid.isdigit() and has_ended(int(pid), where)
