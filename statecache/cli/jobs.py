@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
@@ -37,17 +36,23 @@ def worker(
     burst: Annotated[bool, typer.Option("--burst", help="Run what is there, then end.")] = False,
     queues: Annotated[str, typer.Option("--queues", metavar="NAME,NAME", help="Other queues than the store's.")] = "",
     no_scheduler: Annotated[bool, typer.Option("--no-scheduler", help="Leave the schedule to other workers.")] = False,
+    metrics_port: options.MetricsPort = None,
 ) -> int:
     """Run background jobs until SIGTERM or Ctrl-C, which let the job under way end its part; a second one kills it.
 
     Only statecache's own jobs are run, whatever the queue holds. With --json it prints a line for each job.
     """
+    from statecache.engine import watching
     from workers import jobs, schedule
     from workers import queues as job_queues
     from workers.worker import SafeWorker, log_outcome
 
-    output.log_to_stderr(logging.INFO)
-    with store.open(create=True) as cache, job_queues.connected(rq_url(cache.settings)) as connection:
+    store.log()
+    with (
+        store.open(create=True) as cache,
+        job_queues.connected(rq_url(cache.settings)) as connection,
+        watching.endpoint(cache, metrics_port),
+    ):
         names = [name.strip() for name in queues.split(",") if name.strip()]
         made = SafeWorker(
             names or [job_queues.name_of(cache.settings.namespace)],
