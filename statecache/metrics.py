@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from prometheus_client.core import Metric
 
 COUNTER, HISTOGRAM, GAUGE = "counter", "histogram", "gauge"
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+"""Of ``Metrics.text``: Prometheus' text format, as every version reads it."""
 UNDECLARED = "@undeclared"
 """The label of events that a machine does not declare."""
 _FAST = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)

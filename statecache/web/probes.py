@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from fastapi import APIRouter, Request
-from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
+from statecache.metrics import CONTENT_TYPE
 from statecache.web import documents, problems
 from statecache.web.site import Site
 
@@ -35,4 +35,4 @@ def readyz(request: Request) -> JSONResponse:
 def metrics(request: Request) -> Response:
     """What this process has counted, and the gauges of the store, for Prometheus."""
     site: Site = request.app.state.site
-    return Response(site.cache.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+    return Response(site.cache.metrics.text(), media_type=CONTENT_TYPE)
