@@ -78,6 +78,12 @@ PROCESS: Mapping[str, Family] = {
     "statecache_flushed_transitions_total": Family(COUNTER, "Log entries that this process moved into SQL."),
     "statecache_flush_batch_size": Family(HISTOGRAM, "Log entries of one flush transaction.", (), _COUNTS),
     "statecache_flush_commit_seconds": Family(HISTOGRAM, "Time of one flush transaction, COMMIT included.", (), _SLOW),
+    "statecache_jobs_total": Family(
+        COUNTER,
+        "Parts of background jobs that this worker ran: finished, continued, retried, failed, stopped.",
+        ("job", "outcome"),
+    ),
+    "statecache_job_seconds": Family(HISTOGRAM, "Time of one part of a background job.", ("job",), _LONG),
 }
 """What a process counts of its own doing."""
 

@@ -189,6 +189,9 @@ class Settings(pydantic_settings.BaseSettings):
     retention_age_days: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 365.0
     """Retention: how long ago an instance must have ended for its history to leave the database."""
 
+    export_dir: Path | None = None
+    """Folder of the files that the export job writes. Without one the job fails; ``statecache export`` needs none."""
+
     retention_archive_dir: Path | None = None
     """Retention: folder of the archives. Without one the periodic job deletes nothing and fails, saying so."""
 

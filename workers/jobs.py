@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import inspect
 import logging
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from statecache.core import errors, failpoints
+from statecache.engine import eviction, exporting, retention, warming
 from statecache.engine import letters as engine_letters
 from statecache.engine import verify as engine_verify
 
@@ -29,6 +32,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 RETRIES = 3
 _LETTERS_PAGE = 500
+_FILES_KEPT = 20
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 _FINDINGS_KEPT = 100
 _OVER = ["over"]
 """A cursor behind the end: a job that is killed after its last slice has nothing left to do."""
@@ -119,9 +124,100 @@ def _retry_one(cache: StateCache, machine: str, id: str) -> tuple[int, int]:
         return 0, 1
 
 
+def evict(run: Run, *, machine: str = "", idle_seconds: float = -1.0) -> Result:
+    """Let idle instances leave Redis, by the rules of the settings, or (``idle_seconds``) all that are idle for so long."""
+    report = eviction.evict(
+        run.cache,
+        idle_seconds=None if idle_seconds < 0 else float(idle_seconds),
+        machine=machine or None,
+        seconds_max=max(0.1, run.ends_at - time.monotonic()),
+    )
+    run.note(evicted=run.notes.get("evicted", 0) + report.evicted, looked_at=report.looked_at)
+    if report.more and report.evicted:
+        return run.again()
+    return {"evicted": run.notes["evicted"], "above": report.above, "more": report.more}
+
+
+def warm(run: Run, *, machine: str = "", limit: int = 0) -> Result:
+    """Bring back into Redis what moved last, after a recovery; ``limit`` instances, or (0) until Redis is at its bounds."""
+    notes = run.notes
+    done = notes.get("warmed", 0) + notes.get("hot_already", 0)
+    if limit and done >= limit:
+        return {"warmed": notes.get("warmed", 0), "hot_already": notes.get("hot_already", 0)}
+    report = warming.warm(
+        run.cache,
+        limit=limit - done if limit else None,
+        machine=machine or None,
+        position={name: (int(at), str(id)) for name, (at, id) in notes.get("position", {}).items()},
+        seconds_max=max(0.1, run.ends_at - time.monotonic()),
+    )
+    run.note(
+        position=report.position,
+        candidates=report.candidates,
+        warmed=notes.get("warmed", 0) + report.warmed,
+        hot_already=notes.get("hot_already", 0) + report.hot_already,
+    )
+    if report.more and not report.full:
+        return run.again()
+    return {"warmed": notes["warmed"], "hot_already": notes["hot_already"], "full": report.full}
+
+
+def retain(run: Run, *, machine: str = "", older_than_days: float = -1.0) -> Result:
+    """Archive the history of instances that ended long ago, in the folder that the settings of the worker name."""
+    settings = run.cache.settings
+    if settings.retention_archive_dir is None:
+        raise errors.ConfigurationError(
+            "retention_archive_dir is not set: the retention job keeps what it deletes in that folder"
+        )
+    days = settings.retention_age_days if older_than_days < 0 else float(older_than_days)
+    if (
+        days < settings.retention_age_days
+    ):  # whoever can write to the queue cannot take out more than the settings allow
+        raise errors.InvalidDataError(
+            f"older_than_days = {days:g} is refused: retention_age_days is {settings.retention_age_days:g}"
+        )
+    age = timedelta(days=days)
+    notes = run.notes
+    folder = settings.retention_archive_dir
+    for step in retention.run(run.cache, age, folder, machine=machine or None, cursor=notes.get("cursor")):
+        run.note(
+            cursor=step.cursor,
+            instances=notes.get("instances", 0) + step.instances,
+            transitions=notes.get("transitions", 0) + step.transitions,
+            files=[*notes.get("files", []), *([step.file] if step.file else [])][-_FILES_KEPT:],
+        )
+        if run.time_is_over:
+            return run.again()
+    return {"instances": notes.get("instances", 0), "transitions": notes.get("transitions", 0)}
+
+
+def export(run: Run, *, machine: str, file: str) -> Result:
+    """Write a machine's history to ``file`` (a plain name) in the folder that the settings of the worker name."""
+    folder = run.cache.settings.export_dir
+    if folder is None:
+        raise errors.ConfigurationError("export_dir is not set: the export job has no folder to write to")
+    if not _FILE_NAME.fullmatch(file):
+        raise errors.InvalidDataError(f"file {file!r} is refused: a plain name of letters, digits, '.', '_' and '-'")
+    folder.mkdir(parents=True, exist_ok=True)
+    notes = run.notes
+    begun = exporting.Step(*notes["step"]) if "step" in notes and exporting.can_go_on(folder / file) else None
+    transitions = begun.transitions if begun else 0
+    for step in exporting.run(run.cache, machine, folder / file, begun):
+        transitions = step.transitions
+        if step.after is not None:
+            run.note(step=[step.transitions, step.bytes, step.after], transitions=step.transitions)
+            if run.time_is_over:
+                return run.again()
+    return {"transitions": transitions, "file": str(folder / file)}
+
+
 BODIES: Mapping[str, Body] = {
     "statecache.verify": verify,
     "statecache.retry-letters": retry_letters,
+    "statecache.evict": evict,
+    "statecache.warm": warm,
+    "statecache.retention": retain,
+    "statecache.export": export,
 }
 """The allow-list: a job's name, and what it does."""
 

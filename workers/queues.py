@@ -56,7 +56,7 @@ Allowed = Mapping[str, Function]
 _DATES = ("created_at", "enqueued_at", "started_at", "ended_at", "last_heartbeat")
 _NUMBERS = {  # the least and the most
     "timeout": (1, TIMEOUT_SECONDS_MAX), "result_ttl": (-1, 10**9), "failure_ttl": (-1, 10**9), "ttl": (1, 10**9),
-    "retries_left": (0, 1000), "number_of_retries": (0, 10**9), "repeats_left": (0, 10**9), "enqueue_at_front": (0, 1),
+    "retries_left": (0, 100), "number_of_retries": (0, 10**9), "repeats_left": (0, 1), "enqueue_at_front": (0, 1),
     "enqueue_at_front_on_retry": (0, 1),
 }  # fmt: skip
 _INTERVALS = ("retry_intervals", "repeat_intervals")

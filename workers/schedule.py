@@ -60,6 +60,8 @@ def of_settings(settings: Settings) -> list[Periodic]:
     wanted = (
         ("verify", settings.verify_interval_seconds),
         ("retry-letters", settings.letters_interval_seconds),
+        ("evict", settings.evict_interval_seconds),
+        ("retention", settings.retention_interval_seconds),
     )
     return [Periodic(f"statecache.{name}", seconds) for name, seconds in wanted if seconds]
 

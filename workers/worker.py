@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import rq
-from rq.exceptions import InvalidJobOperation
+from rq.exceptions import InvalidJobOperation, StopRequested
 from rq.job import Job, JobStatus
 from rq.queue import Queue
 from rq.serializers import JSONSerializer
@@ -84,6 +84,8 @@ class SafeWorker(rq.Worker):
         began, retries_left = time.monotonic(), job.retries_left or 0
         try:
             super().execute_job(job, queue)
+        except StopRequested:  # SIGTERM, in a moment when no job is under way
+            raise
         except Exception:
             _log.exception("job %s could not be watched to its end", job.id)
             self.kill_horse_if_any()
@@ -103,6 +105,8 @@ class SafeWorker(rq.Worker):
             told: Any = self.connection.hmget(job.key, ["status", "retries_left"])
             outcome = _outcome(told[0], retries_left, told[1])
             self._told(str(job.func_name), outcome, seconds)
+        except StopRequested:
+            raise
         except Exception:
             _log.exception("what became of job %s is not known", job.id)
 
@@ -143,6 +147,8 @@ class SafeWorker(rq.Worker):
         """Take care of what others have left; what cannot be taken care of must not end this worker."""
         try:
             super().run_maintenance_tasks()
+        except StopRequested:
+            raise
         except Exception:
             _log.exception("maintenance of the queues failed; it is tried again in %d s", self.maintenance_interval)
         finally:

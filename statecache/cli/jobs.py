@@ -47,11 +47,16 @@ def worker(
     from workers import queues as job_queues
     from workers.worker import SafeWorker, log_outcome
 
+    def tell(name: str, outcome: str, seconds: float) -> None:
+        cache.metrics.add("statecache_jobs_total", 1, name, outcome)
+        cache.metrics.observe("statecache_job_seconds", seconds, name)
+        (_tell_json if store.as_json else log_outcome)(name, outcome, seconds)
+
     store.log()
     with (
         store.open(create=True) as cache,
-        job_queues.connected(rq_url(cache.settings)) as connection,
         watching.endpoint(cache, metrics_port),
+        job_queues.connected(rq_url(cache.settings)) as connection,
     ):
         names = [name.strip() for name in queues.split(",") if name.strip()]
         made = SafeWorker(
@@ -59,7 +64,7 @@ def worker(
             connection,
             jobs.allowed(cache),
             periodic=schedule.of_settings(cache.settings),
-            told=_tell_json if store.as_json else log_outcome,
+            told=tell,
         )
         made.work(burst=burst, with_scheduler=not no_scheduler, logging_level="WARNING")
     return exits.DONE

@@ -47,7 +47,7 @@ def run(cache: StateCache, machine: str, path: Path, step: Step | None = None) -
     if cache.durable.machine(machine) is None:
         raise errors.NotFoundError(f"no machine {machine!r} is registered here")
     form, packed = _form(path)
-    part = path.with_name(f".{path.name}.part")
+    part = _part(path)
     step = step or Step(0, 0, "")
     with part.open("r+b" if step.bytes else "wb") as file:
         file.truncate(step.bytes)
@@ -70,6 +70,15 @@ def run(cache: StateCache, machine: str, path: Path, step: Step | None = None) -
         os.fsync(file.fileno())
     part.rename(path)
     yield Step(step.transitions, step.bytes, None)
+
+
+def can_go_on(path: Path) -> bool:
+    """Whether there is what an export that did not end has left."""
+    return _part(path).is_file()
+
+
+def _part(path: Path) -> Path:
+    return path.with_name(f".{path.name}.part")
 
 
 def _written(file: Any, step: Step, text: bytes, rows: Sequence[model.Transition]) -> Step:

@@ -56,7 +56,7 @@ class Worker(processes.Process):
                     child.kill()
             processes.wait_until_ended([child.pid for child in children], "the worker's children")
 
-    def wait(self, timeout_seconds: float = 60.0) -> int:
+    def wait(self, timeout_seconds: float = 90.0) -> int:
         return self._popen.wait(timeout_seconds)
 
 

@@ -146,7 +146,7 @@ def test_example_file_shows_every_setting_with_its_default() -> None:
     values = tomllib.loads(shown)
     fields = settings.Settings.model_fields
     without_default = {"config_file", "redis_url", "database_url", "metrics_port", "web_token"}
-    without_default |= {"rq_redis_url", "retention_archive_dir"}
+    without_default |= {"rq_redis_url", "retention_archive_dir", "export_dir"}
     assert set(values) == set(fields) - {"config_file"}
     expected = {name: field.default for name, field in fields.items() if name not in without_default}
     expected["data_dir"] = str(expected["data_dir"])

@@ -1,0 +1,72 @@
+"""``worker``, ``jobs``, ``retention``, ``export`` as a person uses them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.acceptance import command
+from tests.support import worlds
+
+
+@pytest.fixture
+def world(redis_url: str, sqlite_url: str, namespace: str) -> Iterator[worlds.World]:
+    with worlds.World(redis_url, sqlite_url, namespace) as made:
+        for number in range(5):
+            made.start(f"o{number}", ["pay", "ship", "deliver"])
+        made.flush()
+        yield made
+        made.verify()
+
+
+def _run(world: worlds.World, *arguments: object) -> command.Result:
+    place = ("--redis-url", world.redis_url, "--database-url", world.database_url, "--namespace", world.namespace)
+    return command.run_here(*arguments, *place, "--json")
+
+
+def test_jobs_from_the_command_line(world: worlds.World) -> None:
+    """Start, list, run, show, cancel; each refusal says what to do and ends with its code."""
+    first = _run(world, "jobs", "run", "verify", "machine=order").document
+    second = _run(world, "jobs", "run", "verify").document
+    assert (first["status"], first["arguments"]) == ("queued", {"machine": "order"})
+    assert _run(world, "jobs", "cancel", second["id"]).document == {"id": second["id"], "action": "canceled"}
+    assert {view["id"] for view in _run(world, "jobs", "list").document["jobs"]} == {first["id"], second["id"]}
+    place = ("--redis-url", world.redis_url, "--database-url", world.database_url, "--namespace", world.namespace)
+    worked = command.run("worker", "--burst", "--no-scheduler", *place, "--json")
+    assert (worked.code, [json.loads(line)["outcome"] for line in worked.out.splitlines()]) == (0, ["finished"])
+    shown = _run(world, "jobs", "show", first["id"])
+    assert (shown.code, shown.document["result"]["instances"]) == (0, 5)
+    for arguments, code, words in (
+        (("jobs", "run", "nothing"), 1, "it is one of verify"),
+        (("jobs", "run", "verify", "machine"), 2, "it is KEY=VALUE"),
+        (("jobs", "run", "verify", "x=1"), 2, "there are machine"),
+        (("jobs", "run", "evict", "idle_seconds=soon"), 2, "must be float"),
+        (("jobs", "show", "nothing"), 1, "there is no job"),
+        (("jobs", "cancel", first["id"]), 2, "is finished already"),
+    ):
+        found = _run(world, *arguments)
+        assert (found.code, words in found.error["message"]) == (code, True), found
+
+
+def test_server_of_the_jobs_that_is_away(world: worlds.World) -> None:
+    found = command.run_here("jobs", "list", "--redis-url", "redis://:secret@127.0.0.1:1/0", "--json")
+    assert found.code == 3
+    assert "secret" not in found.err
+
+
+def test_retention_and_export(world: worlds.World, tmp_path: Path) -> None:
+    folder, file = tmp_path / "archive", tmp_path / "orders.jsonl"
+    assert _run(world, "retention", "--older-than", "0s").code == 2
+    assert _run(world, "retention", "--older-than", "0s", "--archive", folder, "--delete").code == 2
+    dry = _run(world, "retention", "--older-than", "0s", "--archive", folder, "--dry-run").document
+    assert (dry["instances"], dry["transitions"], dry["files"], folder.exists()) == (5, 15, [], False)
+    assert _run(world, "export", "order", file).document["transitions"] == 20
+    assert _run(world, "export", "order", file).code == 2
+    assert _run(world, "export", "order", tmp_path / "orders.xml").code == 2
+    assert len(file.read_text().splitlines()) == 20
+    done = _run(world, "retention", "--older-than", "0s", "--archive", folder).document
+    assert (done["instances"], len(done["files"])) == (5, 1)
+    assert [row["event"] for row in _run(world, "history", "order:o1").document] == ["@archived", "deliver"]
