@@ -413,6 +413,7 @@ _OUTCOMES: Mapping[type[BaseException], str] = {
     errors.AlreadyExistsError: "already_exists",
     errors.InvalidTransitionError: "invalid_transition",
     errors.StaleVersionError: "stale_version",
+    errors.FencedError: "fenced",
     errors.ParkedError: "parked",
     errors.BackpressureError: "backpressure",
     errors.RecoveringError: "recovering",

@@ -151,6 +151,11 @@ class Settings(pydantic_settings.BaseSettings):
 
     eviction_interval_seconds: PositiveSeconds = 1.0
     """How often who flushes looks whether instances are to be evicted."""
+    timeout_interval_seconds: PositiveSeconds = 1.0
+    """How often whoever flushes looks for instances whose state's timeout has passed."""
+
+    timeout_sweep_seconds: PositiveSeconds = 30.0
+    """How often it asks SQL for those whose deadline Redis has lost (after a recovery it does so at once)."""
 
     id_length_max: Annotated[int, Field(ge=1, le=1000)] = 200
     """Most characters of an instance's id."""

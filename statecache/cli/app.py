@@ -14,6 +14,7 @@ import typer
 from statecache import logs
 from statecache.cli import (
     care,
+    claims,
     cold,
     exits,
     imports,
@@ -36,7 +37,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 options.root(app)
-for commands in (processes, instances, imports, machines, operations, care, cold, serving):
+for commands in (processes, instances, claims, imports, machines, operations, care, cold, serving):
     commands.register(app)
 
 # Errors of the command line itself; the base class lives in different places in different versions of typer.

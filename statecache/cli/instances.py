@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from statecache.cli import arguments, options, output
+from statecache.core import errors
 
 if TYPE_CHECKING:
     from statecache.core import model
@@ -89,27 +90,42 @@ def _changes(row: model.Transition) -> str:
 
 def ls(
     store: options.Store,
-    machine: Annotated[str, typer.Argument(metavar="MACHINE", help="The machine's name.")],
+    machine: Annotated[
+        str | None, typer.Argument(metavar="MACHINE", help="The machine's name; with --stuck it may be left out.")
+    ] = None,
     state: Annotated[str | None, typer.Option("--state", metavar="STATE", help="Only those in this state.")] = None,
     older_than: Annotated[
         str | None, typer.Option("--older-than", metavar="TIME", help="Only those there for so long: 10s, 10m, 2h, 3d.")
     ] = None,
+    stuck: Annotated[
+        bool, typer.Option("--stuck", help="Only those past their state's timeout that no event moves on.")
+    ] = False,
     limit: Annotated[int, typer.Option("--limit", metavar="N", help="How many at most.", min=1)] = 100,
 ) -> None:
     """Instances of a machine, those first that have been longest where they are. From SQL, as of the watermark.
 
+    With --stuck those first that are longest past their state's timeout; without MACHINE those of all machines.
+
     With --json one list of objects.
     """
     age = None if older_than is None else arguments.duration("--older-than", older_than)
+    if machine is None and not (stuck and state is None):
+        raise errors.InvalidDataError("MACHINE is missing: only --stuck without --state tells of all machines")
     with store.open() as cache:
-        found = cache.machine(machine).find(state, older_than=age, limit=limit)
+        if machine is not None:
+            found = cache.machine(machine).find(state, older_than=age, stuck=stuck, limit=limit)
+        else:
+            found = cache.stuck(older_than=age, limit=limit)
     if store.as_json:
         output.emit([output.snapshot_document(one) for one in found])
         return
     rows = [
-        (one.id, one.state, one.version, output.moment(one.updated_ms), output.shortened(output.data_text(one.data)))
+        (
+            one.id if machine else f"{one.machine}:{one.id}", one.state, one.version, output.moment(one.updated_ms),
+            output.shortened(output.data_text(one.data)),
+        )
         for one in found
-    ]
+    ]  # fmt: skip
     if rows:
         output.console().print(output.table(["id", "state", "version", "since", "data"], rows, right=["version"]))
     full = f" (--limit {limit}: there may be more)" if len(found) == limit else ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from statecache.core import errors, patch
 from statecache.core.spec import MachineSpec
@@ -15,13 +15,21 @@ if TYPE_CHECKING:
 Guard = Callable[["Snapshot"], bool]
 
 
+class Timeout(NamedTuple):
+    """How long an instance may stay in a state, and the event that is fired then; None: it is reported as stuck."""
+
+    ms: int
+    event: str | None
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Definition:
     """The tables of one machine. Made by :func:`of`; not to be changed.
 
     ``targets[event][source]`` is the state that an event leads to; ``guards[event, source]`` the name of the guard of
-    that move, if it has one. ``titles`` and ``event_titles`` fall back on names. ``validate_patch`` checks the data of
-    a transition and returns it as plain JSON values, or raises ``InvalidDataError``.
+    that move, if it has one; ``timeouts[state]`` is there for states that have one. ``titles`` and
+    ``event_titles`` fall back on names. ``validate_patch`` checks the data of a transition and returns it as plain JSON
+    values, or raises ``InvalidDataError``.
     """
 
     name: str
@@ -34,6 +42,7 @@ class Definition:
     targets: Mapping[str, Mapping[str, str]]
     events_from: Mapping[str, tuple[str, ...]]
     guards: Mapping[tuple[str, str], str]
+    timeouts: Mapping[str, Timeout]
     titles: Mapping[str, str]
     event_titles: Mapping[str, str]
     durability: str | None
@@ -46,6 +55,11 @@ class Definition:
     def available_events(self, state: str) -> tuple[str, ...]:
         """The events that lead out of ``state``, as declared; none for a state of another version of the machine."""
         return self.events_from.get(state, ())
+
+    @property
+    def deadlines_ms(self) -> Mapping[str, int]:
+        """The time that an instance may stay in a state before an event is fired, by state."""
+        return {state: timeout.ms for state, timeout in self.timeouts.items() if timeout.event is not None}
 
     def guard_for(self, event: str, source: str, callables: Mapping[str, Guard]) -> Guard | None:
         """Return the guard of a move, None if it has none. Raises ``DefinitionError`` for a guard that is not bound."""
@@ -83,6 +97,11 @@ def of(machine: MachineSpec, validate_patch: patch.PatchValidator | None = None)
             for event in machine.events
             for move in event.transitions
             if move.guard is not None
+        },
+        timeouts={
+            state.name: Timeout(max(1, round(state.timeout_seconds * 1000)), state.on_timeout)
+            for state in machine.states
+            if state.timeout_seconds is not None
         },
         titles={state.name: state.title or state.name for state in machine.states},
         event_titles={event.name: event.title or event.name for event in machine.events},

@@ -25,7 +25,7 @@ def mermaid(machine: MachineSpec, highlight: str | None = None) -> str:
             lines.append(f'    state "{_mermaid_text(state.title or state.name)}" as {_mermaid_id(state.name)}')
     lines += [f"    [*] --> {_mermaid_id(state.name)}" for state in machine.states if state.initial]
     for event, move in _moves(machine):
-        label = _mermaid_text(_label(event, move))
+        label = _mermaid_text(_label(machine, event, move))
         lines.append(f"    {_mermaid_id(move.source)} --> {_mermaid_id(move.target)} : {label}")
     lines += [f"    {_mermaid_id(state.name)} --> [*]" for state in machine.states if state.final]
     if highlight is not None:
@@ -51,7 +51,9 @@ def dot(machine: MachineSpec) -> str:
         lines.append(f"    {_quoted(state.name)} [label={_quoted(_title(state))}{border}];")
     lines += [f'    "" -> {_quoted(state.name)};' for state in machine.states if state.initial]
     for event, move in _moves(machine):
-        lines.append(f"    {_quoted(move.source)} -> {_quoted(move.target)} [label={_quoted(_label(event, move))}];")
+        lines.append(
+            f"    {_quoted(move.source)} -> {_quoted(move.target)} [label={_quoted(_label(machine, event, move))}];"
+        )
     return "\n".join([*lines, "}"]) + "\n"
 
 
@@ -68,8 +70,20 @@ def _title(part: StateSpec | EventSpec) -> str:
     return part.title or part.name
 
 
-def _label(event: EventSpec, move: TransitionSpec) -> str:
-    return _title(event) if move.guard is None else f"{_title(event)} [{move.guard}]"
+def _label(machine: MachineSpec, event: EventSpec, move: TransitionSpec) -> str:
+    label = _title(event) if move.guard is None else f"{_title(event)} [{move.guard}]"
+    source = next(state for state in machine.states if state.name == move.source)
+    if source.timeout_seconds is None or source.on_timeout != event.name:
+        return label
+    return f"{label} (after {_span(source.timeout_seconds)})"
+
+
+def _span(seconds: float) -> str:
+    """A time in the largest unit that it is a whole number of."""
+    for unit, unit_seconds in (("d", 86_400), ("h", 3600), ("min", 60)):
+        if seconds % unit_seconds == 0:
+            return f"{seconds / unit_seconds:.0f} {unit}"
+    return f"{seconds:g} s"
 
 
 def _moves(machine: MachineSpec) -> Iterator[tuple[EventSpec, TransitionSpec]]:

@@ -4,7 +4,7 @@
     version: 1
     states:
       placed: {initial: true}
-      paid: {}
+      paid: {timeout_seconds: 600, on_timeout: cancel}  # after ten minutes there; without on_timeout it is stuck
       cancelled: {final: true, title: Cancelled by the customer}
     events:
       pay: {from: placed, to: paid, guard: is_covered, title: Pay}
@@ -69,18 +69,26 @@ def to_text(machine: MachineSpec) -> str:
     document: dict[str, Any] = {"name": machine.name, "version": machine.version}
     if machine.title is not None:
         document["title"] = machine.title
-    document["states"] = {
-        state.name: state.model_dump(exclude={"name"}, exclude_defaults=True) for state in machine.states
-    }
+    document["states"] = {state.name: _state_form(state) for state in machine.states}
     document["events"] = {event.name: _event_form(event) for event in machine.events}
     if machine.durability is not None:
         document["durability"] = machine.durability
     if machine.hot_ttl_seconds is not None:
-        seconds = machine.hot_ttl_seconds
-        document["hot_ttl_seconds"] = int(seconds) if seconds == int(seconds) else seconds
+        document["hot_ttl_seconds"] = _number(machine.hot_ttl_seconds)
     if machine.data_schema is not None:
         document["data"] = machine.data_schema
     return yamltree.write(document)
+
+
+def _state_form(state: StateSpec) -> dict[str, Any]:
+    form = state.model_dump(exclude={"name"}, exclude_defaults=True)
+    if state.timeout_seconds is not None:
+        form["timeout_seconds"] = _number(state.timeout_seconds)
+    return form
+
+
+def _number(seconds: float) -> int | float:
+    return int(seconds) if seconds == int(seconds) else seconds
 
 
 def _event_form(event: EventSpec) -> Any:
@@ -104,6 +112,8 @@ class _State(_Part):
     title: str | None = None
     initial: bool = False
     final: bool = False
+    timeout_seconds: float | None = None
+    on_timeout: str | None = None
 
 
 def _listed(value: Any) -> Any:

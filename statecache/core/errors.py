@@ -61,6 +61,22 @@ class StaleVersionError(StateCacheError):
         return str(self.args[0])
 
 
+class FencedError(StateCacheError):
+    """Another worker holds the instance, or the claim of the call is no longer in force; nothing was written.
+
+    ``worker`` is who holds it (empty when nobody does), ``expires_ms`` until when, by the clock of Redis. Who lost a claim
+    must not go on with what it does for the instance: another worker may have begun it anew.
+    """
+
+    def __init__(self, message: str, worker: str = "", expires_ms: int = 0) -> None:
+        super().__init__(message, worker, expires_ms)
+        self.worker = worker
+        self.expires_ms = expires_ms
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 class ParkedError(StateCacheError):
     """The instance waits behind a dead letter: an operator must retry or discard it (``statecache dead-letters``)."""
 

@@ -43,6 +43,8 @@ NAMES = (
     "retention.renamed",
     "retention.deleting",
     "retention.deleted",
+    "timeouts.read",
+    "timeouts.fired",
 )
 ACTIONS = ("die", "hang", "error")
 

@@ -323,6 +323,8 @@ def _refusal(request: Request, outcome: items.Outcome) -> errors.StateCacheError
             item.move.event,
             allowed,
         )
+    if outcome.code == "FENCED":
+        return fenced_error(address, words[0], int(words[1]), claimed=bool(item.claim))
     if outcome.code == "DATA":
         rule, subject = words
         if rule == "fields":
@@ -338,6 +340,15 @@ def _refusal(request: Request, outcome: items.Outcome) -> errors.StateCacheError
     return errors.IntegrityError(
         f"{address}: its key in Redis holds something that statecache did not write ({outcome.code})"
     )
+
+
+def fenced_error(address: str, worker: str, expires_ms: int, *, claimed: bool) -> errors.FencedError:
+    """What a caller is told whom a claim keeps out; ``worker`` is ``-`` when nobody holds the instance."""
+    held = "" if worker == "-" else f"{worker} holds it until {model.datetime_of(expires_ms):%Y-%m-%d %H:%M:%S} UTC"
+    if claimed:
+        lost = f"the claim on {address} is no longer in force: it has expired, was released, or went with the hot copy"
+        return errors.FencedError(f"{lost}; {held or 'claim it again'}", worker if held else "", expires_ms)
+    return errors.FencedError(f"{address} is claimed: {held}", worker, expires_ms)
 
 
 def _duplicate(request: Request, version: int, *, last: bool) -> Generator[Wish, Any, model.Receipt | None]:
@@ -388,7 +399,7 @@ def _miss(request: Request, outcome: items.Outcome, attempt: int, misses: int) -
         raise errors.NotFoundError(f"{request.address} does not exist")
     found: model.Lookup = yield Lookup(item.partition, item.move.machine, item.id)
     if found.watermark < entry.EntryId.parse(evicted_to):
-        return (yield from _sql_is_older(request.address, attempt))
+        return (yield from sql_is_older(request.address, attempt))
     if found.checkpoint is None:
         if found.letters:
             raise _parked_error(request.address, found)
@@ -400,7 +411,7 @@ def _miss(request: Request, outcome: items.Outcome, attempt: int, misses: int) -
     if code in items.ADMISSION_CODES:
         yield Admit(code)
     elif code == "OOM":
-        return (yield from _no_room(request.address, attempt))
+        return (yield from no_room(request.address, attempt))
     elif misses > 1:
         if code == "EXISTS":
             fields = yield Hot(item.partition, item.move.machine, item.id)
@@ -409,11 +420,11 @@ def _miss(request: Request, outcome: items.Outcome, attempt: int, misses: int) -
                     f"{request.address}: its key in Redis is there, but is no instance; run 'statecache verify'"
                 )
         if misses > _MISSES_MANY:
-            return (yield from _no_room(request.address, attempt))
+            return (yield from no_room(request.address, attempt))
     return attempt
 
 
-def _no_room(address: str, attempt: int) -> Generator[Wish, Any, int]:
+def no_room(address: str, attempt: int) -> Generator[Wish, Any, int]:
     if not (yield Pause(attempt, "OOM")):
         raise errors.BackpressureError(
             f"{address}: not applied: Redis has no room to bring a cold instance back; give it more memory (maxmemory), or "
@@ -422,7 +433,7 @@ def _no_room(address: str, attempt: int) -> Generator[Wish, Any, int]:
     return attempt + 1
 
 
-def _sql_is_older(address: str, attempt: int) -> Generator[Wish, Any, int]:
+def sql_is_older(address: str, attempt: int) -> Generator[Wish, Any, int]:
     if not (yield Pause(attempt, "STALE")):
         raise errors.IntegrityError(
             f"{address}: SQL is older than what Redis has dropped since: was it restored from a backup? "
@@ -473,7 +484,7 @@ def snapshot(
             raise errors.NotFoundError(f"{machine}:{id} does not exist")
         found: model.Lookup = yield Lookup(partition, machine, id)
         if found.watermark < evicted_to:
-            attempt = yield from _sql_is_older(f"{machine}:{id}", attempt)
+            attempt = yield from sql_is_older(f"{machine}:{id}", attempt)
             continue
         if found.checkpoint is None:
             if (

@@ -16,12 +16,21 @@ class MoveSpec:
 
     __slots__ = ("event", "machine", "machine_version", "row", "targets")
 
-    def __init__(self, machine: str, event: str, targets: Mapping[str, str], machine_version: int) -> None:
+    def __init__(
+        self,
+        machine: str,
+        event: str,
+        targets: Mapping[str, str],
+        machine_version: int,
+        deadlines_ms: Mapping[str, int] | None = None,
+    ) -> None:
         self.machine = machine
         self.event = event
         self.targets = targets
         self.machine_version = machine_version
-        self.row = [machine, event, targets, machine_version]
+        self.row: list[object] = [machine, event, targets, machine_version]
+        if deadlines_ms:
+            self.row.append(deadlines_ms)
 
 
 class Confirm(msgspec.Struct, frozen=True):
@@ -60,12 +69,15 @@ class Item(msgspec.Struct, gc=False):
     confirm: Confirm | None = None
     pinned: bool = False
     """A guard has seen the version that it names: refused for its version it comes back, so nothing may be sent behind it."""
+    claim: str = ""
+    """The fencing token of the claim under which it is sent."""
 
     def pack_into(self, flat: list[object], partition_index: int, move_index: int) -> None:
         """Append what ``apply.lua`` reads of an item."""
         extras: object = False
-        if self.retry or self.absent or self.unset or self.increments:
-            extras = (1 if self.retry else 0, self.absent, self.unset, self.increments)
+        if self.retry or self.absent or self.unset or self.increments or self.claim:
+            own = (1 if self.retry else 0, self.absent, self.unset, self.increments)
+            extras = (*own, self.claim) if self.claim else own
         pairs = self.pairs
         flat += (partition_index, self.id, move_index, self.expected, self.token, self.tail, extras, len(pairs))
         flat += pairs

@@ -55,6 +55,14 @@ class Keyspace:
     def log(self, partition: int) -> str:
         return f"{self.tag(partition)}:log"
 
+    def due(self, partition: int) -> str:
+        """The deadlines of a partition: a sorted set of "machine:id" by ms."""
+        return f"{self.tag(partition)}:due"
+
+    def claims(self, partition: int) -> str:
+        """The claims of a partition, for those who look: a sorted set of "machine:id" by the ms of their end."""
+        return f"{self.tag(partition)}:claims"
+
     def instance(self, partition: int, machine: str, id: str) -> str:
         return f"{self.tag(partition)}:i:{machine}:{id}"
 

@@ -37,14 +37,29 @@ _WORD_START = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 
 
 class State:
-    """One state of a machine, declared in its class body. ``title`` is for people; the name is the attribute's."""
+    """One state of a machine, declared in its class body. ``title`` is for people; the name is the attribute's.
 
-    __slots__ = ("final", "initial", "machine", "name", "title")
+    ``timeout`` is how long an instance may stay there, counted from the transition that brought it there (one from the
+    state to itself counts anew). After it the event ``on_timeout`` is fired, once, by whoever runs a flusher; without
+    ``on_timeout`` the instance is reported as stuck (``find(stuck=True)``, ``statecache ls --stuck``).
+    """
 
-    def __init__(self, *, initial: bool = False, final: bool = False, title: str | None = None) -> None:
+    __slots__ = ("final", "initial", "machine", "name", "on_timeout", "timeout", "title")
+
+    def __init__(
+        self,
+        *,
+        initial: bool = False,
+        final: bool = False,
+        title: str | None = None,
+        timeout: timedelta | None = None,
+        on_timeout: str | None = None,
+    ) -> None:
         self.initial = initial
         self.final = final
         self.title = title
+        self.timeout = timeout
+        self.on_timeout = on_timeout
         self.name = ""
         self.machine = ""
 
@@ -220,6 +235,8 @@ def _declared_spec(cls: type[StateMachine]) -> MachineSpec:
             title=state.title,
             initial=state.initial,
             final=state.final,
+            timeout_seconds=_seconds(f"{subject}: state {name!r}: timeout", state.timeout),
+            on_timeout=state.on_timeout,
         )
         for name, state in _declared(cls, State)
     ]
@@ -232,7 +249,7 @@ def _declared_spec(cls: type[StateMachine]) -> MachineSpec:
         states=tuple(states),
         events=tuple(_event_spec(cls, name, event) for name, event in _declared(cls, Transitions)),
         durability=cls.durability,
-        hot_ttl_seconds=_seconds(subject, cls.hot_ttl),
+        hot_ttl_seconds=_seconds(f"{subject}: hot_ttl", cls.hot_ttl),
         data_schema=_data_schema(subject, getattr(cls, "Data", None)),
     )
 
@@ -306,10 +323,10 @@ def _bound_guards(machine: MachineSpec, guards: Mapping[str, Guard]) -> dict[str
     return dict(guards)
 
 
-def _seconds(subject: str, hot_ttl: object) -> float | None:
-    if hot_ttl is None or isinstance(hot_ttl, timedelta):
-        return None if hot_ttl is None else hot_ttl.total_seconds()
-    raise errors.DefinitionError(f"{subject}: hot_ttl: {shown(hot_ttl)} is refused: it must be a timedelta or None")
+def _seconds(subject: str, span: object) -> float | None:
+    if span is None or isinstance(span, timedelta):
+        return None if span is None else span.total_seconds()
+    raise errors.DefinitionError(f"{subject}: {shown(span)} is refused: it must be a timedelta or None")
 
 
 def _data_schema(subject: str, data: object) -> dict[str, Any] | None:

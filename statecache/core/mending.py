@@ -40,7 +40,7 @@ class Hash(msgspec.Struct, frozen=True):
         words = fields.get(b"@", b"").decode().split(" ")
         if len(words) < 6:
             return None
-        data = {name.decode(): text.decode() for name, text in fields.items() if name not in (b"@", b"@r")}
+        data = {name.decode(): text.decode() for name, text in fields.items() if name not in (b"@", b"@r", b"@c")}
         return cls(
             words[0], int(words[1]), entry.EntryId.parse(words[2]), int(words[3]), int(words[4]), int(words[5]),
             fields.get(b"@r", b"").decode(), data,

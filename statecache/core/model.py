@@ -106,7 +106,7 @@ class Transition(msgspec.Struct, frozen=True):
 
 
 _decode_json = msgspec.json.Decoder().decode
-_OWN_FIELDS = frozenset({b"@", b"@r"})
+_OWN_FIELDS = frozenset({b"@", b"@r", b"@c"})
 
 
 class Snapshot:
@@ -199,7 +199,8 @@ class Start(msgspec.Struct, frozen=True):
 
 
 class Move(msgspec.Struct, frozen=True, gc=False):
-    """One transition of a bulk call; the fields are those of ``MachineHandle.transition``."""
+    """One transition of a bulk call; the fields are those of ``MachineHandle.transition``. ``claim`` is the token of
+    the claim (``MachineHandle.claim``) under which it is made."""
 
     id: str
     event: str
@@ -211,6 +212,7 @@ class Move(msgspec.Struct, frozen=True, gc=False):
     expect_version: int | None = None
     transition_id: str | None = None
     occurred_at: datetime | None = None
+    claim: str | None = None
 
 
 class Checkpoint(msgspec.Struct, frozen=True):

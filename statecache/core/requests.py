@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from statecache.core import codec, entry, errors, flows, items, keys, model
+from statecache.core import claims, codec, entry, errors, flows, items, keys, model
 from statecache.core.definition import Definition, Guard
 
 _SEPARATOR = entry.SEPARATOR
@@ -28,10 +28,12 @@ class Door:
         self._partition_count = partition_count
         self._limits = limits
         self._ids = ids
-        version = definition.version
-        self._start = items.MoveSpec(definition.name, entry.EVENT_START, {"": definition.initial}, version)
+        version, deadlines_ms = definition.version, definition.deadlines_ms
+        self._start = items.MoveSpec(
+            definition.name, entry.EVENT_START, {"": definition.initial}, version, deadlines_ms
+        )
         self._moves = {
-            event: items.MoveSpec(definition.name, event, targets, version)
+            event: items.MoveSpec(definition.name, event, targets, version, deadlines_ms)
             for event, targets in definition.targets.items()
         }
         self._guards = _guards_by_event(definition, guards, snapshot_of)
@@ -72,10 +74,13 @@ class Door:
         if callable(guard):
             guard()  # raises: nothing is bound to its name
         assert not callable(guard)
-        return self._request(
+        request = self._request(
             spec, move.id, move.data, move.unset, move.increment, move.actor, move.reason, move.expect_version,
             move.transition_id, move.occurred_at, guard,
         )  # fmt: skip
+        if move.claim is not None:
+            request.item.claim = claims.check_token(move.claim)
+        return request
 
     def _request(
         self,

@@ -25,6 +25,7 @@ GUARD_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 TITLE_LENGTH_MAX = 500
 VERSION_MAX = 2**31 - 1
 HOT_TTL_SECONDS_MAX = 1e9
+TIMEOUT_SECONDS_MIN, TIMEOUT_SECONDS_MAX = 0.001, 1e9
 
 # Titles may hold what real event logs hold, line breaks included, but nothing that steers a terminal.
 _TITLE_REFUSED = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -38,12 +39,17 @@ Part = TypeVar("Part", bound=_Part)
 
 
 class StateSpec(_Part):
-    """One state."""
+    """One state. ``on_timeout`` names the event that is fired after ``timeout_seconds`` in it; without one an instance
+    that stays longer is reported as stuck."""
 
     name: str
     title: str | None = None
     initial: pydantic.StrictBool = False
     final: pydantic.StrictBool = False
+    timeout_seconds: (
+        Annotated[pydantic.StrictFloat, pydantic.Field(ge=TIMEOUT_SECONDS_MIN, le=TIMEOUT_SECONDS_MAX)] | None
+    ) = None
+    on_timeout: str | None = None
 
 
 class TransitionSpec(_Part):
@@ -90,11 +96,12 @@ class MachineSpec(_Part):
         """The SHA-256 (hex) of what the machine means.
 
         Two declarations of one name and version must agree in it. Counted: name, version, states, which are initial and
-        final, moves, guards' names, the data schema's rules. Not counted, so that they may change without a new
+        final, moves, guards' names, the data schema's rules, timeouts (they move instances; what has none has the
+        fingerprint that it had before there were any). Not counted, so that they may change without a new
         version: titles and other annotations, the order of declaration, durability and hot_ttl_seconds (how it is run,
         not what it is).
         """
-        meaning = {
+        meaning: dict[str, Any] = {
             "name": self.name,
             "version": self.version,
             "states": sorted((state.name, state.initial, state.final) for state in self.states),
@@ -105,6 +112,13 @@ class MachineSpec(_Part):
             ),
             "data": None if self.data_schema is None else schema.meaning(self.data_schema),
         }
+        timeouts = sorted(
+            (state.name, state.timeout_seconds, state.on_timeout or "")
+            for state in self.states
+            if state.timeout_seconds is not None
+        )
+        if timeouts:
+            meaning["timeouts"] = timeouts
         canonical = json.dumps(meaning, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
         return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -118,7 +132,7 @@ class Problem(NamedTuple):
 
 def problems(machine: MachineSpec) -> list[Problem]:
     """Return the rules that ``machine`` breaks; those that make others meaningless first and alone."""
-    for check in (_wrong_names, _wrong_references, _wrong_shape):
+    for check in (_wrong_names, _wrong_references, _wrong_shape, _wrong_timeouts):
         found = list(check(machine))
         if found:
             return found
@@ -207,6 +221,38 @@ def _wrong_shape(machine: MachineSpec) -> Iterator[Problem]:
             if state.name not in reached:
                 text = f"state {state.name!r} cannot be reached from the initial state {initial[0]!r}"
                 yield Problem(("states", state.name), text)
+
+
+def _wrong_timeouts(machine: MachineSpec) -> Iterator[Problem]:
+    events = {event.name: event for event in machine.events}
+    for state in machine.states:
+        where = ("states", state.name)
+        if state.timeout_seconds is None:
+            if state.on_timeout is not None:
+                text = f"state {state.name!r} has on_timeout, but no timeout: say after how long"
+                yield Problem((*where, "on_timeout"), text)
+            continue
+        if state.final:
+            text = f"state {state.name!r} has a timeout, but is final: what has ended may stay for ever"
+            yield Problem((*where, "timeout_seconds"), text)
+        elif state.on_timeout is not None:
+            rule = _on_timeout_rule(state, events.get(state.on_timeout))
+            if rule:
+                yield Problem(
+                    (*where, "on_timeout"), f"state {state.name!r}: on_timeout {shown(state.on_timeout)} {rule}"
+                )
+
+
+def _on_timeout_rule(state: StateSpec, event: EventSpec | None) -> str | None:
+    """The rule that the event of a timeout breaks, if any."""
+    if event is None:
+        return "is no event of this machine"
+    move = next((move for move in event.transitions if move.source == state.name), None)
+    if move is None:
+        return f"does not lead out of this state (it leads out of {', '.join(one.source for one in event.transitions)})"
+    if move.guard is not None:  # whoever fires it has the machine from SQL, where there are no functions
+        return f"has the guard {move.guard!r} there: the event of a timeout must need none"
+    return None
 
 
 def _moves(machine: MachineSpec) -> Iterator[tuple[EventSpec, TransitionSpec]]:

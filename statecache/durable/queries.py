@@ -232,6 +232,17 @@ def beginning_with(connection: sa.Connection, machine: str, prefix: str, limit: 
     return [checkpoint_of(row) for row in connection.execute(asked)]
 
 
+def count_idle(connection: sa.Connection, machine: str, machine_version: int, state: str, until_ms: int) -> int:
+    """Served by the find index (machine, state, updated_ms)."""
+    asked = sa.select(sa.func.count()).where(
+        _checkpoints.machine == machine,
+        _checkpoints.state == state,
+        _checkpoints.updated_ms <= until_ms,
+        _checkpoints.machine_version == machine_version,
+    )
+    return connection.execute(asked).scalar() or 0
+
+
 _MAX = 2**63 - 1
 _OF_INSTANCE = sa.select(*_TRANSITION).where(
     _transitions.machine == sa.bindparam("k_machine"), _transitions.id == sa.bindparam("k_id")

@@ -121,6 +121,15 @@ class DurableStore:
         asked = sa.select(schema.machines).order_by(schema.machines.c.name, schema.machines.c.version)
         return [MachineRow(*row) for row in self.database.read(lambda connection: connection.execute(asked).fetchall())]
 
+    def machine_versions(self, name: str | None = None) -> list[tuple[str, int]]:
+        """Return (name, version) of everything that is registered, or of one machine."""
+        column = schema.machines.c
+        asked = sa.select(column.name, column.version).order_by(column.name, column.version)
+        asked = asked if name is None else asked.where(column.name == name)
+        return [
+            (row.name, row.version) for row in self.database.read(lambda connection: connection.execute(asked).all())
+        ]
+
     # Instances
 
     def lookup(self, addresses: Sequence[tuple[str, str, int]]) -> list[model.Lookup]:
@@ -145,14 +154,19 @@ class DurableStore:
         return self.database.read(lambda connection: self.queries.checkpoints(connection, instances))
 
     def find(
-        self, machine: str, state: str | None = None, older_than_ms: int | None = None, limit: int = 100
+        self,
+        machine: str,
+        state: str | None = None,
+        older_than_ms: int | None = None,
+        limit: int = 100,
+        after: tuple[int, str] | None = None,
     ) -> list[model.Checkpoint]:
         """Return up to ``limit`` instances in ``state`` (in any for None) last changed at or before ``older_than_ms``.
 
-        The oldest first. As of the watermark.
+        The oldest first. As of the watermark. ``after`` is the ``(updated_ms, id)`` of the last one of the page before.
         """
         return self.database.read(
-            lambda connection: queries.find(connection, machine, state, None, older_than_ms, limit)
+            lambda connection: queries.find(connection, machine, state, after, older_than_ms, limit)
         )
 
     def idle(self, machine: str, state: str, after: tuple[int, str], until_ms: int, limit: int = 1000) -> list[Idle]:
@@ -172,6 +186,12 @@ class DurableStore:
         ``before`` is the ``(updated_ms, id)`` of the last one of the page before, ``(2**62, "")`` at first.
         """
         return self.database.read(lambda connection: cold.recent(connection, machine, state, before, limit))
+
+    def count_idle(self, machine: str, machine_version: int, state: str, until_ms: int) -> int:
+        """Return how many instances that this machine version moved last are in ``state``, changed last up to ``until_ms``."""
+        return self.database.read(
+            lambda connection: queries.count_idle(connection, machine, machine_version, state, until_ms)
+        )
 
     def counts(self, machine: str) -> dict[str, int]:
         """Return how many instances are in each state that has any. As of the watermark."""

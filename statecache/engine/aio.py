@@ -20,8 +20,10 @@ from statecache import metrics as metering
 from statecache.core import entry, errors, flows, items, model
 from statecache.core.machine import StateMachine
 from statecache.engine import aside, recovery
+from statecache.engine.aio_claims import AsyncClaim, Claiming
 from statecache.engine.cache import StateCache
 from statecache.engine.calls import Start, as_ids, as_list
+from statecache.engine.claims import TTL_SECONDS, Held
 from statecache.engine.driver import UNREACHABLE, pause_seconds
 from statecache.engine.handle import CONFIRMED, MachineHandle
 from statecache.hot.aio import AsyncHotStore, Turn
@@ -377,12 +379,21 @@ class AsyncMachineHandle:
         timeout: float | None = None,
     ) -> model.Receipt:
         """As ``MachineHandle.transition``."""
+        return await self.fire(
+            model.Move(id, event, data, unset, increment, actor, reason, expect_version, transition_id, occurred_at),
+            durability,
+            timeout,
+        )
+
+    async def fire(
+        self, move: model.Move, durability: str | None = None, timeout: float | None = None
+    ) -> model.Receipt:
+        """As ``MachineHandle.fire``."""
         began = time.perf_counter()
-        move = model.Move(id, event, data, unset, increment, actor, reason, expect_version, transition_id, occurred_at)
         try:
             receipt = await self._write(self._sync.calls.door.transition(move), durability, timeout)
         except errors.StateCacheError as error:
-            self._sync.meter.refused(event, error)
+            self._sync.meter.refused(move.event, error)
             raise
         self._sync.meter.done(receipt, durability, time.perf_counter() - began)
         return receipt
@@ -412,6 +423,43 @@ class AsyncMachineHandle:
         return await self._cache.blocking(
             self._sync.transition_many, as_list("moves", moves), durability=durability, timeout=timeout
         )
+
+    def claim(
+        self,
+        id: str,
+        ttl: float | timedelta = TTL_SECONDS,
+        *,
+        worker: str | None = None,
+        renew: bool = False,
+        timeout: float | None = None,
+    ) -> Claiming:
+        """As ``MachineHandle.claim``: ``await orders.claim("1001")``, or ``async with orders.claim("1001") as claim:``."""
+
+        async def take() -> AsyncClaim:
+            taken = self._cache.blocking(self._sync.claim, id, ttl, worker=worker, renew=renew, timeout=timeout)
+            return AsyncClaim(self, await taken, self._cache.blocking)
+
+        return Claiming(take)
+
+    async def claim_next(
+        self,
+        state: str,
+        ttl: float | timedelta = TTL_SECONDS,
+        *,
+        older_than: timedelta | None = None,
+        worker: str | None = None,
+        renew: bool = False,
+        timeout: float | None = None,
+    ) -> AsyncClaim | None:
+        """As ``MachineHandle.claim_next``."""
+        taken = await self._cache.blocking(
+            self._sync.claim_next, state, ttl, older_than=older_than, worker=worker, renew=renew, timeout=timeout
+        )
+        return None if taken is None else AsyncClaim(self, taken, self._cache.blocking)
+
+    async def claims(self, limit: int = 1000) -> list[Held]:
+        """As ``MachineHandle.claims``."""
+        return await self._cache.blocking(self._sync.claims, limit)
 
     async def get(self, id: str, *, timeout: float | None = None) -> model.Snapshot:
         """As ``MachineHandle.get``."""
@@ -446,10 +494,10 @@ class AsyncMachineHandle:
         return await self._cache.blocking(self._sync.at, id, version=version, when=when, timeout=timeout)
 
     async def find(
-        self, state: str | None = None, *, older_than: timedelta | None = None, limit: int = 100
+        self, state: str | None = None, *, older_than: timedelta | None = None, stuck: bool = False, limit: int = 100
     ) -> list[model.Snapshot]:
         """As ``MachineHandle.find``."""
-        return await self._cache.blocking(self._sync.find, state, older_than=older_than, limit=limit)
+        return await self._cache.blocking(self._sync.find, state, older_than=older_than, stuck=stuck, limit=limit)
 
     async def counts(self) -> dict[str, int]:
         """As ``MachineHandle.counts``."""

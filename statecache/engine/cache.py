@@ -9,6 +9,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -27,6 +28,7 @@ from statecache.engine.embedded import EmbeddedServer
 from statecache.engine.flusher import Flusher
 from statecache.engine.handle import CONFIRMED, MachineHandle
 from statecache.engine.leases import Leases, leave_quietly, someone_flushes
+from statecache.engine.timeouts import Timeouts
 from statecache.hot.store import HotStore
 from statecache.settings import Settings, failpoint_variable, redact
 
@@ -88,6 +90,7 @@ class StateCache:
         )
         self.flusher = self.make_flusher(self._partitions)
         self.leases = Leases(self.durable, settings.partition_count, lease_seconds=settings.lease_seconds)
+        self.timeouts = Timeouts(self)
         self.duties = duties.of(self)
         self._moved_by_others_at = 0.0
 
@@ -318,6 +321,14 @@ class StateCache:
             known = definition.of(MachineSpec.model_validate_json(found[2])).finals if found else frozenset()
             self._finals[machine, version] = known
         return known
+
+    def stuck(self, *, older_than: timedelta | None = None, limit: int = 100) -> list[model.Snapshot]:
+        """Instances of any machine that are past their state's timeout and that no event moves on, those first that are
+        longest: from SQL, as of the watermark. See ``MachineHandle.find(stuck=True)`` for one machine's."""
+        until_ms = None if older_than is None else int((time.time() - older_than.total_seconds()) * 1000)
+        late = self.timeouts.stuck(limit=limit, until_ms=until_ms)
+        handles = {name: self.machine(name) for name in {one.row.machine for one in late}}
+        return [handles[one.row.machine].calls.found([one.row])[0] for one in late]
 
     # --- durability --------------------------------------------------------------------------------------------------
 

@@ -127,7 +127,8 @@ class Calls:
         state, version, entry_id, created, machine_version, updated, *flags = own.decode().split(" ")
         return model.Snapshot(
             self.name, id, state, int(version), fields, entry_id, int(created), int(updated), int(machine_version),
-            state in self.definition.finals, self.definition.available_events(state), source, flags == ["p"],
+            state in self.definition.finals, self.definition.available_events(state), source,
+            bool(flags) and "p" in flags[0],
         )  # fmt: skip
 
     def _folded(self, rows: Sequence[model.Transition]) -> model.Snapshot:

@@ -17,10 +17,11 @@ from typing import Any
 
 import msgspec
 
-from statecache.core import entry, errors, failpoints, flows, items, model
+from statecache.core import claims, entry, errors, failpoints, flows, items, model
 from statecache.durable.store import DurableStore
 from statecache.engine.admission import Admission
 from statecache.engine.batcher import Batcher
+from statecache.hot import claims as hot_claims
 from statecache.hot import scripts
 from statecache.hot.store import HotStore
 
@@ -321,6 +322,8 @@ class Driver:
                 return self._recorded(machine, id)
             case flows.Find():
                 return self._find(wish, deadline)
+            case claims.Ask():
+                return hot_claims.ask(self.hot, wish)
             case flows.Unpark(partition, machine, id, found):
                 version = found.checkpoint.version if found.checkpoint else 0
                 row = (partition, f"{machine}:{id}", version, str(found.watermark), 1)

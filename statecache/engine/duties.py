@@ -35,7 +35,7 @@ class Duty:
 
     name: str
     interval_seconds: float
-    run: Callable[[], None]
+    run: Callable[[], object]
 
 
 class Duties:
@@ -99,5 +99,6 @@ def of(cache: StateCache) -> Duties:
     evictor = eviction.Evictor(cache)
     duties = [
         Duty("eviction", cache.settings.eviction_interval_seconds, lambda: evictor.turn(stopping.is_set)),
+        Duty("timeouts", cache.settings.timeout_interval_seconds, lambda: cache.timeouts.run(stopping)),
     ]
     return Duties(duties, stopping)

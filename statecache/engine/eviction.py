@@ -57,8 +57,8 @@ class Report(msgspec.Struct):
     """What an eviction did, or (``dry_run``) would do.
 
     ``kept`` counts by reason: ``moved`` (it is not what SQL has: its next move is not flushed yet), ``unflushed``,
-    ``parked``, ``foreign`` (a key that is no instance). ``gone`` were cold already. ``above`` is by how many instances
-    Redis is still beyond its bounds at the end, ``more`` tells that time ran out before everything was looked at.
+    ``parked``, ``claimed``, ``foreign`` (a key that is no instance). ``gone`` were cold already. ``above`` is by how many
+    instances Redis is still beyond its bounds at the end, ``more`` tells that time ran out before everything was looked at.
     """
 
     dry_run: bool

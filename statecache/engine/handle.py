@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from statecache import metrics
 from statecache.core import entry, errors, flows, model
 from statecache.core.machine import StateMachine
+from statecache.engine import claims as claiming
 from statecache.engine.calls import Build, Calls, Start, as_ids, as_list
 
 if TYPE_CHECKING:
@@ -28,12 +29,12 @@ class MachineHandle:
     - on any other error: it was not applied.
 
     Errors of every write: ``InvalidDataError`` (arguments), ``NotFoundError``, ``AlreadyExistsError``,
-    ``InvalidTransitionError``, ``StaleVersionError``, ``ParkedError``, ``BackpressureError``, ``RecoveringError``,
-    ``UnavailableError``, ``DurabilityTimeout``.
+    ``InvalidTransitionError``, ``StaleVersionError``, ``FencedError``, ``ParkedError``, ``BackpressureError``,
+    ``RecoveringError``, ``UnavailableError``, ``DurabilityTimeout``.
     """
 
     def __init__(self, cache: StateCache, machine: type[StateMachine]) -> None:
-        self._cache = cache
+        self._cache = self.cache = cache
         self.machine = machine
         self.name = machine.definition.name
         self.calls = Calls(machine, cache.settings, cache.ids)
@@ -93,12 +94,16 @@ class MachineHandle:
         With ``transition_id`` the call may be repeated for ever: it is applied once, and answered with the same receipt
         (``duplicate=True``). ``expect_version`` refuses if somebody else moved the instance.
         """
-        began = time.perf_counter()
         move = model.Move(id, event, data, unset, increment, actor, reason, expect_version, transition_id, occurred_at)
+        return self.fire(move, durability, timeout)
+
+    def fire(self, move: model.Move, durability: str | None = None, timeout: float | None = None) -> model.Receipt:
+        """``transition`` for a move that is there already; the only way to make one under a claim (``Move.claim``)."""
+        began = time.perf_counter()
         try:
             receipt = self._write(self.calls.door.transition(move), durability, timeout)
         except errors.StateCacheError as error:
-            self.meter.refused(event, error)
+            self.meter.refused(move.event, error)
             raise
         self.meter.done(receipt, durability, time.perf_counter() - began)
         return receipt
@@ -166,6 +171,53 @@ class MachineHandle:
         self.meter.many(results, event_of, durability, time.perf_counter() - began)
         return results
 
+    # --- claims ------------------------------------------------------------------------------------------------------
+
+    def claim(
+        self,
+        id: str,
+        ttl: float | timedelta = claiming.TTL_SECONDS,
+        *,
+        worker: str | None = None,
+        renew: bool = False,
+        timeout: float | None = None,
+    ) -> claiming.Claim:
+        """Take the right to move an instance for ``ttl`` (seconds, or a timedelta): see ``engine/claims.py``.
+
+            with orders.claim("1001", ttl=30) as claim:
+                claim.transition("ship")
+
+        Until the claim ends nobody else can move the instance (``FencedError``), and once it has ended its holder cannot.
+        ``worker`` is the name that others are shown (default: host and process). With ``renew`` a thread renews it until it
+        is released. Claims do not survive the loss of Redis: the holder is told by ``FencedError``. One round trip.
+
+        Raises ``FencedError`` when another worker holds it, ``NotFoundError``, ``ParkedError``, and what writes raise.
+        """
+        return claiming.take(self, id, ttl, worker, renew, timeout)
+
+    def claim_next(
+        self,
+        state: str,
+        ttl: float | timedelta = claiming.TTL_SECONDS,
+        *,
+        older_than: timedelta | None = None,
+        worker: str | None = None,
+        renew: bool = False,
+        timeout: float | None = None,
+    ) -> claiming.Claim | None:
+        """Claim the instance that has been in ``state`` for longest (at least ``older_than``) and that nobody holds; None
+        if there is none. However many workers call it, each instance goes to one of them.
+
+        Who is in the state is asked of SQL, so one that has come there since the watermark is handed out once it was flushed;
+        whether it still is there, and unclaimed, is checked in Redis in the step that claims it. One SQL query and one
+        script call for each hundred instances that others hold.
+        """
+        return claiming.take_next(self, state, ttl, older_than, worker, renew, timeout)
+
+    def claims(self, limit: int = 1000) -> list[claiming.Held]:
+        """The claims of this machine that are in force, those first that end first."""
+        return claiming.listed(self.cache, self.name, limit)
+
     # --- reads -------------------------------------------------------------------------------------------------------
 
     def get(self, id: str, *, timeout: float | None = None) -> model.Snapshot:
@@ -212,13 +264,17 @@ class MachineHandle:
         return self.calls.at(id, self.history(id, timeout=timeout), version, when)
 
     def find(
-        self, state: str | None = None, *, older_than: timedelta | None = None, limit: int = 100
+        self, state: str | None = None, *, older_than: timedelta | None = None, stuck: bool = False, limit: int = 100
     ) -> list[model.Snapshot]:
         """Instances in a state, those first that have been there longest: from SQL, as of the watermark.
 
-        Without a state: in any.
+        Without a state: in any. ``stuck``: those that are past their state's timeout and that no event moves on, see
+        ``engine/timeouts.py``.
         """
         older_than_ms = self.calls.find_bound(state, older_than, limit)
+        if stuck:
+            late = self._cache.timeouts.stuck(self.name, state, limit, older_than_ms)
+            return self.calls.found([one.row for one in late])
         return self.calls.found(self._cache.durable.find(self.name, state, older_than_ms, limit))
 
     def counts(self) -> dict[str, int]:

@@ -269,7 +269,9 @@ def _difference(fields: Mapping[bytes, bytes], expected: _Folded) -> Problem:
     state, version, *_ = [*fields.get(b"@", b"").decode().split(" "), "0"]
     if not version.isdigit() or (state, int(version)) != (expected.state, expected.version):
         return "hot", f"Redis has {state!r} at {version}, SQL and log have {expected.state!r} at {expected.version}"
-    data = {name.decode(): msgspec.json.decode(text) for name, text in fields.items() if name not in (b"@", b"@r")}
+    data = {
+        name.decode(): msgspec.json.decode(text) for name, text in fields.items() if name not in (b"@", b"@r", b"@c")
+    }
     if data != expected.data:
         return "hot", f"the data in Redis is {data}, that of SQL and log {expected.data}"
     return None

@@ -21,13 +21,17 @@ carry          entries behind the watermark when the epoch began, used while the
 cold           ``0``: nothing of the partition is cold, a start needs no look-up in SQL
 evicted_to     the highest entry id ever dropped from Redis with its hash
 report         a copy of the last recovery report
+claims         how many claims this epoch has given: the second half of their tokens
 =============  =========================================================================================================
 
-``{ns:pp}:log``, the stream of entries (``core/entry.py``); ``{ns:pp}:i:<machine>:<id>``, a hash per instance:
+``{ns:pp}:log``, the stream of entries (``core/entry.py``); ``{ns:pp}:due`` and ``{ns:pp}:claims``, sorted sets of
+``machine:id`` by the ms of a deadline (``hot/deadlines.py``) or of a claim's end (``hot/claims.py``);
+``{ns:pp}:i:<machine>:<id>``, a hash per instance:
 
 =====  ============================================================================
-@      ``state version entry_id created machine_version updated[ flags]``
+@      ``state version entry_id created machine_version updated[ flags]``; flags: ``p`` parked, ``c`` claimed
 @r     the last 8 transition ids as tokens of 8 characters, newest last
+@c     ``token end nonce worker`` of a claim, there when ``@`` says so; the end in ms
 name   the JSON text of a data field
 =====  ============================================================================
 """

@@ -20,8 +20,13 @@ from importlib import resources
 
 from statecache.hot import resp
 
-NAMES = ("admit", "apply", "drop", "evict", "fence", "find", "flushed", "hydrate", "park", "probe", "read", "ready")
-NEEDS_MEMORY = ("apply", "hydrate")
+NAMES = (
+    "admit", "apply", "claim", "drop", "due", "evict", "fence", "find", "flushed", "hydrate", "park", "probe", "read", "ready",
+    "remind",
+)  # fmt: skip
+CLIENT_NAMES = ("apply", "hydrate", "evict", "park", "read", "find", "flushed", "claim", "due", "remind")
+"""Those that admission loads; the others are a recovery's."""
+NEEDS_MEMORY = ("apply", "claim", "hydrate")
 """Refused when memory is full. The others read or relieve (flush, evict, recover): refused, they would block the relief."""
 EMULATED = ("identity", "unpacked")
 """Includes with another form for an emulated Redis."""

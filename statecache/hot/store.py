@@ -379,6 +379,20 @@ class HotStore:
         lines = reply.split("\n")
         return lines if len(lines) == len(rows) else lines * len(rows)
 
+    def ask(self, name: str, partitions: Sequence[int], *arguments: Any) -> str:
+        """Call a script whose keys are the partitions' ``meta``; its reply, or ``NOSCRIPT``."""
+        return self._call(name, [self._meta_keys[p] for p in partitions], len(partitions), *arguments)
+
+    def commands(self, *commands: Sequence[Any]) -> list[Any]:
+        """Plain reads in one round trip, not admitted."""
+        with self._exchange(str(commands[0][0])) as line:
+            line.send(b"".join([resp.command(*command) for command in commands]))
+            replies = line.read_many(len(commands))
+        for reply in replies:
+            if isinstance(reply, redis.ResponseError):
+                raise failures.translated(reply, str(commands[0][0])) from reply
+        return replies
+
     # --- flush -------------------------------------------------------------------------------------------------------
 
     def read(
@@ -447,7 +461,7 @@ class HotStore:
             return admission
 
     def _load(self, line: wire.Wire, stamp: scripts.Stamp) -> None:
-        for name in ("apply", "hydrate", "evict", "park", "read", "find", "flushed"):
+        for name in scripts.CLIENT_NAMES:
             line.call(resp.command("SCRIPT", "LOAD", scripts.stamped(name, stamp, self.emulated).text))
 
     def fence(

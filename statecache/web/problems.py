@@ -24,6 +24,7 @@ STATUSES: dict[type[errors.StateCacheError], int] = {
     errors.InvalidTransitionError: 409,
     errors.StaleVersionError: 412,
     errors.InvalidDataError: 422,
+    errors.FencedError: 423,  # a worker has claimed it: ``worker`` and until when
     errors.ParkedError: 423,
     errors.BackpressureError: 429,
     errors.IntegrityError: 500,
@@ -103,6 +104,8 @@ def _attributes(error: errors.StateCacheError) -> dict[str, Any]:
         return {"state": error.state, "event": error.event, "allowed": list(error.allowed)}
     if isinstance(error, errors.StaleVersionError):
         return {"expected": error.expected, "actual": error.actual}
+    if isinstance(error, errors.FencedError):
+        return {"worker": error.worker, "expires_ms": error.expires_ms}
     if isinstance(error, errors.DurabilityTimeout) and error.receipt is not None:
         return {"receipt": documents.receipt(error.receipt).model_dump(mode="json")}
     return {}

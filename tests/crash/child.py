@@ -153,7 +153,14 @@ def _act(cache: StateCache, act: Any, id: str) -> None:
         assert cache.durable.letters("order", id) == []
 
 
-WORKS = {"write": write, "recover": recover, "retry": retry, "discard": discard, "discard start": discard_start}
+def time_out(cache: StateCache, ledger: Ledger) -> None:
+    _patiently(cache.timeouts.run)
+
+
+WORKS = {
+    "write": write, "recover": recover, "retry": retry, "discard": discard, "discard start": discard_start,
+    "time out": time_out,
+}  # fmt: skip
 
 
 def run(task: Task) -> None:

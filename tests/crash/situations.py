@@ -6,11 +6,21 @@ A world has two partitions; ids beginning with ``old`` are in SQL when the situa
 from __future__ import annotations
 
 import itertools
+from datetime import timedelta
 from typing import Any
 
-from statecache import StateCache
+from statecache import State, StateCache, StateMachine
 from statecache.core import keys, model
 from tests.support import refusing, worlds
+
+
+class Timed(StateMachine):
+    """Its instances are due at once."""
+
+    waiting = State(initial=True, timeout=timedelta(milliseconds=1), on_timeout="expire")
+    expired = State(final=True)
+
+    expire = waiting.to(expired)
 
 
 class Recorder:
@@ -71,6 +81,17 @@ def mixed_batch(world: worlds.World) -> None:
     world.orders.transition(old[1], "ship")
     world.orders.transition(old[0], "note")
     refusing.refuse(world.durable)
+
+
+def timed_out(world: worlds.World) -> None:
+    """Instances whose deadline has passed: in SQL, in the log, and one whose hash is gone."""
+    some(world, "old")
+    timed = world.cache.machine(Timed)
+    timed.start_many(["1", "2", "3"])
+    world.flush()
+    for partition in (0, 1):  # as after a wipe: SQL alone knows of their deadlines
+        world.client.delete(world.keyspace.due(partition))
+    timed.start_many(["4", "5"])
 
 
 def with_letters(world: worlds.World) -> None:

@@ -51,9 +51,13 @@ _PLACES = [
     ("recovery.reported", 1, "tail_lost", "write"),
     ("recovery.ready", 1, "wiped", "write"),
     ("recovery.ready", 2, "tail_lost", "write"),
+    ("timeouts.read", 1, "timed_out", "time out"),
+    ("timeouts.read", 2, "timed_out", "time out"),
+    ("timeouts.fired", 1, "timed_out", "time out"),
 ]
 _FIRST_OF_EACH = list({place[0]: place for place in reversed(_PLACES)}.values())
-_TAKE_OVER = [place for place in _FIRST_OF_EACH if place[0].startswith(("flusher.", "recovery."))]
+_OF_SEVERAL = ("flusher.", "recovery.", "timeouts.")
+_TAKE_OVER = [place for place in _FIRST_OF_EACH if place[0].startswith(_OF_SEVERAL)]
 _HOLD_SQL = ("flusher.advanced", "flusher.written")
 """Places inside an SQL transaction: on SQLite nobody else writes while the process lives."""
 
@@ -63,9 +67,7 @@ def test_every_failpoint_is_walked() -> None:
         name for name in failpoints.NAMES if name.startswith(("jobs.", "retention."))
     }  # walked by tests of the jobs
     assert {place[0] for place in _PLACES} == set(failpoints.NAMES) - of_jobs
-    assert {place[0] for place in _TAKE_OVER} == {
-        name for name in failpoints.NAMES if name.startswith(("flusher.", "recovery."))
-    }
+    assert {place[0] for place in _TAKE_OVER} == {name for name in failpoints.NAMES if name.startswith(_OF_SEVERAL)}
 
 
 def test_what_cannot_be_armed() -> None:
@@ -138,6 +140,10 @@ class Store:
                 assert (row.version, row.to_state, row.entry_id) == (version, state, entry_id), row
             for step in child.steps():
                 assert len(by_id.get(step.transition_id, ())) == 1, step
+            timed: dict[str, list[str]] = {}
+            for row in world.durable.iterate_transitions("timed"):
+                timed.setdefault(row.id, []).append(row.event)
+            assert all(events == ["@start", "expire"] for events in timed.values()), timed  # none missed, none twice
             self._losses_are_reported(world, rows, {*by_id, *letter_ids})
 
     @staticmethod

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import redis
 
-from statecache.core import codec, entry, keys
-from statecache.hot import scripts, wire
+from statecache.core import claims, codec, entry, keys
+from statecache.hot import claims as hot_claims
+from statecache.hot import deadlines, scripts, wire
 from statecache.hot.store import HotStore
 from tests.support import servers, worlds
 
@@ -48,7 +49,9 @@ def _keys_of(packed: bytes) -> list[str]:
 KEYS = {
     "admit": ["meta 0", "meta 1"],
     "apply": ["meta 1", "log 1", "meta 0", "log 0"],
+    "claim": ["meta 1", "meta 0"],
     "drop": ["meta 0"],
+    "due": ["meta 1", "meta 0"],
     "evict": ["meta 1", "meta 0"],
     "fence": ["meta 0"],
     "find": ["meta 0", "log 0"],
@@ -58,6 +61,7 @@ KEYS = {
     "probe": ["meta 0", "log 0"],
     "read": ["meta 1", "log 1", "meta 0", "log 0"],
     "ready": ["meta 0", "log 0"],
+    "remind": ["meta 1", "meta 0"],
 }
 """The keys of a call that touches partition 1 first, then 0, where a script takes several partitions."""
 
@@ -75,6 +79,13 @@ def test_keys_are_those_of_the_header(fake_lab: Any, sent: list[bytes], name: st
             store.admit(scripts.Stamp(1, "owner-1"), load=False)
         case "apply":
             lab.apply(lab.item(lab.START, partition=1), lab.item(lab.START, "2"), lab.item(lab.START, "3", partition=1))
+        case "claim":
+            rows = [claims.Row(partition, "order", "1") for partition in (1, 0, 1)]
+            hot_claims.ask(store, claims.Ask(rows, "nonce1", "worker-1", 1000))
+        case "due":
+            deadlines.due(store, [1, 0], 10)
+        case "remind":
+            deadlines.remind(store, [(1, "order:1", None, 5), (0, "order:1", None, 5)])
         case "drop":
             store.drop(0, NEXT, "", ID(1, 1), ["order:1"])
         case "evict":
@@ -147,7 +158,7 @@ def test_scripts_are_in_the_wheel(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", scripts.NAMES)
 def test_real_servers_get_the_shebang_and_emulated_ones_not(name: str) -> None:
     """With ``#!lua`` a server refuses keys of other slots, and refuses before the first write when memory is full."""
-    flags = "" if name in ("apply", "hydrate") else " flags=allow-oom"
+    flags = "" if name in ("apply", "claim", "hydrate") else " flags=allow-oom"
     assert scripts.stamped(name, NEXT, False).text.startswith(f"#!lua{flags}\n")
     assert "#!" not in scripts.stamped(name, NEXT, True).text
 

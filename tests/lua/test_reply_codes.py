@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 
-from statecache.core import codec, entry, items
-from statecache.hot import scripts
+from statecache.core import claims, codec, entry, items
+from statecache.hot import claims as hot_claims
+from statecache.hot import deadlines, scripts
 
 NEXT = scripts.Stamp(2, "owner-2")
 WRITING = {
-    ("apply", "OK"), ("drop", "OK"), ("evict", "OK"), ("fence", "OK"), ("flushed", "OK"), ("hydrate", "OK"), ("park", "OK"),
-    ("ready", "OK"),
+    ("apply", "OK"), ("claim", "OK"), ("drop", "OK"), ("evict", "OK"), ("fence", "OK"), ("flushed", "OK"), ("hydrate", "OK"),
+    ("park", "OK"), ("ready", "OK"), ("remind", "OK"),
 }  # fmt: skip
 Act = Callable[[], str]
 Scenario = Callable[[Any], Act]
@@ -48,14 +49,25 @@ def hydrate_row(lab: Any, id: str = "cold", watermark: str = "1-0", partition: i
     )
 
 
+def claim(
+    lab: Any, id: str = "1", *, state: str = "", token: str = "", ttl_ms: int = 60_000, nonce: str = "nonce1"
+) -> str:
+    """The last line of a claim's reply."""
+    wish = claims.Ask([claims.Row(0, "order", id, state, token)], nonce, "worker-1", ttl_ms)
+    return str(hot_claims.ask(lab.store, wish).lines[-1])
+
+
 READY_CALLS: dict[str, Callable[[Any], str]] = {
     "apply": lambda lab: lab.apply(lab.item(lab.NOTE))[0],
+    "claim": claim,
+    "due": lambda lab: deadlines.due(lab.store, [0], 10)[0],
     "evict": lambda lab: lab.store.evict([(0, "order:1", 1, "1-1", 0)])[0],
     "find": lambda lab: lab.store.find(0, "order", "1")[0],
     "flushed": lambda lab: lab.store.flushed([(0, entry.EntryId(1, 1), entry.EntryId(1, 1), 10)])[0],
     "hydrate": lambda lab: lab.store.hydrate([hydrate_row(lab)])[0],
     "park": lambda lab: lab.store.park([(0, "order:1")])[0],
     "read": lambda lab: lab.store.read([(0, entry.ZERO)], entries=10, bytes_max=10_000)[0].code,
+    "remind": lambda lab: deadlines.remind(lab.store, [(0, "order:1", None, 5)])[0],
 }
 """Calls of a partition that serves; the instance ``order:1`` is there."""
 
@@ -202,10 +214,82 @@ def _apply_data(lab: Any) -> Act:
     return lambda: lab.apply(lab.item(lab.NOTE, increments=[["word", "1", "i"]]))[0]
 
 
+@reaches("apply", "FENCED")
+def _apply_fenced(lab: Any) -> Act:
+    lab.start()
+    claim(lab)
+    return lambda: lab.apply(lab.item(lab.NOTE))[0]
+
+
 @reaches("apply", "TYPE")
 def _apply_type(lab: Any) -> Act:
     lab.client.set(lab.key("1"), "a stranger's")
     return lambda: lab.apply(lab.item(lab.NOTE))[0]
+
+
+# --- claims and deadlines -------------------------------------------------------------------------------------------------
+
+
+@reaches("claim", "OK")
+def _claim_ok(lab: Any) -> Act:
+    lab.start()
+    return lambda: claim(lab)
+
+
+@reaches("claim", "HELD")
+def _claim_held(lab: Any) -> Act:
+    lab.start()
+    claim(lab)
+    return lambda: claim(lab, nonce="other")
+
+
+@reaches("claim", "FENCED")
+def _claim_fenced(lab: Any) -> Act:
+    lab.start()
+    claim(lab)
+    return lambda: claim(lab, token="1-7")
+
+
+@reaches("claim", "STATE")
+def _claim_state(lab: Any) -> Act:
+    lab.start()
+    return lambda: claim(lab, state="paid")
+
+
+@reaches("claim", "PARKED")
+def _claim_parked(lab: Any) -> Act:
+    lab.start()
+    lab.store.park([(0, "order:1")])
+    return lambda: claim(lab)
+
+
+@reaches("claim", "MISS")
+def _claim_miss(lab: Any) -> Act:
+    return lambda: claim(lab, "nobody")
+
+
+@reaches("claim", "TYPE")
+def _claim_type(lab: Any) -> Act:
+    lab.client.set(lab.key("1"), "a stranger's")
+    return lambda: claim(lab)
+
+
+@reaches("due", "OK")
+def _due_ok(lab: Any) -> Act:
+    lab.client.zadd(lab.store.keyspace.due(0), {"order:1": 1})
+    return lambda: deadlines.due(lab.store, [0], 10)[0]
+
+
+@reaches("remind", "OK")
+def _remind_ok(lab: Any) -> Act:
+    lab.start()
+    return lambda: READY_CALLS["remind"](lab)
+
+
+@reaches("remind", "KEPT")
+def _remind_kept(lab: Any) -> Act:
+    lab.client.zadd(lab.store.keyspace.due(0), {"order:1": 1})
+    return lambda: READY_CALLS["remind"](lab)
 
 
 # --- the others -----------------------------------------------------------------------------------------------------------
@@ -331,7 +415,7 @@ def test_no_script_answers_a_code_that_its_header_hides(name: str) -> None:
     text = scripts.stamped(name, scripts.Stamp(1, "o"), False).text
     body = "\n".join(re.sub(r"(?<![':])--.*", "", line) for line in text.splitlines())
     body = re.sub(r"\b(call|pcall_?)\('[A-Z]+'(, '(STREAM|MINID|COUNT)')?", "(", body)
-    words = set(re.findall(r"'([A-Z]{2,})\b", body)) - {"COUNT", "MINID", "STREAM"}
+    words = set(re.findall(r"'([A-Z]{2,})\b", body)) - {"COUNT", "LIMIT", "MINID", "STREAM", "WITHSCORES"}
     assert words == scripts.reply_codes(name)
 
 

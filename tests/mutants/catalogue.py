@@ -426,7 +426,7 @@ MUTANTS = [
     ),
     Mutant(
         "parked instances go on",
-        (Patch(_ITEM, "  if flags == 'p' then return 'PARKED' end\n", ""),),
+        (Patch(_ITEM, "    if find(flags, 'p', 1, true) then return 'PARKED' end\n", ""),),
         (*_codes("apply", "PARKED"), f"{_LETTERS}test_who_waits_for_it_is_told[sqlite]"),
     ),
     Mutant(
@@ -547,7 +547,7 @@ MUTANTS = [
         (
             Patch(
                 f"{_LUA}/evict.lua",
-                "  elseif flags ~= 'p' and tonumber(hot_version) ~= version then\n",
+                "  elseif not match(flags, 'p') and tonumber(hot_version) ~= version then\n",
                 "  elseif false then\n",
             ),
         ),
@@ -560,7 +560,7 @@ MUTANTS = [
     ),
     Mutant(
         "evict takes parked hashes",
-        (Patch(f"{_LUA}/evict.lua", "  elseif flags == 'p' and unpark ~= 1 then\n", "  elseif false then\n"),),
+        (Patch(f"{_LUA}/evict.lua", "  elseif match(flags, 'p') and unpark ~= 1 then\n", "  elseif false then\n"),),
         (f"{_SCRIPTS}test_parked_hash_is_evicted_only_to_unpark_it",),
     ),
     Mutant(

@@ -77,6 +77,8 @@ def _content(client: redis.Redis, key: bytes) -> object:
         return client.xrange(key), client.xinfo_stream(key)["last-generated-id"]
     if kind == b"list":
         return client.lrange(key, 0, -1)
+    if kind == b"zset":
+        return client.zrange(key, 0, -1, withscores=True)
     return client.get(key)
 
 

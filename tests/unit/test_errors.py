@@ -16,6 +16,7 @@ ERRORS: list[errors.StateCacheError] = [
     errors.InvalidTransitionError("no", "placed", "ship", ["pay"]),
     errors.StaleVersionError("old", 1, 2),
     errors.DurabilityTimeout("late", RECEIPT),
+    errors.FencedError("held", "worker-1", 1700),
     *[
         kind("message")
         for kind in vars(errors).values()
@@ -50,7 +51,7 @@ def test_attributes() -> None:
 DESIGN = {
     "ConfigurationError", "DefinitionError", "InvalidDataError", "NotFoundError", "AlreadyExistsError",
     "InvalidTransitionError", "StaleVersionError", "ParkedError", "BackpressureError", "RecoveringError",
-    "UnavailableError", "DurabilityTimeout", "IntegrityError",
+    "UnavailableError", "DurabilityTimeout", "IntegrityError", "FencedError",
 }  # fmt: skip
 
 

@@ -79,6 +79,7 @@ CODES = {
     "VERSION": lambda: transition(expect_version=1).error("VERSION 2"),
     "FULL": lambda: isinstance(transition().answer("FULL"), flows.Pause),
     "PARKED": lambda: isinstance(transition().answer("PARKED"), flows.Lookup),
+    "FENCED": lambda: _ends_with("FENCED worker-1 1700000000000", errors.FencedError),
     "DATA": lambda: _ends_with("DATA number n", errors.InvalidDataError),
     "TYPE": lambda: _ends_with("TYPE", errors.IntegrityError),
     "EPOCH": lambda: isinstance(transition().answer("EPOCH"), flows.Admit),

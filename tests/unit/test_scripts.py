@@ -14,8 +14,13 @@ ADMISSION = {"EPOCH", "RECOVERING", "IDENTITY"}
 KNOWN = {
     "admit": {"OK", *ADMISSION},  # engine/admission.py
     "apply": {  # core/flows.py: test_flows.py walks these
-        "OK", "DUP", "OLD", "MISS", "EXISTS", "STATE", "VERSION", "FULL", "PARKED", "DATA", "TYPE", *ADMISSION,
+        "OK", "DUP", "OLD", "MISS", "EXISTS", "STATE", "VERSION", "FULL", "PARKED", "FENCED", "DATA", "TYPE",
+        *ADMISSION,
     },
+    "claim": {  # core/claims.py
+        "OK", "HELD", "FENCED", "STATE", "PARKED", "MISS", "TYPE", *ADMISSION,
+    },
+    "due": {"OK", *ADMISSION},
     "drop": {"OK", *ADMISSION},
     "evict": {"OK", "GONE", "KEPT", "TYPE", *ADMISSION},
     "fence": {"OK", "NEWER", "FOREIGN"},
@@ -26,6 +31,7 @@ KNOWN = {
     "probe": {"OK", *ADMISSION},
     "read": {"OK", *ADMISSION},
     "ready": {"OK", *ADMISSION},
+    "remind": {"OK", "KEPT", *ADMISSION},
 }  # fmt: skip
 
 

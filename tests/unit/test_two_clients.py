@@ -11,8 +11,8 @@ from statecache import StateCache
 from statecache.aio import AsyncMachineHandle, AsyncStateCache
 from statecache.engine.handle import MachineHandle
 
-WITHOUT_AWAIT = {"connect", "embedded"}
-"""Awaited too, or entered with ``async with``: they return an ``Opening``."""
+WITHOUT_AWAIT = {"connect", "embedded", "claim"}
+"""Awaited too, or entered with ``async with``."""
 OF_CACHE = {"connect", "embedded", "machine", "wait_durable", "flush", "recover", "close"}
 """What else ``StateCache`` has serves the engine's parts and the command line."""
 

@@ -1,12 +1,14 @@
 -- Applies 1..n transitions (starts are transitions from nowhere), each wholly or not at all.
 --
 -- KEYS   the meta and the log of each partition touched, in pairs. Instance keys are built from the meta's prefix, so
---        they lie in the same slot; declaring each costs 16 % (measured).
+--        they lie in the same slot; declaring each costs 16 % (measured). So is the key of the deadlines (due), a sorted
+--        set of "machine:id" by ms, which machines without timeouts never touch.
 -- ARGV 1 [items, moves] in MessagePack. Items are one flat array (a table for each item would cost 1 us of it): for each
 --        partition index, id, move index, expected version or 0, token, tail, extras, fields, field, text, field, text ...
 --        The tail is the entry's text from transition id to unset; extras are false or [retry 0|1, watermark at which SQL
---        had no such instance or "", [unset field, ...], [[field, delta, i|f], ...]]; fields is the number of what follows.
---        Moves are arrays of [machine, event, {from: to}, machine version]; a start's from is ""
+--        had no such instance or "", [unset field, ...], [[field, delta, i|f], ...], token of a claim or ""]; fields is the
+--        number of what follows. Moves are arrays of [machine, event, {from: to}, machine version, {state: ms that it may
+--        last} or absent]; a start's from is ""
 --      2 '1': compare the server's identity first
 --      3 data fields that an instance may have
 --
@@ -22,6 +24,8 @@
 --   VERSION version                 not the expected one. Nothing written
 --   FULL                            the backlog has reached its limit. Nothing written
 --   PARKED                          waits behind a dead letter. Nothing written
+--   FENCED worker until             a claim keeps it out: somebody else's, or its own is no longer in force (worker is -
+--                                   and until 0, or the end of that one, when nobody holds the instance). Nothing written
 --   DATA rule field                 an increment or the number of fields breaks a rule. Nothing written
 --   TYPE                            the instance's key is not a hash of ours. Nothing written
 --   EPOCH | RECOVERING | IDENTITY   not admitted. Nothing written
@@ -35,6 +39,8 @@ local here = ARGV[2] == '1' and identity()
 local time = call('TIME')
 local at = time[1] .. string.format('%03d', math.floor(time[2] / 1000))
 
+local timed = false
+for n = 1, #moves do timed = timed or moves[n][5] end
 -- Only what every call needs is read at once; what a refusal depends on (brake, cold) is read when it comes to that.
 local refused, metas, logs, prefixes, rooms = {}, {}, {}, {}, {}
 for p = 1, #KEYS / 2 do
@@ -44,6 +50,7 @@ for p = 1, #KEYS / 2 do
     or (here and call('HGET', meta, 'identity') ~= here and 'IDENTITY')
   metas[p], logs[p], prefixes[p] = meta, log, sub(meta, 1, -5) .. 'i:'
   rooms[p] = (m[4] or 0) - call('XLEN', log) + (m[5] or 0)
+  if timed then call('ZCARD', sub(meta, 1, -5) .. 'due') end -- no sorted set: fails here, before the first write
 end
 
 --@include apply_item

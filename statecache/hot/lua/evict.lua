@@ -8,7 +8,7 @@
 -- Reply  one string, a line per item:
 --   OK                              dropped; cold and evicted_to are set in the same step
 --   GONE                            not hot: nothing to do
---   KEPT why                        moved (another version than SQL's), unflushed or parked: nothing written
+--   KEPT why                        moved (another version than SQL's), unflushed, parked or claimed: nothing written
 --   TYPE                            the instance's key is not a hash of ours. Nothing written
 --   EPOCH | RECOVERING | IDENTITY   not admitted: nothing written
 -- Cost   about 4 us an item: HGET, UNLINK.
@@ -17,6 +17,13 @@
 --@include ready_or_fenced
 local items, here, refused, evicted, prefixes = cjson.decode(ARGV[1]), identity(), {}, {}, {}
 local match, dry = string.match, ARGV[2] == '1'
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+-- A claim goes with the hash, so that its holder would be kept out: it is dropped when the claim has expired.
+local function claimed(key)
+  local held = redis.call('HGET', key, '@c')
+  return held and (tonumber(match(held, '^%S+ (%d+) ')) or 0) > now
+end
 for p = 1, #KEYS do
   refused[p] = refusal(KEYS[p], here, '')
   evicted[p] = redis.call('HGET', KEYS[p], 'evicted_to') or '0-0'
@@ -35,12 +42,14 @@ for n = 1, #items do
     lines[n] = 'GONE'
   elseif not hot_version then
     lines[n] = 'TYPE'
-  elseif flags == 'p' and unpark ~= 1 then
+  elseif match(flags, 'p') and unpark ~= 1 then
     lines[n] = 'KEPT parked'
-  elseif flags ~= 'p' and tonumber(hot_version) ~= version then
+  elseif not match(flags, 'p') and tonumber(hot_version) ~= version then
     lines[n] = 'KEPT moved'
   elseif id_above(entry_id, watermark) then
     lines[n] = 'KEPT unflushed'
+  elseif flags == 'c' and claimed(key) then
+    lines[n] = 'KEPT claimed'
   else
     if not dry then
       if id_above(entry_id, evicted[p]) then evicted[p] = entry_id end

@@ -28,7 +28,7 @@ for n, item in ipairs(cjson.decode(ARGV[1])) do
   elseif not kept then
     lines[n] = 'TYPE'
   else
-    redis.call('HSET', key, '@', kept .. ' p')
+    redis.call('HSET', key, '@', kept .. ' p' .. (string.find(own, ' p?c$') and 'c' or ''))
     lines[n] = 'OK ' .. entry_id
   end
 end

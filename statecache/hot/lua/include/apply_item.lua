@@ -42,9 +42,33 @@ local function incremented(key, increments)
   return pairs_, '{' .. table.concat(texts, ',') .. '}'
 end
 
--- A broken rule about the number of fields, or nil. Counts names exactly only when the cheap bound is passed.
-local function too_many(key, fields, first, last, unset)
-  local count = call('HLEN', key) - 2 + (last - first + 1) / 2
+-- Whether a claim keeps an item out: the answer that says so, or nil, and what the flags are from now on. A claim that has
+-- expired ends with the next move of anybody else; its own holder finds out that it is too late.
+local function kept_out(key, flags, token)
+  local held = find(flags, 'c', 1, true) and call('HGET', key, '@c')
+  if not held then return token ~= '' and 'FENCED - 0', '' end
+  local own, until_ms, worker = match(held, '^(%S+) (%d+) %S+ (%S+)$')
+  if not own then return 'TYPE' end
+  local live = tonumber(until_ms) > tonumber(at)
+  if live and token == own then return nil, ' c' end
+  if live then return 'FENCED ' .. worker .. ' ' .. until_ms end
+  return token ~= '' and 'FENCED - ' .. until_ms, ''
+end
+
+-- Sets the deadline of a state that has one; leaving such a state takes it away.
+local function note_deadline(p, move, id, from, to)
+  local due, name, limit = sub(prefixes[p], 1, -3) .. 'due', move[1] .. ':' .. id, move[5][to]
+  if limit then
+    call('ZADD', due, string.format('%.0f', at + limit), name)
+  elseif move[5][from] then
+    call('ZREM', due, name)
+  end
+end
+
+-- A broken rule about the number of fields, or nil. Counts names exactly only when the cheap bound is passed. Of the hash's
+-- fields `own` are not data.
+local function too_many(key, own, fields, first, last, unset)
+  local count = call('HLEN', key) - own + (last - first + 1) / 2
   if count <= fields_max then return nil end
   for n = first, last, 2 do count = count - call('HEXISTS', key, fields[n]) end
   for n = 1, unset and #unset or 0 do count = count - call('HEXISTS', key, unset[n]) end
@@ -53,14 +77,15 @@ end
 
 -- Fields are fields[first] to fields[last]. A version has fewer than 14 digits, so it may be written by `..`, twice as fast as
 -- by `%.0f`.
-local function write(p, move, id, key, from, to, version, created, ring, tail, increments, fields, first, last, unset)
+local function write(p, move, id, key, from, to, version, created, ring, tail, increments, fields, first, last, unset, flags)
   -- From here on nothing may fail: everything was checked, and a script that may run out of memory was refused at its start.
   local entry_id = call('XADD', logs[p], EPOCH .. '-*', 'e',
     move[1] .. '\31' .. id .. '\31' .. version .. '\31' .. move[2] .. '\31' .. from .. '\31' .. to .. '\31' .. at
       .. '\31' .. tail .. '\31' .. increments .. '\31' .. move[4])
-  call('HSET', key, '@', to .. ' ' .. version .. ' ' .. entry_id .. ' ' .. created .. ' ' .. move[4] .. ' ' .. at,
-    '@r', ring, unpack(fields, first, last))
+  call('HSET', key, '@', to .. ' ' .. version .. ' ' .. entry_id .. ' ' .. created .. ' ' .. move[4] .. ' ' .. at
+    .. (flags or ''), '@r', ring, unpack(fields, first, last))
   if unset and #unset > 0 then call('HDEL', key, unpack(unset)) end
+  if move[5] then note_deadline(p, move, id, from, to) end
   rooms[p] = rooms[p] - 1
   return 'OK ' .. version .. ' ' .. entry_id .. ' ' .. (from == '' and '-' or from) .. ' ' .. to
 end
@@ -100,7 +125,13 @@ local function apply(i, first, last)
     return 'OLD ' .. version
   end
   if start_state then return 'EXISTS ' .. version end
-  if flags == 'p' then return 'PARKED' end
+  local claim, claimed = extras and extras[5] or '', nil
+  if flags ~= '' or claim ~= '' then
+    if find(flags, 'p', 1, true) then return 'PARKED' end
+    local answer
+    answer, claimed = kept_out(key, flags, claim)
+    if answer then return answer end
+  end
   -- Before the checks of version and state: what follows an item that found no room must not be judged without it.
   if not has_room(p) then return 'FULL' end
   if expected ~= 0 and expected ~= version then return 'VERSION ' .. version end
@@ -114,8 +145,9 @@ local function apply(i, first, last)
     for n = 1, #results do fields[#fields + 1] = results[n] end
     first, last = 1, #fields
   end
-  local rule = last >= first and too_many(key, fields, first, last, unset)
+  local rule = last >= first and too_many(key, flags == '' and 2 or 3, fields, first, last, unset)
   if rule then return 'DATA ' .. rule end
+  if claimed == '' then call('HDEL', key, '@c') end
   local pushed = #ring == 64 and sub(ring, 9) .. token or ring .. token
-  return write(p, move, id, key, state, to, version + 1, created, pushed, tail, increments, fields, first, last, unset)
+  return write(p, move, id, key, state, to, version + 1, created, pushed, tail, increments, fields, first, last, unset, claimed)
 end
