@@ -23,7 +23,7 @@ from statecache.engine.admission import Admission
 from statecache.engine.batcher import Batcher
 from statecache.hot import claims as hot_claims
 from statecache.hot import scripts
-from statecache.hot.store import HotStore
+from statecache.hot.store import HotStore, Position
 
 CHUNK_ITEMS = 125
 _UNFINISHED_MAX = 1000
@@ -290,6 +290,10 @@ class Driver:
         kind = type(wishes[0])
         if kind is flows.Hot:
             return self.hot.hashes([(wish.partition, wish.machine, wish.id) for wish in wishes])
+        if kind is flows.Where:
+            partitions = list({wish.partition for wish in wishes})
+            told = dict(zip(partitions, self._where(partitions), strict=True))
+            return [told[wish.partition] for wish in wishes]
         if kind is flows.Lookup:
             stamp = self.hot.stamp
             found = self.durable.lookup([(wish.machine, wish.id, wish.partition) for wish in wishes])
@@ -311,8 +315,6 @@ class Driver:
 
     def _alone(self, wish: Any, deadline: float) -> Any:
         match wish:
-            case flows.Where(partition):
-                return self._where(partition)
             case flows.Version(partition, machine, id):
                 own = self.hot.own_field(partition, machine, id)
                 return None if own is None else int(own.split(b" ")[1])
@@ -330,14 +332,9 @@ class Driver:
                 return self.hot.evict([row], _stamp_of(found))[0]
         raise AssertionError(wish)
 
-    def _where(self, partition: int) -> tuple[str, bool, entry.EntryId]:
-        position = self.hot.position(partition)
-        stamp = self.hot.stamp
-        if position is None or (position.epoch, position.owner) != (stamp.epoch, stamp.owner):
-            return "EPOCH", True, entry.ZERO
-        if position.status != "ready":
-            return "RECOVERING", True, entry.ZERO
-        return "OK", position.cold, position.evicted_to
+    def _where(self, partitions: Sequence[int]) -> list[tuple[str, bool, entry.EntryId]]:
+        positions, stamp = self.hot.positions(partitions), self.hot.stamp
+        return [_whereabouts(position, stamp) for position in positions]
 
     def _find(self, wish: flows.Find, deadline: float) -> model.Transition | None:
         """The log first, then SQL: what leaves the log between the two reads is in SQL by then.
@@ -409,6 +406,14 @@ class Driver:
 
 def _stamp_of(found: model.Lookup) -> scripts.Stamp | None:
     return None if found.asked_under is None else scripts.Stamp(*found.asked_under)
+
+
+def _whereabouts(position: Position | None, stamp: scripts.Stamp) -> tuple[str, bool, entry.EntryId]:
+    if position is None or (position.epoch, position.owner) != (stamp.epoch, stamp.owner):
+        return "EPOCH", True, entry.ZERO
+    if position.status != "ready":
+        return "RECOVERING", True, entry.ZERO
+    return "OK", position.cold, position.evicted_to
 
 
 def pause_seconds(attempt: int) -> float:

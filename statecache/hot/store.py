@@ -288,13 +288,14 @@ class HotStore:
 
     def position(self, partition: int) -> Position | None:
         """What ``meta`` says about cold instances; None where there is no ``meta`` (a wiped Redis)."""
+        return self.positions([partition])[0]
+
+    def positions(self, partitions: Sequence[int]) -> list[Position | None]:
+        """``position`` of each, in one exchange."""
         fields = ("epoch", "owner", "status", "cold", "evicted_to")
         with self._exchange("HMGET") as line:
-            found = line.call(resp.command("HMGET", self.keyspace.meta(partition), *fields))
-        if found[0] is None:
-            return None
-        epoch, owner, status, cold, evicted_to = (b"" if part is None else part for part in found)
-        return Position(int(epoch), owner.decode(), status.decode(), cold != b"0", _id(evicted_to.decode() or "0-0"))
+            line.send(b"".join(resp.command("HMGET", self.keyspace.meta(each), *fields) for each in partitions))
+            return [_position_of(found) for found in line.read_all(len(partitions))]
 
     def instances(self, machine: str | None = None, page: int = 500) -> Iterator[list[tuple[str, str]]]:
         """Every hot instance as pages of (machine, id), by SCAN: some may come twice, or go before they are looked at."""
@@ -539,12 +540,12 @@ class HotStore:
         """DBSIZE and INFO memory, in one exchange. Keys and memory of others on the same server count too."""
         with self._exchange("INFO memory") as line:
             line.send(resp.command("DBSIZE") + (b"" if self.emulated else resp.command("INFO", "memory")))
-            count = int(line.read())
-            text = "" if self.emulated else line.read().decode()
+            count, *texts = line.read_all(1 if self.emulated else 2)
+        text = "".join(each.decode() for each in texts)
         facts = dict(part.split(":", 1) for part in text.split("\r\n") if ":" in part)
         # What the server does not count against its limit (buffers of replicas and of the append-only file).
         used = int(facts.get("used_memory", 0)) - int(facts.get("mem_not_counted_for_evict", 0))
-        return Fill(count, used, int(facts.get("maxmemory", 0)))
+        return Fill(int(count), used, int(facts.get("maxmemory", 0)))
 
     def server_facts(self) -> dict[str, str]:
         """INFO server, memory and persistence as texts."""
@@ -645,6 +646,13 @@ def parse_any(partition: int, line: str) -> entry.Entry:
 
 def _id(text: str) -> entry.EntryId:
     return entry.EntryId.parse(text)
+
+
+def _position_of(found: Sequence[bytes | None]) -> Position | None:
+    if found[0] is None:
+        return None
+    epoch, owner, status, cold, evicted_to = (b"" if part is None else part for part in found)
+    return Position(int(epoch), owner.decode(), status.decode(), cold != b"0", _id(evicted_to.decode() or "0-0"))
 
 
 def _optional_id(text: str) -> entry.EntryId | None:

@@ -61,6 +61,14 @@ class Wire:
                 replies.append(error)
         return replies
 
+    def read_all(self, count: int) -> list[Any]:
+        """So many replies; an error reply is raised when all have been read."""
+        replies = self.read_many(count)
+        for reply in replies:
+            if isinstance(reply, redis.ResponseError):
+                raise reply
+        return replies
+
     def call(self, packed: bytes) -> Any:
         self.send(packed)
         return self.read()
