@@ -29,7 +29,7 @@ def code_of(error: redis.RedisError | OSError, *, sent: bool) -> str:
         return "OOM"
     if isinstance(error, (redis.BusyLoadingError, redis.ReadOnlyError)):
         return "UNREADY"
-    if isinstance(error, (redis.AuthenticationError, redis.exceptions.NoPermissionError)):
+    if _is_denial(error):
         return "ERROR"
     if isinstance(error, redis.ResponseError):
         # redis-py cuts the word off the errors it knows, and a script's error carries it in its middle.
@@ -40,13 +40,19 @@ def code_of(error: redis.RedisError | OSError, *, sent: bool) -> str:
     return "LOST" if sent else "UNSENT"
 
 
+def _is_denial(error: redis.RedisError | OSError) -> bool:
+    """Whether this user may not do that: a script is told so in the midst of another message."""
+    known = isinstance(error, (redis.AuthenticationError, redis.exceptions.NoPermissionError))
+    return known or (isinstance(error, redis.ResponseError) and "ACL failure in script" in str(error))
+
+
 def translated(error: redis.RedisError | OSError, what: str) -> errors.StateCacheError:
     """The caller's error for a driver's error; its ``__cause__`` is the driver's."""
     code = code_of(error, sent=False)
     result: errors.StateCacheError
     if code == "OOM":
         result = errors.BackpressureError(f"Redis has no memory left ({what}): {error}")
-    elif isinstance(error, (redis.AuthenticationError, redis.exceptions.NoPermissionError)):
+    elif _is_denial(error):
         result = errors.ConfigurationError(
             f"Redis refuses this user ({what}): {error}; config/redis lists the rights needed"
         )
