@@ -247,7 +247,7 @@ class Deployment:
             given[variable] = value.replace("@redis:6379/", f"@127.0.0.1:{self.redis.port}/")
             if value.startswith("postgresql"):
                 given[variable] = self.database_url
-            if variable.endswith(("_ADDRESS", "_HOST")):
+            if variable.endswith("_ADDRESS"):  # the web keeps its address: on any but loopback it asks for the token
                 given[variable] = "127.0.0.1"
             elif variable.endswith("_PORT"):
                 given[variable] = str(processes.free_port())
@@ -335,8 +335,16 @@ def test_the_deployment_as_plain_processes(deployment: Deployment) -> None:
 
 
 def _is_seen(deployment: Deployment, flusher: Service, worker: Service, web: Service) -> None:
-    for one in (flusher, worker):
-        assert 'statecache_store_reachable{store="redis"} 1.0' in httpx.get(f"{one.url}/metrics", timeout=30).text
+    for one in (flusher, worker):  # the first look after a restart finds its connection closed
+        wait_until(
+            lambda one=one: (
+                'statecache_store_reachable{store="redis"} 1.0'  # type: ignore[misc]
+                in httpx.get(f"{one.url}/metrics", timeout=30).text
+            ),
+            "the gauges of the store",
+            60,
+            0.5,
+        )
     logged = [json.loads(line) for line in flusher.printed.splitlines()]
     assert "flushing as" in " ".join(line["message"] for line in logged)
     bearer = {"Authorization": f"Bearer {web.environment['STATECACHE_WEB_TOKEN']}"}
