@@ -24,6 +24,12 @@ class Forms(Protocol):
         """How many keys one statement may carry."""
         ...
 
+    @property
+    def lateral(self) -> bool:
+        """Whether each key is looked up by itself: PostgreSQL, given hundreds of keys to join, prefers to read tables of
+        many times as many rows whole."""
+        ...
+
     def keys(self) -> sa.FromClause:
         """A relation ``n, machine, id, version, partition`` of the keys that ``bind_keys`` binds, ``n`` rising."""
         ...

@@ -38,12 +38,19 @@ _IDLE = (
     .limit(_PAGE)
 )
 
+# No EXISTS: for that PostgreSQL may read all letters first, into a hash table.
+_A_LETTER = (
+    sa.select(sa.literal_column("1"))
+    .where(_letters.machine == _checkpoints.machine, _letters.id == _checkpoints.id)
+    .limit(sa.literal_column("1"))
+    .scalar_subquery()
+)
 _RECENT = (
     sa.select(
         _checkpoints.id, _checkpoints.partition, _checkpoints.state, _checkpoints.version, _checkpoints.epoch,
         _checkpoints.seq, _checkpoints.created_ms, _at, _checkpoints.machine_version, _checkpoints.recent,
         _checkpoints.data, *_WATERMARK,
-        sa.exists().where(_letters.machine == _checkpoints.machine, _letters.id == _checkpoints.id),
+        _A_LETTER,
     )
     .select_from(_LOCATED)
     .where(*_IN_STATE)

@@ -39,6 +39,7 @@ class Generic:
     """See ``bulk.Forms``."""
 
     keys_max = 1
+    lateral = False
 
     def keys(self) -> sa.FromClause:
         return sa.select(

@@ -52,6 +52,7 @@ class Postgresql:
     """See ``bulk.Forms``."""
 
     keys_max = 10_000
+    lateral = True
 
     def keys(self) -> sa.FromClause:
         def array(name: str, type_: sa.types.TypeEngine[Any]) -> sa.BindParameter[Any]:

@@ -61,28 +61,44 @@ def _transition_of(row: Sequence[Any]) -> model.Transition:
 
 
 class _Keyed:
-    """The statements that take keys, built on one relation of keys: from each, one step into each primary key."""
+    """The statements that take keys, built on one relation of keys: from each, one step into each primary key.
 
-    def __init__(self, keys: sa.FromClause) -> None:
-        of_key = sa.and_(_checkpoints.machine == keys.c.machine, _checkpoints.id == keys.c.id)
-        letter_of_key = sa.and_(_letters.machine == keys.c.machine, _letters.id == keys.c.id)
-        row_of_key = sa.and_(_transitions.machine == keys.c.machine, _transitions.id == keys.c.id)
+    Left joins, with the misses dropped by the caller: SQLite would turn an inner join round and scan.
+    """
+
+    def __init__(self, keys: sa.FromClause, *, lateral: bool) -> None:
+        self._keys = keys
+        self._lateral = lateral
         located = keys.outerjoin(schema.partitions, _partitions.partition == keys.c.partition)
         watermark = (_partitions.watermark_epoch, _partitions.watermark_seq)
+        known, checkpoint = self._step(located, _CHECKPOINT, self._instance(_checkpoints))
+        known, letter = self._step(known, (_letters.transition_id, _letters.version), self._instance(_letters))
         self.lookup = (
-            sa.select(keys.c.n, *watermark, _letters.transition_id, *_CHECKPOINT)
-            .select_from(located.outerjoin(schema.checkpoints, of_key).outerjoin(schema.dead_letters, letter_of_key))
-            .order_by(keys.c.n, _letters.version)
+            sa.select(keys.c.n, *watermark, letter[0], *checkpoint).select_from(known).order_by(keys.c.n, letter[1])
         )
-        row_at, letter_at = _transitions.version == keys.c.version, _letters.version == keys.c.version
-        stands = located.outerjoin(schema.transitions, sa.and_(row_of_key, row_at))
-        stands = stands.outerjoin(schema.dead_letters, sa.and_(letter_of_key, letter_at))
-        row = (_transitions.transition_id, _transitions.epoch, _transitions.seq, _letters.transition_id)
-        self.standing = sa.select(*watermark, *row).select_from(stands).order_by(keys.c.n)
-        # Left joins again, with the misses dropped by the caller: SQLite would turn an inner join round and scan.
-        self.checkpoints = sa.select(*_CHECKPOINT).select_from(keys.outerjoin(schema.checkpoints, of_key))
-        parked = keys.outerjoin(schema.dead_letters, letter_of_key)
-        self.parked = sa.select(_letters.machine, _letters.id).select_from(parked)
+        row = (_transitions.transition_id, _transitions.epoch, _transitions.seq)
+        at_version = self._instance(_transitions), _transitions.version == keys.c.version
+        stands, row = self._step(located, row, *at_version)
+        at_version = self._instance(_letters), _letters.version == keys.c.version
+        stands, letter = self._step(stands, (_letters.transition_id,), *at_version)
+        self.standing = sa.select(*watermark, *row, *letter).select_from(stands).order_by(keys.c.n)
+        kept, checkpoint = self._step(keys, _CHECKPOINT, self._instance(_checkpoints))
+        self.checkpoints = sa.select(*checkpoint).select_from(kept)
+        parked, letter = self._step(keys, (_letters.machine, _letters.id), self._instance(_letters))
+        self.parked = sa.select(*letter).select_from(parked)
+
+    def _instance(self, columns: Any) -> sa.ColumnElement[bool]:
+        return sa.and_(columns.machine == self._keys.c.machine, columns.id == self._keys.c.id)
+
+    def _step(
+        self, left: sa.FromClause, columns: Sequence[Any], *conditions: sa.ColumnElement[bool]
+    ) -> tuple[sa.FromClause, Any]:
+        """Join the columns' table to the keys; returns the join, and the columns as its reader sees them."""
+        if not self._lateral:
+            return left.outerjoin(columns[0].table, sa.and_(*conditions)), columns
+        # OFFSET keeps the planner from making a join of it, for which it might read the whole table.
+        asked = sa.select(*columns).where(*conditions).offset(sa.literal_column("0")).correlate(self._keys).lateral()
+        return left.outerjoin(asked, sa.true()), tuple(asked.c)
 
 
 class Queries:
@@ -93,9 +109,9 @@ class Queries:
 
     def __init__(self, forms: bulk.Forms) -> None:
         self._forms = forms
-        self._many = _Keyed(forms.keys())
+        self._many = _Keyed(forms.keys(), lateral=forms.lateral)
         self._single = generic.Generic()
-        self._one = _Keyed(self._single.keys())
+        self._one = _Keyed(self._single.keys(), lateral=False)
 
     def _pages(self, connection: sa.Connection, name: str, keys: Sequence[bulk.Key]) -> Iterator[Any]:
         forms, statements = (self._single, self._one) if len(keys) == 1 else (self._forms, self._many)

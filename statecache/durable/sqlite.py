@@ -34,6 +34,7 @@ class Sqlite:
     """See ``bulk.Forms``."""
 
     keys_max = 10_000
+    lateral = False
 
     def keys(self) -> sa.FromClause:
         each = sa.func.json_each(sa.bindparam("keys", type_=sa.Text)).table_valued("key", "value", name="each")

@@ -5,10 +5,7 @@ The statements are those that the store really sends, caught on their way and ex
 
 from __future__ import annotations
 
-import json
-import sqlite3
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -18,12 +15,12 @@ from statecache.durable import recoveries
 from statecache.durable.store import DurableStore
 from tests.support import servers
 from tests.support.batches import NOW_MS, Log, flushed, ids, partition_of
+from tests.support.plans import Plans
 
-LARGE = ("statecache_checkpoints", "statecache_transitions", "statecache_dead_letters", "statecache_state_counts")
 INSTANCES = 20_000
 
 
-def _fill(store: DurableStore) -> Log:
+def fill(store: DurableStore) -> Log:
     """20,000 instances and 40,000 transitions of one machine, some of another, 20,000 letters, many counts."""
     log = Log()
     for start in range(0, INSTANCES, 5000):
@@ -47,7 +44,7 @@ def _fill(store: DurableStore) -> Log:
 @pytest.fixture(scope="module")
 def filled_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[DurableStore, Log]]:
     store = DurableStore.connect(f"sqlite:///{tmp_path_factory.mktemp('plans') / 'plans.db'}")
-    yield store, _fill(store)
+    yield store, fill(store)
     store.close()
 
 
@@ -55,7 +52,7 @@ def filled_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Du
 def filled_postgres(postgres_server: servers.PostgresServer) -> Iterator[tuple[DurableStore, Log]]:
     name = postgres_server.create_database()
     store = DurableStore.connect(postgres_server.url(name))
-    yield store, _fill(store)
+    yield store, fill(store)
     store.close()
     postgres_server.drop_database(name)
 
@@ -66,57 +63,9 @@ def filled(request: pytest.FixtureRequest) -> tuple[DurableStore, Log]:
     return found
 
 
-class Plans:
-    """Explains every SELECT, UPDATE and INSERT ... SELECT of a store while it listens."""
-
-    def __init__(self, store: DurableStore) -> None:
-        self._engine = store.database.engine
-        self._sqlite = store.database.dialect.name == "sqlite"
-        self.explained: list[str] = []
-        self.scans: list[str] = []
-        self.sorts: list[str] = []
-
-    def __enter__(self) -> Plans:
-        sa.event.listen(self._engine, "before_cursor_execute", self._explain)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        sa.event.remove(self._engine, "before_cursor_execute", self._explain)
-
-    def _explain(self, connection: sa.Connection, _cursor: Any, statement: str, values: Any, *_: object) -> None:
-        if not statement.startswith(("SELECT", "UPDATE", "INSERT")) or "brin_summarize" in statement:
-            return
-        values = values[0] if isinstance(values, list) else values
-        self.explained.append(statement)
-        raw: Any = connection.connection.dbapi_connection
-        if self._sqlite:
-            self._read_sqlite(raw, statement, values)
-        else:
-            found = raw.execute("EXPLAIN (FORMAT JSON) " + statement, values).fetchone()[0]
-            self._read_postgresql(found[0]["Plan"] if not isinstance(found, str) else json.loads(found)[0]["Plan"])
-
-    def _read_sqlite(self, raw: sqlite3.Connection, statement: str, values: Any) -> None:
-        for row in raw.execute("EXPLAIN QUERY PLAN " + statement, values).fetchall():
-            step: str = row[3]
-            if step.startswith("SCAN statecache_") and step.split()[1] in LARGE and "USING" not in step:
-                self.scans.append(step)
-            if "AUTOMATIC" in step:
-                self.scans.append(step)
-            if step == "USE TEMP B-TREE FOR ORDER BY":
-                self.sorts.append(step)
-
-    def _read_postgresql(self, node: dict[str, Any]) -> None:
-        if node["Node Type"] == "Seq Scan" and node["Relation Name"] in LARGE:
-            self.scans.append(json.dumps(node))
-        if node["Node Type"] == "Sort":
-            self.sorts.append(json.dumps(node))
-        for child in node.get("Plans", []):
-            self._read_postgresql(child)
-
-
 def test_the_judge_sees_a_scan(filled: tuple[DurableStore, Log]) -> None:
     store, _ = filled
-    with Plans(store) as plans:
+    with Plans(store.database.engine) as plans:
         store.database.read(
             lambda connection: connection.execute(
                 sa.text("SELECT * FROM statecache_checkpoints WHERE recent = 'x' ORDER BY data")
@@ -130,38 +79,38 @@ def test_the_judge_sees_a_scan(filled: tuple[DurableStore, Log]) -> None:
 def test_look_ups(filled: tuple[DurableStore, Log], count: int) -> None:
     store, _ = filled
     some = ids(INSTANCES)[: 100 * count : 100]
-    with Plans(store) as plans:
+    with Plans(store.database.engine) as plans:
         store.lookup([("order", id, partition_of(id)) for id in some])
         store.standing([("order", id, 1, partition_of(id)) for id in some])
         store.checkpoints([("order", id) for id in some])
         with store.flush_transaction() as tx:
             tx.checkpoints([("order", id) for id in some])
             tx.parked([("order", id) for id in some])
-    assert len(plans.explained) == 6
+    assert len(plans.explained()) == 5
     assert plans.scans == []
 
 
 def test_history(filled: tuple[DurableStore, Log]) -> None:
     store, _ = filled
-    with Plans(store) as plans:
+    with Plans(store.database.engine) as plans:
         store.history("order", "i00100")
         store.history("order", "i00100", 1, 2, NOW_MS)
         store.transition("order", "i00100", 2)
         store.transition_by_id("order", "i00100", "t-i00100-1")
         store.letters("order", "letter00001")
-    assert len(plans.explained) == 5
+    assert len(plans.explained()) == 3
     assert plans.scans == []
 
 
 def test_find_counts_and_what_may_be_evicted(filled: tuple[DurableStore, Log]) -> None:
     store, _ = filled
-    with Plans(store) as plans:
+    with Plans(store.database.engine) as plans:
         assert len(store.find("order", "placed")) == 100
         assert len(store.find("order", "shipped", NOW_MS + 1500)) == 100
         assert len(store.idle("order", "shipped", (NOW_MS + 200, "i1"), NOW_MS + 1500, limit=50)) == 50
     assert plans.scans == []
     assert plans.sorts == []
-    with Plans(store) as plans:
+    with Plans(store.database.engine) as plans:
         assert len(store.find("order")) == 100
         assert store.counts("m7") == {"a": 16, "b": 16}
     assert plans.scans == []
@@ -169,7 +118,7 @@ def test_find_counts_and_what_may_be_evicted(filled: tuple[DurableStore, Log]) -
 
 def test_ids_that_begin_alike(filled: tuple[DurableStore, Log]) -> None:
     store, _ = filled
-    with Plans(store) as plans:
+    with Plans(store.database.engine) as plans:
         found = [kept.id for kept in store.beginning_with("order", "i199", limit=50)]
     assert found == sorted(id for id in ids(INSTANCES) if id.startswith("i199"))[:50]
     assert plans.scans == []
@@ -178,7 +127,7 @@ def test_ids_that_begin_alike(filled: tuple[DurableStore, Log]) -> None:
 
 def test_pages(filled: tuple[DurableStore, Log]) -> None:
     store, _ = filled
-    with Plans(store) as plans:
+    with Plans(store.database.engine) as plans:
         assert sum(1 for _ in store.iterate_checkpoints(batch=4000)) == INSTANCES + 2000
         assert sum(1 for _ in store.iterate_transitions("order", batch=9000)) == 2 * INSTANCES
     assert plans.scans == []
@@ -189,12 +138,12 @@ def test_flushing(filled: tuple[DurableStore, Log]) -> None:
     store, log = filled
     batch = log.batch(ids(INSTANCES)[::10])
     absent = [(*batch.changed[0][:1], "absent", *batch.changed[0][2:])]
-    with Plans(store) as plans, store.flush_transaction() as tx:
+    with Plans(store.database.engine) as plans, store.flush_transaction() as tx:
         tx.advance(batch.moves)
         tx.insert_history(batch.lines)
         assert tx.upsert_checkpoints(batch.changed + absent) == len(batch.changed) + 1
         tx.adjust_counts(batch.deltas)
-    assert any("UPDATE statecache_checkpoints" in each or "ON CONFLICT" in each for each in plans.explained)
+    assert any("UPDATE statecache_checkpoints" in each or "ON CONFLICT" in each for each in plans.explained())
     assert plans.scans == []
 
 
@@ -205,7 +154,7 @@ def test_what_lies_above_an_entry(filled: tuple[DurableStore, Log]) -> None:
     recoveries.take(store, (epoch, owner), epoch + 1, "me", 5)
     log.epoch, log.owner = epoch + 1, "me"
     bound = entry.EntryId(log.watermarks[5].epoch, log.watermarks[5].seq - 50)
-    with Plans(store) as plans:
+    with Plans(store.database.engine) as plans:
         found = [row for page in recoveries.instances_above(store, 5, bound) for row in page]
     assert len(found) > 49
-    assert [scan for scan in plans.scans if "dead_letters" not in scan] == []
+    assert [scan for scan in plans.scans if "dead_letters" not in scan.table] == []
