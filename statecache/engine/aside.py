@@ -8,6 +8,7 @@ next: a thousand cold instances cost a few queries, a thousand waiters share the
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import functools
 import threading
@@ -18,6 +19,7 @@ from concurrent import futures
 from typing import Any, TypeVar
 
 from statecache.core import errors, flows, model
+from statecache.engine import commits
 
 Result = TypeVar("Result")
 Done = Callable[[Sequence[Any], float], Sequence[Any]]
@@ -27,8 +29,6 @@ GATHERED = (flows.Where, flows.Lookup, flows.Hydrate, flows.Admit)
 THREADS = 8
 _TOGETHER_MAX = 500
 _GRACE_SECONDS = 1.0
-_ROUND_SECONDS = 0.5
-"""So long at most do waiters who came later wait for the round of those who came before them."""
 
 
 class Threads:
@@ -126,30 +126,40 @@ class Together:
 
 
 class Waits:
-    """Waiting until receipts are in SQL, in rounds that all waiters share."""
+    """Waiting until receipts are in SQL, in the rounds of the sync client (``commits.py``); one thread for all tasks."""
 
-    def __init__(self, threads: Threads, confirm_many: Callable[[list[Any], float], None]) -> None:
-        self._confirm_many = confirm_many
-        self._rounds = Together(threads, self._round)
+    def __init__(self, threads: Threads, group: commits.GroupCommit) -> None:
+        self._threads = threads
+        self._group = group
+        self._servers: set[asyncio.Task[None]] = set()
 
     async def confirm(self, receipt: model.Receipt, deadline: float) -> None:
         """Return when the receipt is in SQL. Raises its error."""
-        while True:
-            try:
-                await self._rounds.answer((receipt, deadline), deadline)
-                return
-            except errors.DurabilityTimeout:
-                if time.monotonic() >= deadline:
-                    raise
-            except errors.UnavailableError as error:
-                raise errors.DurabilityTimeout(
-                    f"{receipt.machine}:{receipt.id} version {receipt.version} stands, but was not seen in SQL: {error}",
-                    receipt,
-                ) from error
+        loop = asyncio.get_running_loop()
+        ended = asyncio.Event()
 
-    def _round(self, wishes: Sequence[tuple[model.Receipt, float]], deadline: float) -> Sequence[Any]:
-        results: list[Any] = [receipt for receipt, _ in wishes]
-        soonest = min(deadline for _, deadline in wishes)
-        now = time.monotonic()
-        self._confirm_many(results, min(now + _ROUND_SECONDS, max(soonest, now)))
-        return results
+        def tell() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits there any more
+                loop.call_soon_threadsafe(ended.set)
+
+        guest, alone = self._group.enter([receipt], deadline, tell)
+        if alone:
+            server = loop.create_task(self._serve())
+            self._servers.add(server)
+            server.add_done_callback(self._servers.discard)
+        try:
+            async with asyncio.timeout(max(0.0, deadline - time.monotonic()) + _GRACE_SECONDS):
+                await ended.wait()
+        except TimeoutError:
+            pass  # the threads are busy, or hang in SQL: it is unknown
+        finally:
+            self._group.withdraw(guest)
+        error = guest.answers()[0]
+        if error is not None:
+            raise error
+
+    async def _serve(self) -> None:
+        try:
+            await self._threads.run(self._group.serve)
+        except RuntimeError as error:  # no thread can be started
+            self._group.abandon_guests(error)

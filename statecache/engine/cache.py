@@ -20,8 +20,8 @@ from statecache.core import codec, definition, entry, errors, failpoints, items,
 from statecache.core.machine import StateMachine
 from statecache.core.spec import MachineSpec
 from statecache.durable.store import DurableStore
-from statecache.engine import durability as durability_wait
-from statecache.engine import duties, recovery, servers, watching
+from statecache.engine import commits, duties, recovery, servers, watching
+from statecache.engine import durability as durability_levels
 from statecache.engine.admission import Admission
 from statecache.engine.driver import Driver
 from statecache.engine.embedded import EmbeddedServer
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _CLOSE_SECONDS = 10.0
+_LOOK_SECONDS = 0.5
+"""For so long it is believed that a flusher is alive, or that none is."""
 _HELP_AFTER_SECONDS = 0.5
 """Where others flush, this long without a sign of it is left to them before ``flush`` does the work itself."""
 
@@ -88,6 +90,15 @@ class StateCache:
             lambda count: self.metrics.add("statecache_hydrations_total", count),
             batch_items_max=settings.batch_items_max,
         )
+        self.commits = commits.GroupCommit(
+            self.durable,
+            settings.partition_count,
+            self._push,
+            self._someone_flushes,
+            lambda partition: self._flusher_about() and self.leases.holds(partition),
+            lambda: self.flusher.wake.set(),
+        )
+        self._someone: tuple[float, bool] = 0.0, False
         self.flusher = self.make_flusher(self._partitions)
         self.leases = Leases(self.durable, settings.partition_count, lease_seconds=settings.lease_seconds)
         self.timeouts = Timeouts(self)
@@ -219,6 +230,7 @@ class StateCache:
             thread.join(_CLOSE_SECONDS)
             self._drain()
             leave_quietly(self.leases)
+        self.commits.close()
         self.driver.closing.set()
         self._end_all()
         self.hot.close()
@@ -356,7 +368,7 @@ class StateCache:
         key = self.hot.stamp, level
         known = self._confirmations  # another thread may put its own there meanwhile: this one's is looked at
         if key not in known:
-            known = {key: durability_wait.confirmation(self.hot, level, self.settings.replicas, 1.0)}
+            known = {key: durability_levels.confirmation(self.hot, level, self.settings.replicas, 1.0)}
             self._confirmations = known
         confirm = known[key]
         if confirm is None:
@@ -379,11 +391,7 @@ class StateCache:
                 results[index] = error
 
     def _wait(self, receipts: Sequence[model.Receipt], deadline: float) -> list[errors.StateCacheError | None]:
-        if not receipts:
-            return []
-        self.flusher.wake.set()
-        count = self.settings.partition_count
-        return durability_wait.wait(self.durable, count, receipts, self._push, self._flusher_about, deadline)
+        return self.commits.wait(receipts, deadline) if receipts else []
 
     def wait_durable(self, receipt: model.Receipt | Sequence[model.Receipt], timeout: float | None = None) -> None:
         """Return when the transition is in SQL: from then on it survives the loss of Redis, disk and all.
@@ -410,8 +418,9 @@ class StateCache:
     def _flush(self, deadline: float, patience_seconds: float) -> None:
         """``patience_seconds``: how long to look on while others flush and none of the watermarks waited for moves."""
         owner, tails = self._tails(deadline)
-        before, help_at = None, 0.0
+        before, help_at, pause = None, 0.0, commits.PAUSE_MIN_SECONDS
         while True:
+            seen = self.commits.signal.count
             rows = self.durable.partitions()
             if any((row.epoch, row.owner) != (owner.epoch, owner.owner) for row in rows):
                 self.admission.ensure("EPOCH", deadline)  # else the next call would stand here again, if SQL went back
@@ -428,14 +437,13 @@ class StateCache:
                     f"{len(behind)} partitions were not flushed in time; is SQL slow or away?"
                 )
             if behind != before:
-                before, help_at = behind, now + patience_seconds
-            if now < help_at:
-                self.flusher.wake.set()
-                time.sleep(0.002)
-            elif self._push(deadline, sorted(behind)):
+                before, help_at, pause = behind, now + patience_seconds, commits.PAUSE_MIN_SECONDS
+            if now >= help_at and self.commits.help(deadline, sorted(behind)):
                 patience_seconds = 0.0  # who did not move this will not move the rest
-            else:
-                time.sleep(0.002)
+                continue
+            self.flusher.wake.set()
+            self.commits.signal.wait(seen, min(pause, deadline - now))
+            pause = min(pause * 1.5, commits.PAUSE_MAX_SECONDS)
 
     def _tails(self, deadline: float) -> tuple[Any, dict[int, entry.EntryId]]:
         """The last entry of every log, from a checked read, and under which epoch."""
@@ -457,6 +465,16 @@ class StateCache:
     def _flusher_about(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
 
+    def _someone_flushes(self) -> bool:
+        """Whether a flusher is alive anywhere, as of a moment ago."""
+        if self._flusher_about():
+            return True
+        looked_at, someone = self._someone
+        if time.monotonic() - looked_at > _LOOK_SECONDS or not looked_at:
+            someone = someone_flushes(self.durable)
+            self._someone = time.monotonic(), someone
+        return someone
+
     def make_flusher(self, partitions: Sequence[int]) -> Flusher:
         """A flusher for some partitions, by this store's settings."""
         settings = self.settings
@@ -474,6 +492,7 @@ class StateCache:
             log_keep_seconds=settings.log_keep_seconds,
             revive=self._revive,
             on_hole=self._recover_hole,
+            on_commit=self.commits.signal.give,
             metrics=self.metrics,
         )
 

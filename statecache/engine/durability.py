@@ -1,23 +1,16 @@
-"""Durability above ``hot``: what a server can give, and waiting until transitions are in SQL.
+"""Durability above ``hot``: what a server can give, and when a transition is in SQL.
 
 ``fsync`` and ``replica`` are confirmed on the connection that wrote, right behind the script (``core.items.Confirm``). Which
 servers can give them is judged once per epoch, when the level is first wanted: one that cannot is refused there, not at 3 a.m.
 ``WAITAOF`` answers before the fsync on Redis 7.4 and on every Valkey tried (redis#13793), so under ``appendfsync everysec``
 only Redis 7.2 and from 8.2 on are believed; under ``always`` the reply itself comes after the fsync.
 
-``durable`` waits for rows, never by comparing ids (protocol hole H11).
-
-Waiters share flushes (group commit): whoever finds that nobody else moves the watermark runs a step of the flusher, and
-what that step commits answers all the others too.
+``durable`` waits for rows, never by comparing ids (protocol hole H11): ``outcome`` judges, ``commits.py`` waits.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
-
-from statecache.core import entry, errors, items, keys, model
-from statecache.durable.store import DurableStore
+from statecache.core import entry, errors, items, model
 from statecache.hot.store import HotStore
 
 
@@ -63,18 +56,12 @@ def confirmation(hot: HotStore, level: model.Durability, replicas: int, timeout_
     )
 
 
-_POLL_SECONDS = 0.004
-_TROUBLE_SECONDS = 0.05
-_HELP_AFTER_SECONDS = 0.25
-"""With a flusher about, this long is left to it before a waiter helps itself."""
-
-Pushed = Callable[[float], bool]
-"""Runs a step of the flusher (until a deadline); True if it moved entries."""
+Standing = tuple[entry.EntryId, str | None, str | None]
+"""What SQL knows of a receipt, in one snapshot: its partition's watermark, and the transition ids of the row and of the letter
+in its place."""
 
 
-def outcome(
-    receipt: model.Receipt, standing: tuple[entry.EntryId, str | None, str | None]
-) -> errors.StateCacheError | bool | None:
+def outcome(receipt: model.Receipt, standing: Standing) -> errors.StateCacheError | bool:
     """Tell whether a receipt is durable: True, False (not yet), or the error that it never will be."""
     watermark, transition_id, letter_id = standing
     if transition_id == receipt.transition_id:
@@ -90,62 +77,3 @@ def outcome(
             "a recovery found Redis without it; see the report in 'statecache status'"
         )
     return False
-
-
-def wait(
-    durable: DurableStore,
-    partition_count: int,
-    receipts: Sequence[model.Receipt],
-    push: Pushed,
-    flusher_about: Callable[[], bool],
-    deadline: float,
-) -> list[errors.StateCacheError | None]:
-    """Wait until each receipt is in SQL; None, or the error, for each.
-
-    ``DurabilityTimeout`` at the deadline, its cause what was in the way. Nothing else that goes wrong meanwhile is raised:
-    the transitions stand, and an error that does not say so would be taken for "not applied".
-    """
-    trouble: errors.StateCacheError | None = None
-    results: list[errors.StateCacheError | None] = [None] * len(receipts)
-    waiting = list(range(len(receipts)))
-    started = time.monotonic()
-    helpful = not flusher_about()
-    while True:
-        addresses = [
-            (one.machine, one.id, one.version, keys.partition_of(one.machine, one.id, partition_count))
-            for one in (receipts[index] for index in waiting)
-        ]
-        left = []
-        try:
-            standing = durable.standing(addresses)
-        except errors.UnavailableError as error:
-            trouble, standing, left = error, [], waiting
-        for index, found in zip(waiting, standing, strict=False):
-            verdict = outcome(receipts[index], (found.watermark, found.transition_id, found.letter_id))
-            if verdict is False:
-                left.append(index)
-            elif verdict is not True:
-                results[index] = verdict
-        waiting = left
-        if not waiting:
-            return results
-        now = time.monotonic()
-        if now >= deadline:
-            for index in waiting:
-                one = receipts[index]
-                late = errors.DurabilityTimeout(
-                    f"{one.machine}:{one.id} version {one.version} stands, but was not in SQL in time: "
-                    f"{trouble or 'is a flusher running?'} See 'statecache status'",
-                    one,
-                )
-                late.__cause__ = trouble
-                results[index] = late
-            return results
-        moved = False
-        if helpful or now - started > _HELP_AFTER_SECONDS:
-            try:
-                moved = push(deadline)
-            except errors.StateCacheError as error:
-                trouble = error
-        if not moved:
-            time.sleep(min(_POLL_SECONDS if trouble is None else _TROUBLE_SECONDS, max(0.0, deadline - now)))

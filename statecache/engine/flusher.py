@@ -77,6 +77,7 @@ class Flusher:
         log_keep_seconds: float = 0.0,
         revive: Callable[[], None] = lambda: None,
         on_hole: Callable[[str], bool] = lambda hole: False,
+        on_commit: Callable[[], None] = lambda: None,
         metrics: metering.Metrics | None = None,
     ) -> None:
         self.hot = hot
@@ -85,6 +86,7 @@ class Flusher:
         self._admit = admit
         self._revive = revive
         self._on_hole = on_hole
+        self._on_commit = on_commit
         self._metrics = metering.of(metrics)
         self._holes: dict[int, entry.EntryId] = {}
         self.partitions = list(partitions)
@@ -104,6 +106,7 @@ class Flusher:
         self._rate = 0.0
         self._size = batch_entries
         self._at_work = len(self.partitions)
+        """Among how many partitions the rate is shared: those of the lease, whatever a single step is asked to do."""
 
     # --- one step ----------------------------------------------------------------------------------------------------
 
@@ -125,7 +128,7 @@ class Flusher:
             return step
 
     def _step(self, deadline: float, numbers: Sequence[int]) -> Step:
-        self._at_work, size = len(numbers), min(self._size, self.batch_entries)
+        size = min(self._size, self.batch_entries)
         rows = self._in_turn(self.durable.partitions(numbers))
         pair = scripts.Stamp(rows[0].epoch, rows[0].owner)
         if any((row.epoch, row.owner) != (pair.epoch, pair.owner) for row in rows):
@@ -172,6 +175,7 @@ class Flusher:
                 self._forget(pair)
                 raise
             seconds = time.monotonic() - started
+            self._on_commit()
             self._measure(count, size, seconds)
             self._metrics.add("statecache_flushed_transitions_total", count)
             self._metrics.observe("statecache_flush_batch_size", count)
@@ -345,6 +349,7 @@ class Flusher:
             try:
                 if leases is not None:
                     mine = self._remembering(mine, leases.turn(well=well))
+                    self._at_work = max(1, len(mine))
                 step = self.step(partitions=mine)
                 failures, well = 0, True
             except errors.StateCacheError as error:
