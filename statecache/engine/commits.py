@@ -41,6 +41,7 @@ _TROUBLE_SECONDS = 0.05
 _GRACE_SECONDS = 0.5
 """So long after its deadline a follower leaves by itself, if its leader has not told it."""
 _CLOSE_SECONDS = 2.0
+_CLOSE_PAUSE_SECONDS = 0.01
 _CLOSED = "this StateCache was closed before it was seen in SQL."
 
 Push = Callable[[float, Sequence[int] | None], bool]
@@ -230,7 +231,7 @@ class GroupCommit:
         while self._leader not in (None, threading.get_ident()) and time.monotonic() < deadline:
             seen = self.signal.count
             self.signal.give()
-            self.signal.wait(seen + 1, PAUSE_MAX_SECONDS)
+            self.signal.wait(seen + 1, _CLOSE_PAUSE_SECONDS)
 
     # --- leader and followers ----------------------------------------------------------------------------------------
 
