@@ -360,6 +360,15 @@ def test_read_of_what_is_nowhere() -> None:
     assert isinstance(call.error(("OK", False, entry.ZERO)), errors.NotFoundError)
 
 
+def test_read_of_what_sql_has_only_letters_of() -> None:
+    """Its start was refused by SQL, then Redis was wiped: it exists, so "not found" would be a lie; in no state that SQL knows."""
+    call = Call(flows.snapshot(3, "order", "1", snapshot_of, missed=True))
+    assert isinstance(call.answer(("OK", True, W)), flows.Lookup)
+    error = call.error(model.Lookup(W, None, ("AAAAAAAA", "BBBBBBBB")))
+    assert isinstance(error, errors.ParkedError)
+    assert "order:1 is parked: SQL refused an entry of it, 2 wait" in str(error)
+
+
 def test_read_does_not_believe_an_older_sql() -> None:
     call = Call(flows.snapshot(3, "order", "1", snapshot_of))
     call.answer({})
