@@ -361,7 +361,7 @@ def test_read_of_what_is_nowhere() -> None:
 
 
 def test_read_of_what_sql_has_only_letters_of() -> None:
-    """Its start was refused by SQL, then Redis was wiped: it exists, so "not found" would be a lie; in no state that SQL knows."""
+    """Its start was refused by SQL, then Redis was wiped: it exists, so "not found" would be a lie; its state is unknown."""
     call = Call(flows.snapshot(3, "order", "1", snapshot_of, missed=True))
     assert isinstance(call.answer(("OK", True, W)), flows.Lookup)
     error = call.error(model.Lookup(W, None, ("AAAAAAAA", "BBBBBBBB")))
