@@ -351,6 +351,7 @@ def _is_seen(deployment: Deployment, flusher: Service, worker: Service, web: Ser
     assert httpx.get(f"{web.url}/api/v1/where?id=o1", timeout=30).status_code == 401
     found = httpx.get(f"{web.url}/api/v1/where?id=o1", headers=bearer, timeout=30)
     assert "shipped" in found.text, found.text
+    assert httpx.get(f"{web.url}/readyz", headers=bearer, timeout=30).status_code == 200
     jobs = ["--database-url", deployment.database_url, "--redis-url", deployment.redis.url_of("ops")]
     asked = run(
         "jobs", "run", "verify", "--wait", "60", "--json", *jobs,
