@@ -235,3 +235,28 @@ def test_h10_bulk_call_meets_another_epoch_behind_its_look_up(world: World, faul
     assert [one.version for one in results if isinstance(one, model.Receipt)] == [3, 2]
     world.flush()
     world.verify()
+
+
+def test_h10_sql_goes_back_and_redis_is_lost_behind_the_look_up(world: World) -> None:
+    """H10. Looked up at version 2; then SQL is restored to version 1 and Redis is wiped (by FLUSHALL: the scripts stay) and
+    recovered by it. By watermarks the look is newer than anything that was dropped: the stamp alone refuses it. Brought back
+    at version 2 it would leave a gap in SQL, for ever."""
+    cold(world, "1")
+    saved = world.sql_copy()
+    world.orders.transition("1", "note")
+    world.flush()
+    assert world.evict("1") == "OK"
+    other = world.more()
+
+    def restore_wipe_and_recover() -> None:
+        world.sql_back(saved)
+        world.wipe(scripts_stay=True)
+        other.recover()
+
+    with before_call(world.hot, "hydrate", restore_wipe_and_recover):
+        (result,) = world.orders.transition_many([model.Move("1", "pay")])
+    assert isinstance(result, model.Receipt)
+    assert (result.version, result.from_state) == (2, "placed")
+    world.flush()
+    assert world.versions("1") == [1, 2]
+    world.verify()
