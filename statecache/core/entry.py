@@ -7,7 +7,7 @@ PostgreSQL as it is.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
 
 import msgspec
 
@@ -42,7 +42,7 @@ FOREIGN = "@foreign"
 """The machine under which a record that statecache did not write is kept as a letter; its id is partition and entry id."""
 
 
-class EntryId(NamedTuple):
+class EntryId(msgspec.Struct, frozen=True, order=True, array_like=True, gc=False):
     """A log position, ordered: the epoch, then the number within it. ``0-0`` stands before everything."""
 
     epoch: int
@@ -50,6 +50,9 @@ class EntryId(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.epoch}-{self.seq}"
+
+    def __iter__(self) -> Iterator[int]:
+        return iter((self.epoch, self.seq))
 
     @classmethod
     def parse(cls, text: str) -> EntryId:
@@ -95,21 +98,30 @@ class Entry(msgspec.Struct, frozen=True, gc=False):
         return EntryId.parse(self.from_state)
 
 
-def parse(entry_id: EntryId, text: str) -> Entry:
-    """Read an entry's packed text. Raises ``IntegrityError`` for a record that this protocol did not write."""
-    parts = text.split(SEPARATOR)
+def parse_line(line: str) -> Entry:
+    """Read ``<id>\\x1f<text>``, an entry as the scripts give it.
+
+    Raises ``IntegrityError`` for a record that this protocol did not write.
+    """
     try:
-        (machine, id, version, event, source, target, at, transition_id, actor, reason, occurred, patch, unset, increments,
-         machine_version) = parts  # fmt: skip
+        (entry_id, machine, id, version, event, source, target, at, transition_id, actor, reason, occurred, patch, unset,
+         increments, machine_version) = line.split(SEPARATOR)  # fmt: skip
+        epoch, seq = entry_id.split("-")
         return Entry(
-            entry_id, machine, id, int(version), event, source, target, int(at), transition_id, actor, reason, occurred,
-            patch, unset, increments, int(machine_version),
+            EntryId(int(epoch), int(seq)), machine, id, int(version), event, source, target, int(at), transition_id, actor,
+            reason, occurred, patch, unset, increments, int(machine_version),
         )  # fmt: skip
     except ValueError as error:
+        entry_id, *parts = line.split(SEPARATOR)
         raise errors.IntegrityError(
             f"the log entry {entry_id} is not one that statecache wrote ({len(parts)} parts): somebody else writes to this "
             "stream; look at it with XRANGE and run 'statecache recover'"
         ) from error
+
+
+def parse(entry_id: EntryId, text: str) -> Entry:
+    """Read an entry's packed text, as ``parse_line`` does."""
+    return parse_line(f"{entry_id}{SEPARATOR}{text}")
 
 
 def foreign(partition: int, entry_id: EntryId, text: str) -> Entry:

@@ -117,7 +117,12 @@ def by_instance(records: Iterable[entry.Entry]) -> dict[Instance, list[entry.Ent
     """Group entries by instance, each group in log order."""
     groups: dict[Instance, list[entry.Entry]] = {}
     for record in records:
-        groups.setdefault((record.machine, record.id), []).append(record)
+        instance = (record.machine, record.id)
+        group = groups.get(instance)
+        if group is None:
+            groups[instance] = [record]
+        else:
+            group.append(record)
     return groups
 
 

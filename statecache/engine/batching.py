@@ -166,3 +166,12 @@ class Plan:
             for line, record in zip(batch.lines, batch.records, strict=True)
             if (record.machine, record.id) not in self._aside
         ]
+
+    def rows(self) -> list[tuple[Any, ...]]:
+        """The same as rows, for a database that cannot take the lines."""
+        return [
+            fold.entry_row(batch.row.partition, record)
+            for batch in self._batches
+            for record in batch.records
+            if (record.machine, record.id) not in self._aside
+        ]

@@ -267,7 +267,7 @@ class Flusher:
             for instance, why in refused.items():
                 plan.put_aside([instance], why)
             plan.fold(self._cache, transaction.checkpoints)
-            transaction.insert_history(plan.lines())
+            transaction.insert_history(plan.lines(), plan.rows)
             transaction.upsert_checkpoints(
                 [now.row(self.finals) for old, now in plan.moved if old is not None],
                 new=[now.row(self.finals) for old, now in plan.moved if old is None],

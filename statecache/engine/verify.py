@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from statecache.core import entry, errors, flows, fold, model
-from statecache.hot.store import parse_line
 
 if TYPE_CHECKING:
     from statecache.engine.cache import StateCache
@@ -212,7 +211,7 @@ def _log_findings(cache: StateCache, partition: int) -> list[Finding]:
             continue
         for line in reply.lines:
             try:
-                record = parse_line(line)
+                record = entry.parse_line(line)
             except errors.IntegrityError as error:
                 return [*found, Finding("log", f"partition {partition}", str(error))]
             if not entry.follows(record.entry_id, cursor, record.prev if record.is_mark else None):

@@ -336,7 +336,7 @@ class HotStore:
             code, *words = head.split(" ")
             if code != "OK":
                 return code, []
-            found += [parse_line(line) for line in lines]
+            found += [entry.parse_line(line) for line in lines]
             cursor = words[0]
         return "OK", found
 
@@ -629,16 +629,10 @@ def unconfirmed(outcomes: Sequence[items.Outcome]) -> list[items.Outcome]:
     return [msgspec.structs.replace(outcome, confirmed=False) for outcome in outcomes]
 
 
-def parse_line(line: str) -> entry.Entry:
-    """Read ``<id>\\x1f<text>`` as ``read.lua`` and ``find.lua`` give it."""
-    id_text, _, text = line.partition(entry.SEPARATOR)
-    return entry.parse(entry.EntryId.parse(id_text), text)
-
-
 def parse_any(partition: int, line: str) -> entry.Entry:
     """The same for a line that may be anybody's: what statecache did not write becomes an ``entry.FOREIGN`` one."""
     try:
-        return parse_line(line)
+        return entry.parse_line(line)
     except errors.IntegrityError:
         id_text, _, text = line.partition(entry.SEPARATOR)
         return entry.foreign(partition, entry.EntryId.parse(id_text), text)

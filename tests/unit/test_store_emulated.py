@@ -13,7 +13,7 @@ from statecache import Move
 from statecache.core import entry, errors, keys, model
 from statecache.durable.store import DurableStore
 from statecache.hot import scripts
-from statecache.hot.store import HotStore, parse_line
+from statecache.hot.store import HotStore
 from tests.support.worlds import EmulatedWorld, before_call
 
 
@@ -127,7 +127,7 @@ def test_position_of_a_wiped_partition_is_none(world: EmulatedWorld) -> None:
 
 def test_line_of_a_stranger_is_refused() -> None:
     with pytest.raises(errors.IntegrityError):
-        parse_line("1-1\x1f?")
+        entry.parse_line("1-1\x1f?")
 
 
 def test_closed_store_says_so(world: EmulatedWorld) -> None:
