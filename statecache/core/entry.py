@@ -7,7 +7,7 @@ PostgreSQL as it is.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import NamedTuple
 
 import msgspec
 
@@ -42,7 +42,7 @@ FOREIGN = "@foreign"
 """The machine under which a record that statecache did not write is kept as a letter; its id is partition and entry id."""
 
 
-class EntryId(msgspec.Struct, frozen=True, order=True, array_like=True, gc=False):
+class EntryId(NamedTuple):
     """A log position, ordered: the epoch, then the number within it. ``0-0`` stands before everything."""
 
     epoch: int
@@ -50,9 +50,6 @@ class EntryId(msgspec.Struct, frozen=True, order=True, array_like=True, gc=False
 
     def __str__(self) -> str:
         return f"{self.epoch}-{self.seq}"
-
-    def __iter__(self) -> Iterator[int]:
-        return iter((self.epoch, self.seq))
 
     @classmethod
     def parse(cls, text: str) -> EntryId:

@@ -66,7 +66,7 @@ def test_steps_of_an_older_recovery_are_refused(store: DurableStore) -> None:
     old = recoveries.recovery(store, 1, "old")
     assert old is not None
     assert (old.heartbeat_ms, old.finished_ms) == (6, None)
-    assert store.partitions([partition])[0].watermark == entry.EntryId(0, 1)
+    assert store.partitions([partition])[0].watermark == (0, 1)
 
 
 def test_finishing_resets_the_tails_with_the_report(store: DurableStore) -> None:
@@ -218,7 +218,7 @@ def test_reconciling_is_one_transaction(store: DurableStore) -> None:
 
     with pytest.raises(faults.KeyHit):
         recoveries.reconcile(store, move, [reconciled], [kept], [letter, letter], deltas, error="e", now_ms=5)
-    assert store.partitions([partition])[0].watermark == entry.EntryId(0, 1)
+    assert store.partitions([partition])[0].watermark == (0, 1)
     assert len(store.history("order", "a")) == 1
 
     recoveries.reconcile(store, move, [reconciled], [kept], [letter], deltas, error="diverged", now_ms=5)
