@@ -111,6 +111,9 @@ STORE: Mapping[str, Family] = {
     "statecache_instances": Family(GAUGE, "Instances by state, as of the watermark.", ("machine", "state")),
     "statecache_dead_letters": Family(GAUGE, "Log entries that SQL refused or that wait behind one (counted to 100000)."),
     "statecache_parked_instances": Family(GAUGE, "Instances with open dead letters (counted to 100000 letters)."),
+    "statecache_stuck_instances": Family(
+        GAUGE, "Instances that have stayed in a state longer than its timeout, as of the watermark.", ("machine", "state")
+    ),
     "statecache_recoveries_total": Family(
         COUNTER, "Recoveries of the store by the worst class of their partitions.", ("class",)
     ),

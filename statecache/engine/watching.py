@@ -56,6 +56,7 @@ class InSql(msgspec.Struct, frozen=True):
     parked: int
     discarded: int
     instances: Sequence[tuple[str, str, int]]
+    stuck: Mapping[tuple[str, str], int]
     running: RecoveryRow | None
     flushers: int
 
@@ -119,6 +120,7 @@ class StoreWatch:
             parked,
             watching.discarded(durable),
             watching.instances(durable),
+            self._cache.timeouts.stuck_counts(),
             running,
             sum(one.alive for one in status.flushers(self._cache)),
         )
@@ -151,6 +153,8 @@ def _of_sql(found: InSql) -> Iterator[Reading]:
         yield Reading("statecache_flushed_timestamp_seconds", (str(row.partition),), row.tail_seen_ms / 1000)
     for machine, state, count in found.instances:
         yield Reading("statecache_instances", (machine, state), count)
+    for (machine, state), count in found.stuck.items():
+        yield Reading("statecache_stuck_instances", (machine, state), count)
     age = silence = 0.0
     if found.running is not None:
         age = max(0.0, now_ms - found.running.started_ms) / 1000

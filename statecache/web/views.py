@@ -113,7 +113,9 @@ def machine(site: Site, name: str) -> dict[str, Any]:
     handle = site.handle(name)
     counts = handle.counts()
     states = _counted(handle, counts)
+    stuck = site.cache.timeouts.stuck_counts()
     for state in states:
+        state["stuck"] = stuck.get((name, state["name"]), 0)
         known = state["name"] in handle.machine.definition.states
         wanted = state["count"] and not state["final"] and known
         state["oldest"] = handle.find(state["name"], limit=_OLDEST) if wanted else []

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from statecache import State, StateMachine
+from statecache import State, StateMachine, metrics
 from statecache.core import errors, spec
 from statecache.durable import schema
-from statecache.engine import timeouts
+from statecache.engine import timeouts, watching
 from statecache.engine.handle import MachineHandle
 from statecache.hot import deadlines
-from tests.support import waiting, worlds
+from tests.support import waiting, webs, worlds
 
 HOUR = timedelta(hours=1)
 
@@ -404,6 +404,9 @@ def test_what_is_stuck(world: worlds.World, parcels: MachineHandle) -> None:
     assert [one.id for one in parcels.find(stuck=True, limit=1)] == ["lost-1"]
     assert [one.id for one in parcels.find("lost", stuck=True, older_than=timedelta(minutes=170))] == ["lost-1"]
     assert world.cache.timeouts.stuck_counts() == {("parcel", "stored"): 1, ("parcel", "lost"): 2}
+    assert metrics.Reading("statecache_stuck_instances", ("parcel", "lost"), 2) in watching.StoreWatch(world.cache)()
+    with webs.serving(world) as web:
+        assert "2 stuck" in web.get("/machines/parcel").text
     parcels.transition("lost-1", "find")
     world.flush()
     assert [one.id for one in parcels.find(stuck=True)] == ["parked", "lost-2"]
