@@ -7,11 +7,12 @@ import contextlib
 import os
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
+from datetime import timedelta
 
 import pytest
 from prometheus_client import CollectorRegistry
 
-from statecache import Move, StateCache, metrics
+from statecache import Move, State, StateCache, StateMachine, metrics
 from statecache.aio import AsyncStateCache
 from statecache.core import errors
 from statecache.durable import recoveries
@@ -341,8 +342,15 @@ def test_settings_of_the_server(
 # --- the registry ----------------------------------------
 
 
+class Waiting(StateMachine):
+    open = State(initial=True, timeout=timedelta(hours=1))
+    shut = State(final=True)
+    close = open.to(shut)
+
+
 def test_every_declared_gauge_is_there(world: World) -> None:
     world.start("1")
+    world.cache.machine(Waiting)  # has what may be stuck
     world.flush()
     made = watching.watch(world.cache)
     there = {family.name for family in made.registry.collect() if family.samples}
