@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -26,6 +28,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=os.environ.get("STATECACHE_TEST_SERVER") or "valkey9",
         help="Redis or Valkey to test with: " + ", ".join(f"{name}: {text}" for name, text in servers.FLAVOURS.items()),
     )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # A shell starts what it sends to the background with SIGINT ignored, and so would be all processes of the tests: those that
+    # are told to stop by Ctrl-C would not.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_report_header(config: pytest.Config) -> str:
