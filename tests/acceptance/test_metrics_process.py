@@ -17,7 +17,7 @@ from statecache import metrics
 from tests.acceptance import command
 from tests.support import prometheus
 from tests.support.waiting import wait_until
-from tests.support.worlds import World
+from tests.support.worlds import Waiting, World
 from tests.unit import test_alerts_and_dashboards
 
 CLIENT = """
@@ -127,11 +127,12 @@ def test_every_query_runs_in_a_real_prometheus(
     """A real Prometheus scrapes a live flusher: every query of dashboards and alerts is run, and the rules are evaluated."""
     port = port_of(start_flusher())
     world.start("1", ["pay"])
+    world.cache.machine(Waiting)
     rules = test_alerts_and_dashboards.CONFIG / "alerts.yml"
     judge = prometheus.PrometheusServer(tmp_path / "prometheus", [port], rules)
     try:
         wait_until(judge.answers, "Prometheus is up", 60)
-        wait_until(lambda: judge.query("statecache_ready"), "the flusher is scraped", 60)
+        wait_until(lambda: judge.query("statecache_stuck_instances"), "the flusher is scraped", 60)
         for _, query in test_alerts_and_dashboards.QUERIES:
             if query.startswith("label_values("):
                 assert judge.ask("label/job/values", **{"match[]": "statecache_store_reachable"}) == ["statecache"]

@@ -7,19 +7,18 @@ import contextlib
 import os
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
-from datetime import timedelta
 
 import pytest
 from prometheus_client import CollectorRegistry
 
-from statecache import Move, State, StateCache, StateMachine, metrics
+from statecache import Move, StateCache, metrics
 from statecache.aio import AsyncStateCache
 from statecache.core import errors
 from statecache.durable import recoveries
 from statecache.engine import letters, watching
 from tests.support import refusing, servers
 from tests.support.waiting import wait_until
-from tests.support.worlds import Order, World
+from tests.support.worlds import Order, Waiting, World
 
 Gauges = Mapping[tuple[str, tuple[str, ...]], float]
 
@@ -340,12 +339,6 @@ def test_settings_of_the_server(
 
 
 # --- the registry ----------------------------------------
-
-
-class Waiting(StateMachine):
-    open = State(initial=True, timeout=timedelta(hours=1))
-    shut = State(final=True)
-    close = open.to(shut)
 
 
 def test_every_declared_gauge_is_there(world: World) -> None:

@@ -13,6 +13,7 @@ import secrets
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, Self
 from unittest import mock
 
@@ -33,6 +34,14 @@ from tests.support import blocking
 
 def _has_amount(order: model.Snapshot) -> bool:
     return order.data.get("amount", 0) > 0
+
+
+class Waiting(StateMachine):
+    """A machine whose instances can be stuck."""
+
+    open = State(initial=True, timeout=timedelta(hours=1))
+    shut = State(final=True)
+    close = open.to(shut)
 
 
 class Order(StateMachine):
