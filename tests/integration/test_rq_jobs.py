@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import rq
 from rq.exceptions import StopRequested
 
 from statecache.core import errors
@@ -177,6 +178,8 @@ def test_worker_stops_between_jobs(world: worlds.World, background: Background) 
     """SIGTERM: it ends with exit code 0, says goodbye, and its scheduler is gone."""
     worker = background.worker()
     wait_until(lambda: background.connection.exists(f"rq:scheduler-lock:{background.queue.name}"), "the scheduler", 60)
+    # RQ starts the scheduler before it listens to signals: a worker that waits for jobs does.
+    wait_until(lambda: [one.get_state() for one in rq.Worker.all(background.connection)] == ["idle"], "the worker", 60)
     children = worker.children
     worker.send(signal.SIGTERM)
     assert worker.wait() == 0, worker.printed
