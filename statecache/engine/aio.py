@@ -35,6 +35,9 @@ Opened = TypeVar("Opened", bound="AsyncStateCache")
 Result = TypeVar("Result")
 
 
+_CONFIRMATION_GRACE_SECONDS = 0.5
+
+
 class Opening(Generic[Opened]):
     """What ``connect`` and ``embedded`` return: ``await`` it, or enter it with ``async with``."""
 
@@ -268,7 +271,9 @@ class AsyncStateCache:
             while True:
                 try:
                     if type(wish) is items.Item:
-                        answer: Any = await self.hot.apply(wish, deadline, turn)
+                        # The server's own wait for a confirmation ends at the deadline: its answer comes a little later.
+                        grace = 0.0 if wish.confirm is None else _CONFIRMATION_GRACE_SECONDS
+                        answer: Any = await self.hot.apply(wish, deadline + grace, turn)
                     else:
                         answer = await self._answer(wish, deadline)
                 except errors.StateCacheError as error:

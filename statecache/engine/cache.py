@@ -103,7 +103,6 @@ class StateCache:
         self.leases = Leases(self.durable, settings.partition_count, lease_seconds=settings.lease_seconds)
         self.timeouts = Timeouts(self)
         self.duties = duties.of(self)
-        self._moved_by_others_at = 0.0
 
     # --- opening and closing -----------------------------------------------------------------------------------------
 
