@@ -25,7 +25,8 @@ window.alert = () => { window.violations.push("a script ran"); };
 """
 
 
-@pytest.fixture(scope="session")
+# Not for the session: while playwright is there its event loop runs in this thread, and no other test could run one.
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     program = shutil.which("chromium")
     assert program, "chromium is not installed: apt-get install --no-install-recommends chromium"
