@@ -112,7 +112,7 @@ def test_the_bound_holds_for_many_writers(world: worlds.World) -> None:
     ids = [f"o{number}" for number in range(8)]
     world.orders.start_many(ids)
     moves = {id: [Move(id, "note") for _ in range(BACKLOG)] for id in ids}
-    results = worlds.together(*[lambda id=id: world.orders.transition_many(moves[id], timeout=0.3) for id in ids])
+    results = worlds.together(*[lambda id=id: world.orders.transition_many(moves[id], timeout=2.0) for id in ids])
     taken = sum(isinstance(one, model.Receipt) for result in results for one in result)
     assert len(world.log()) == BACKLOG
     assert taken == BACKLOG - len(ids) - 1  # the starts, and the mark of the epoch
