@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import logging
 import os
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any, TextIO
 
@@ -52,6 +54,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 gets escapes, not an exception
     logs.to_stderr(logging.WARNING)
+    sys.unraisablehook = _unraisable
     try:
         code = typer.main.get_command(app)(words, prog_name="statecache", standalone_mode=False)
     except _CommandLineError as error:
@@ -68,6 +71,19 @@ def run(arguments: Sequence[str] | None = None) -> int:
         output.error(error, as_json=as_json)
         return exits.code_of(error)
     return code if isinstance(code, int) else exits.DONE
+
+
+def _unraisable(raised: sys.UnraisableHookArgs) -> None:
+    """Ctrl-C can hit a finalizer or a weak reference's callback, where Python drops every exception: then it comes again."""
+    if issubclass(raised.exc_type, KeyboardInterrupt):
+        _thread.start_new_thread(_interrupt_soon, ())  # not from here, from where nothing comes out either
+    else:
+        sys.__unraisablehook__(raised)
+
+
+def _interrupt_soon() -> None:
+    time.sleep(0.01)
+    _thread.interrupt_main()
 
 
 def _sentence(error: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent import futures
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Self
 
@@ -99,12 +100,13 @@ class Writers:
     A context manager: whatever ends its block stops them.
     """
 
-    def __init__(self, cache: StateCache, ledger: Ledger, threads: int = 2) -> None:
+    def __init__(self, cache: StateCache, ledger: Ledger, writers: int = 2) -> None:
         self._orders = cache.machine(Order)
         self._ledger = ledger
         self._stop = threading.Event()
-        self._threads = threads
-        self._running: list[threading.Thread] = []
+        self._writers = writers
+        self._pool = futures.ThreadPoolExecutor(writers, "writer")
+        self._running: list[futures.Future[None]] = []
 
     def begin(self, numbers: Iterable[int], timeout: float = 20.0) -> None:
         """Send these orders; each thread takes the next wave."""
@@ -119,9 +121,8 @@ class Writers:
                     return
                 self._write(wave, timeout)
 
-        self._running = [threading.Thread(target=write, name=f"writer-{n}") for n in range(self._threads)]
-        for thread in self._running:
-            thread.start()
+        for _ in range(self._writers):
+            self._running.append(self._pool.submit(write))
 
     def _write(self, numbers: Sequence[int], timeout: float) -> None:
         lives = [calls_of(number) for number in numbers]
@@ -137,18 +138,24 @@ class Writers:
         self.join()
 
     def join(self) -> None:
-        for thread in self._running:
-            thread.join()
+        futures.wait(
+            self._running
+        )  # not Thread.join, which forgets a thread at work when Ctrl-C comes in between (bpo-45274)
+        for one in self._running:
+            one.result()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.stop()
+        try:
+            self.stop()
+        finally:
+            self._pool.shutdown(wait=False)
 
     @property
     def busy(self) -> bool:
-        return any(thread.is_alive() for thread in self._running)
+        return not all(one.done() for one in self._running)
 
 
 def _waves(numbers: Iterable[int]) -> Any:

@@ -20,7 +20,7 @@ from statecache.core import codec, definition, entry, errors, failpoints, items,
 from statecache.core.machine import StateMachine
 from statecache.core.spec import MachineSpec
 from statecache.durable.store import DurableStore
-from statecache.engine import commits, duties, recovery, servers, watching
+from statecache.engine import commits, duties, recovery, servers, threads, watching
 from statecache.engine import durability as durability_levels
 from statecache.engine.admission import Admission
 from statecache.engine.driver import Driver
@@ -226,7 +226,7 @@ class StateCache:
         self._stop.set()
         self.flusher.wake.set()
         if thread is not None:
-            thread.join(_CLOSE_SECONDS)
+            threads.join(thread, _CLOSE_SECONDS)
             self._drain()
             leave_quietly(self.leases)
         self.commits.close()

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 from statecache.core import errors
-from statecache.engine import eviction
+from statecache.engine import eviction, threads
 
 if TYPE_CHECKING:
     from statecache.engine.cache import StateCache
@@ -58,7 +58,7 @@ class Duties:
         thread, self._thread = self._thread, None
         if thread is None or thread is threading.current_thread():
             return
-        thread.join(timeout_seconds)
+        threads.join(thread, timeout_seconds)
         if thread.is_alive() and timeout_seconds:
             _log.warning("a duty is still at work after %.0f s: not waited for", timeout_seconds)
 

@@ -1,0 +1,61 @@
+"""Ctrl-C at the moment in which a thread begins: what ends it afterwards does not stumble over it."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+
+from statecache.engine import threads
+from statecache.engine.duties import Duties, Duty
+
+
+@pytest.fixture
+def cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``Thread.start`` is interrupted before the new thread's first step."""
+
+    def start(self: threading.Thread) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+
+
+def test_a_thread_whose_start_was_cut_off_is_joined(cut_off: None) -> None:
+    thread = threading.Thread(target=print)
+    with pytest.raises(KeyboardInterrupt):
+        thread.start()
+    threads.join(thread, 1)
+
+
+def test_a_thread_that_runs_is_waited_for() -> None:
+    go = threading.Event()
+    thread = threading.Thread(target=go.wait, args=(10,))
+    thread.start()
+    threads.join(thread, 0.01)
+    assert thread.is_alive()
+    go.set()
+    threads.join(thread)
+    assert not thread.is_alive()
+
+
+def test_a_thread_that_would_wait_for_itself_is_told_so() -> None:
+    found: list[Any] = []
+
+    def wait_for_itself() -> None:
+        try:
+            threads.join(threading.current_thread())
+        except RuntimeError as error:
+            found.append(error)
+
+    thread = threading.Thread(target=wait_for_itself)
+    thread.start()
+    thread.join(10)
+    assert len(found) == 1
+
+
+def test_duties_are_closed_after_an_interrupted_start(cut_off: None) -> None:
+    duties = Duties([Duty("never", lambda: None, 60.0)])
+    with pytest.raises(KeyboardInterrupt):
+        duties.start()
+    duties.close(1)
