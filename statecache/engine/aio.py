@@ -24,7 +24,7 @@ from statecache.engine.aio_claims import AsyncClaim, Claiming
 from statecache.engine.cache import StateCache
 from statecache.engine.calls import Start, as_ids, as_list
 from statecache.engine.claims import TTL_SECONDS, Held
-from statecache.engine.driver import UNREACHABLE, pause_seconds
+from statecache.engine.driver import EXCHANGE_SECONDS_MIN, UNREACHABLE, pause_seconds
 from statecache.engine.handle import CONFIRMED, MachineHandle
 from statecache.hot.aio import AsyncHotStore, Turn
 
@@ -273,7 +273,8 @@ class AsyncStateCache:
                     if type(wish) is items.Item:
                         # The server's own wait for a confirmation ends at the deadline: its answer comes a little later.
                         grace = 0.0 if wish.confirm is None else _CONFIRMATION_GRACE_SECONDS
-                        answer: Any = await self.hot.apply(wish, deadline + grace, turn)
+                        until = max(deadline, time.monotonic() + EXCHANGE_SECONDS_MIN) + grace
+                        answer: Any = await self.hot.apply(wish, until, turn)
                     else:
                         answer = await self._answer(wish, deadline)
                 except errors.StateCacheError as error:

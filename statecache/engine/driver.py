@@ -29,6 +29,8 @@ CHUNK_ITEMS = 125
 _UNFINISHED_MAX = 1000
 _LANE_ITEMS_MAX = 500
 UNREACHABLE = ("LOST", "UNSENT")
+EXCHANGE_SECONDS_MIN = 0.1
+"""What an item's exchange may take however near the deadline is: cut off, it would be neither applied nor refused."""
 Address = tuple[int, tuple[int, str, str]]
 """An index and the (partition, machine, id) that is wanted for it."""
 _PAUSE_SECONDS_MIN, _PAUSE_SECONDS_MAX = 0.001, 0.1
@@ -76,7 +78,7 @@ class Driver:
         outcome: items.Outcome | None = None
         item = flows.opening(request)
         if item is not None:
-            outcome = self._batcher.apply(item, max(0.01, deadline - time.monotonic()))
+            outcome = self._batcher.apply(item, max(EXCHANGE_SECONDS_MIN, deadline - time.monotonic()))
             if outcome.code == "OK":
                 return flows.receipt(request, outcome)
         receipt: model.Receipt = self.run(flows.transition(request, outcome), deadline)
@@ -99,7 +101,7 @@ class Driver:
     def answer(self, wish: Any, deadline: float) -> Any:
         """Do what one flow wants."""
         if type(wish) is items.Item:
-            return self._batcher.apply(wish, max(0.01, deadline - time.monotonic()))
+            return self._batcher.apply(wish, max(EXCHANGE_SECONDS_MIN, deadline - time.monotonic()))
         return self.answers([wish], deadline)[0]
 
     def answers(self, wishes: Sequence[Any], deadline: float) -> Sequence[Any]:

@@ -54,7 +54,7 @@ def fill(orders: Any, id: str = "1") -> int:
     """Write until it is refused; how many were taken."""
     for number in range(10 * BACKLOG):
         try:
-            orders.transition(id, "note", timeout=0.05)
+            orders.transition(id, "note", timeout=1.0)
         except errors.BackpressureError:
             return number
     raise AssertionError("never refused")
@@ -73,8 +73,8 @@ def test_sql_is_gone_for_long(world: worlds.World, link: proxy.Proxy) -> None:
     assert world.orders.transition("1", "note", timeout=20.0).version == taken + 2
     assert taken + 1 + fill(world.orders) == BACKLOG
     with pytest.raises(errors.BackpressureError, match="not applied"):
-        world.orders.transition("1", "note", timeout=0.05)
-    results = world.orders.transition_many([Move("1", "note"), Move("1", "note")], timeout=0.05)
+        world.orders.transition("1", "note", timeout=1.0)
+    results = world.orders.transition_many([Move("1", "note"), Move("1", "note")], timeout=1.0)
     assert [type(one) for one in results] == [errors.BackpressureError] * 2
     assert world.orders.get("1").version == 1 + BACKLOG
     link.pass_through()
@@ -122,7 +122,7 @@ def test_the_bound_holds_for_many_writers(world: worlds.World) -> None:
 
 
 def test_the_bound_holds_for_starts(world: worlds.World) -> None:
-    results = world.orders.start_many([f"s{number}" for number in range(BACKLOG + 50)], timeout=0.1)
+    results = world.orders.start_many([f"s{number}" for number in range(BACKLOG + 50)], timeout=1.0)
     assert sum(isinstance(one, model.Receipt) for one in results) == BACKLOG - 1  # and the mark of the epoch
     assert len(world.log()) == BACKLOG
 
@@ -140,14 +140,14 @@ def test_redis_is_full(start_redis: Callable[..., servers.ValkeyServer], sqlite_
         def fill_memory() -> None:
             nonlocal version
             for number in range(1000):
-                version = world.orders.transition("1", "note", {"x": str(number) * 8000}, timeout=0.2).version
+                version = world.orders.transition("1", "note", {"x": str(number) * 8000}, timeout=1.0).version
 
         with pytest.raises(errors.BackpressureError, match="memory"):
             fill_memory()
         assert world.orders.get("1").version == version
         assert [row.version for row in world.orders.history("1")] == list(range(1, version + 1))
         with pytest.raises(errors.BackpressureError):
-            world.orders.start("2", {"x": "y" * 60_000}, timeout=0.1)
+            world.orders.start("2", {"x": "y" * 60_000}, timeout=1.0)
         world.flush()
         assert world.orders.transition("1", "note").version == version + 1
         assert world.orders.start("2").version == 1

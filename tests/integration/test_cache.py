@@ -1116,7 +1116,7 @@ def test_auto_recover_off_waits_for_an_operator(redis_url: str, sqlite_url: str,
         world.flush()
         world.wipe()
         with pytest.raises(errors.RecoveringError, match="statecache recover"):
-            world.orders.transition("1", "note", timeout=0.1)
+            world.orders.transition("1", "note", timeout=1.0)
         assert world.client.keys(f"{{{namespace}:*") == []
         world.cache.recover()
         assert world.orders.transition("1", "note").version == 2

@@ -415,7 +415,7 @@ def test_sql_restored_between_the_look_and_the_drop(world: World) -> None:
     with before_call(world.hot, "evict", lambda: world.sql_back(saved)):
         assert eviction.evict(world.cache, idle_seconds=0).evicted == 3
     with pytest.raises(errors.IntegrityError, match="SQL is older"):
-        world.orders.transition(ids[1], "note", timeout=0.1)
+        world.orders.transition(ids[1], "note", timeout=1.0)
     world.flush_through()
     assert world.orders.get(ids[1]).version == 2
     assert world.orders.transition(ids[1], "note").version == 3

@@ -454,7 +454,7 @@ def test_backlog_limit_refuses_until_something_is_flushed(redis_url: str, sqlite
             world.orders.transition(id, "note")
         before = world.hot_dump()
         with pytest.raises(errors.BackpressureError, match="backlog has reached its limit"):
-            world.orders.transition(id, "note", timeout=0.05)
+            world.orders.transition(id, "note", timeout=1.0)
         assert world.hot_dump() == before
         assert world.orders.get(id).version == 19
         world.start(world.id(1))  # the other partition has room

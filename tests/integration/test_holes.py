@@ -360,9 +360,9 @@ def test_h9_sql_that_went_back_hydrates_nothing(world: World, call: str) -> None
     assert world.evict("1") == "OK"
     world.sql_back(saved)
     calls: dict[str, Callable[[], object]] = {
-        "transition": lambda: world.orders.transition("1", "note", timeout=0.1),
-        "start": lambda: world.orders.start("1", timeout=0.1),
-        "get": lambda: world.orders.get("1", timeout=0.1),
+        "transition": lambda: world.orders.transition("1", "note", timeout=1.0),
+        "start": lambda: world.orders.start("1", timeout=1.0),
+        "get": lambda: world.orders.get("1", timeout=1.0),
     }
     with pytest.raises(errors.IntegrityError, match="SQL is older than what Redis has dropped"):
         calls[call]()
@@ -381,7 +381,7 @@ def test_h9_sql_goes_back_between_apply_and_the_look_up(world: World) -> None:
         before_call(world.durable, "lookup", lambda: world.sql_back(saved)),
         pytest.raises(errors.IntegrityError, match="SQL is older"),
     ):
-        world.orders.transition("1", "note", timeout=0.1)
+        world.orders.transition("1", "note", timeout=1.0)
 
 
 def test_h9_evicted_again_behind_the_look_up(world: World) -> None:
