@@ -250,6 +250,11 @@ class AsyncStateCache:
         self.enter()
         turn = self.hot.enter(request.address)  # before anything is awaited: this is the order of the callers
         try:
+            # A guard looks at the instance before anything is sent: at what the calls before this one have left.
+            if request.guard is not None and not await self.hot.come_first(turn, deadline):
+                raise errors.UnavailableError(
+                    f"{request.address}: not sent: earlier calls for it were not answered within this call's timeout"
+                )
             if level in CONFIRMED:
                 request.item.confirm = await self.threads.run(self.sync.confirmation, level, deadline)
             receipt: model.Receipt = await self._run(flows.transition(request), deadline, turn)

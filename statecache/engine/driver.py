@@ -272,7 +272,9 @@ class Driver:
         """Answer everything that is no item, wishes of one kind together."""
         kinds: dict[type, list[Running]] = {}
         for lane in lanes:
-            for one in lane:
+            for place, one in enumerate(lane):
+                if type(one.wish) is flows.Hot and place:
+                    break  # a guard looks at what those before it leave, and they have not left yet
                 if type(one.wish) is not items.Item:
                     kinds.setdefault(type(one.wish), []).append(one)
         for ones in kinds.values():

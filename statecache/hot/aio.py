@@ -124,6 +124,8 @@ class AsyncHotStore:
         self.enter = self._items.enter
         """Take a write's turn among those of its instance, by address ``machine:id``."""
         self.leave = self._items.leave
+        self.come_first = self._items.come_first
+        """Wait until a write's turn has come, (turn, deadline); False if the deadline came first."""
         self.apply = self._items.ask
         """Apply an item, in company if there is any: (item, deadline, turn); a future of its outcome."""
 

@@ -61,13 +61,14 @@ class Speech(Protocol[Sent, Received]):
 class Turn:
     """A write's place among those of its instance: from the call's beginning to its end, through all its attempts."""
 
-    __slots__ = ("address", "ahead", "behind", "call", "leaving")
+    __slots__ = ("address", "ahead", "behind", "call", "first", "leaving")
 
     def __init__(self, address: str, ahead: Turn | None) -> None:
         self.address = address
         self.ahead = ahead
         self.behind: Turn | None = None
         self.call: _Call | None = None  # while it waits for an answer
+        self.first: asyncio.Future[None] | None = None  # who waits until nothing is ahead
         self.leaving = False
 
 
@@ -148,6 +149,8 @@ class Gatherer(Generic[Sent, Received]):
             ahead.behind = behind
         if behind is not None:
             behind.ahead = ahead
+            if ahead is None and behind.first is not None and not behind.first.done():
+                behind.first.set_result(None)
             self._release(behind)
             if not self._in_flight:
                 self._send()
@@ -155,6 +158,18 @@ class Gatherer(Generic[Sent, Received]):
             self._last[turn.address] = ahead
         else:
             del self._last[turn.address]
+
+    async def come_first(self, turn: Turn, deadline: float) -> bool:
+        """Wait until no earlier write of the instance is under way; False if the deadline came before that."""
+        if turn.ahead is None:
+            return True
+        turn.first = self._loop.create_future()
+        try:
+            async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
+                await turn.first
+        except TimeoutError:
+            return False
+        return True
 
     def ask(self, wish: Sent, deadline: float, turn: Turn | None = None) -> asyncio.Future[Received]:
         """Send a wish when it may leave; the answer. ``deadline`` is a ``time.monotonic`` time. A lone call has left when

@@ -225,6 +225,48 @@ async def test_guarded_moves_keep_their_order(orders: AsyncMachineHandle) -> Non
     assert [receipt.version for receipt in receipts] == [2, 3]
 
 
+@pytest.mark.parametrize("amounts", [(5,), (0, 5), (5, 0)], ids=["started", "made good", "spoilt"])
+async def test_a_guard_looks_at_what_the_calls_before_it_left(
+    world: worlds.World, orders: AsyncMachineHandle, link: proxy.Proxy, cache: AsyncStateCache, amounts: tuple[int, ...]
+) -> None:
+    """``start``, notes that change the amount, and ``approve`` are called at once, behind a call in flight. A guard that read
+    at once would meet no order, or the amount before the note, and its verdict would stand."""
+    first = await in_flight(link, sent_by(cache), orders.start("first"))
+    calls = [asyncio.ensure_future(orders.start("1", {"amount": amounts[0]}))]
+    calls += [asyncio.ensure_future(orders.transition("1", "note", {"amount": amount})) for amount in amounts[1:]]
+    approve = asyncio.ensure_future(orders.transition("1", "approve"))
+    ship = asyncio.ensure_future(orders.transition("1", "ship"))
+    await asyncio.sleep(0)
+    link.pass_through()
+    await asyncio.gather(first, *calls)
+    if amounts[-1]:
+        assert [(await one).event for one in (approve, ship)] == ["approve", "ship"]
+    else:
+        for one in (approve, ship):
+            with pytest.raises(errors.InvalidTransitionError):
+                await one
+
+
+async def test_a_guarded_call_runs_out_of_time_or_is_cancelled_in_its_place(
+    world: worlds.World, orders: AsyncMachineHandle, link: proxy.Proxy, cache: AsyncStateCache
+) -> None:
+    """``note`` is held on its way; two ``approve`` wait behind it for their turn: one has no time left, one is cancelled; they
+    are not sent, and ``pay`` behind them is."""
+    world.start("1", amount=5)
+    batches = sent_by(cache)
+    note = await in_flight(link, batches, orders.transition("1", "note"))
+    late = asyncio.ensure_future(orders.transition("1", "approve", timeout=0.05))
+    cancelled = asyncio.ensure_future(orders.transition("1", "approve"))
+    pay = asyncio.ensure_future(orders.transition("1", "pay"))
+    with pytest.raises(errors.UnavailableError, match="not sent"):
+        await late
+    cancelled.cancel()
+    await asyncio.wait([cancelled])
+    link.pass_through()
+    assert [(await one).version for one in (note, pay)] == [2, 3]
+    assert applied(world, "1") == ["@start", "note", "pay"]
+
+
 # --- cancellation --------------------------------------------------------------------------------------------------------
 
 

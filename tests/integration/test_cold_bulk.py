@@ -97,6 +97,18 @@ def test_several_moves_of_each(world: World) -> None:
     world.verify()
 
 
+def test_a_guard_behind_a_move_that_has_to_come_again(world: World) -> None:
+    """One bulk call: ``note`` gives the order its amount, ``approve`` wants one. ``note`` has an id of its own, and so many
+    have been before it that it is answered OLD: history is asked, and it is sent again. A guard that read meanwhile would find
+    no amount, and its refusal would stand."""
+    world.orders.transition_many([model.Move(id, "note") for id in IDS[:3] for _ in range(9)])
+    moves = [
+        (model.Move(id, "note", {"amount": 5}, transition_id=f"{id}-5"), model.Move(id, "approve")) for id in IDS[:3]
+    ]
+    receipts = world.orders.transition_many([move for pair in moves for move in pair])
+    assert [one.version if isinstance(one, model.Receipt) else one for one in receipts] == [11, 12] * 3
+
+
 def test_starting_many_where_some_may_be_cold(world: World) -> None:
     """In a partition with cold instances SQL is asked whether a new id exists: once, for new ones and old ones together."""
     fresh = [f"n{number:03d}" for number in range(COUNT - 100)]

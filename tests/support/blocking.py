@@ -10,6 +10,7 @@ import asyncio
 import inspect
 import threading
 from collections.abc import Awaitable, Callable, Coroutine
+from concurrent import futures
 from typing import Any, Self, TypeVar
 
 from statecache.aio import AsyncMachineHandle, AsyncStateCache
@@ -28,9 +29,13 @@ class LoopThread:
         self._thread = threading.Thread(target=self.loop.run_forever, name="test-loop", daemon=True)
         self._thread.start()
 
+    def begin(self, work: Coroutine[Any, Any, Result]) -> futures.Future[Result]:
+        """Start a coroutine in the loop."""
+        return asyncio.run_coroutine_threadsafe(work, self.loop)
+
     def call(self, work: Coroutine[Any, Any, Result]) -> Result:
         """Run a coroutine in the loop, wait for it here; an interruption of the waiting thread cancels it."""
-        future = asyncio.run_coroutine_threadsafe(work, self.loop)
+        future = self.begin(work)
         try:
             return future.result()
         except BaseException:
@@ -100,6 +105,10 @@ class BlockingCache:
     def call(self, work: Coroutine[Any, Any, Result]) -> Result:
         """Run a coroutine in the client's loop."""
         return self._runner.call(work)
+
+    def begin(self, work: Coroutine[Any, Any, Result]) -> futures.Future[Result]:
+        """Start a coroutine in the client's loop, and do not wait for it."""
+        return self._runner.begin(work)
 
     def __getattr__(self, name: str) -> Any:
         if name in METHODS:
