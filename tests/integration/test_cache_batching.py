@@ -85,7 +85,7 @@ def interrupted_when(condition: Callable[[], object]) -> Iterator[None]:
 
 def test_calls_that_arrive_meanwhile_leave_together() -> None:
     server = Server()
-    batcher = Batcher(server.apply)
+    batcher = Batcher(server.apply, leaders_max=1)
     calls = [Call(batcher, "first")]
     wait_until(lambda: server.batches, "the leader's batch")
     calls += [Call(batcher, f"{number}") for number in range(5)]
@@ -95,11 +95,30 @@ def test_calls_that_arrive_meanwhile_leave_together() -> None:
     assert [len(batch) for batch in server.batches] == [1, 5]
 
 
+def test_two_script_calls_are_in_flight() -> None:
+    """The second caller does not wait for the first one's answer; the third leaves with who came meanwhile."""
+    server = Server()
+    batcher = Batcher(server.apply)
+    calls = []
+    for number in range(2):
+        calls.append(Call(batcher, f"leader {number}"))
+        wait_until(lambda: len(server.batches) == len(calls), "a leader's batch")
+    calls += [Call(batcher, f"{number}") for number in range(4)]
+    wait_until(lambda: len(batcher._queue) == 4, "four followers")
+    server.gate.release()
+    wait_until(lambda: len(server.batches) == 3, "those who came meanwhile")
+    server.gate.release(2)
+    assert [call.answer().words for call in calls] == [[call.id] for call in calls]
+    assert [len(batch) for batch in server.batches] == [1, 1, 4]
+    server.gate.release()
+    assert Call(batcher, "later").answer().words == ["later"]
+
+
 def test_interrupted_follower_leaves_the_others_served() -> None:
     """A leader's batch is in flight; the main thread waits in the queue and is interrupted there. Who comes later is served:
     leadership is not handed to a caller that is gone."""
     server = Server()
-    batcher = Batcher(server.apply)
+    batcher = Batcher(server.apply, leaders_max=1)
     leader = Call(batcher, "leader")
     wait_until(lambda: server.batches, "the leader's batch")
     with pytest.raises(Interrupt), interrupted_when(lambda: batcher._queue):
@@ -116,7 +135,7 @@ def test_interrupted_leader_loses_its_followers_calls_and_no_more() -> None:
     """The heir leads a batch with a follower; its script call is interrupted. The follower is told LOST (it may have been
     applied: repeat with the same id), it does not raise another thread's interruption; the next call is served."""
     server = Server()
-    batcher = Batcher(server.apply)
+    batcher = Batcher(server.apply, leaders_max=1)
     first = Call(batcher, "first")
     wait_until(lambda: server.batches, "the leader's batch")
     heir = Call(batcher, "heir")
@@ -138,7 +157,7 @@ def test_interrupted_leader_loses_its_followers_calls_and_no_more() -> None:
 def test_levels_of_durability_do_not_travel_together() -> None:
     """A WAIT behind the script speaks for its whole batch: calls that want another confirmation go by themselves."""
     server = Server()
-    batcher = Batcher(server.apply)
+    batcher = Batcher(server.apply, leaders_max=1)
     first = Call(batcher, "first")
     wait_until(lambda: server.batches, "the leader's batch")
     confirmed = item("confirmed")
