@@ -257,7 +257,14 @@ class AsyncStateCache:
                 )
             if level in CONFIRMED:
                 request.item.confirm = await self.threads.run(self.sync.confirmation, level, deadline)
-            receipt: model.Receipt = await self._run(flows.transition(request), deadline, turn)
+            outcome: items.Outcome | None = None
+            item = flows.opening(request)
+            if item is not None:
+                outcome = await self._applied(item, deadline, turn)
+            if outcome is not None and outcome.code == "OK":
+                receipt = flows.receipt(request, outcome)
+            else:
+                receipt = await self._run(flows.transition(request, outcome), deadline, turn)
         except BaseException:
             self.hot.leave(turn)
             self.leave()
@@ -276,10 +283,7 @@ class AsyncStateCache:
             while True:
                 try:
                     if type(wish) is items.Item:
-                        # The server's own wait for a confirmation ends at the deadline: its answer comes a little later.
-                        grace = 0.0 if wish.confirm is None else _CONFIRMATION_GRACE_SECONDS
-                        until = max(deadline, time.monotonic() + EXCHANGE_SECONDS_MIN) + grace
-                        answer: Any = await self.hot.apply(wish, until, turn)
+                        answer: Any = await self._applied(wish, deadline, turn)
                     else:
                         answer = await self._answer(wish, deadline)
                 except errors.StateCacheError as error:
@@ -288,6 +292,11 @@ class AsyncStateCache:
                     wish = flow.send(answer)
         except StopIteration as end:
             return end.value
+
+    def _applied(self, item: items.Item, deadline: float, turn: Turn | None) -> asyncio.Future[items.Outcome]:
+        # The server's own wait for a confirmation ends at the deadline: its answer comes a little later.
+        grace = 0.0 if item.confirm is None else _CONFIRMATION_GRACE_SECONDS
+        return self.hot.apply(item, max(deadline, time.monotonic() + EXCHANGE_SECONDS_MIN) + grace, turn)
 
     async def _answer(self, wish: Any, deadline: float) -> Any:
         kind = type(wish)
@@ -366,7 +375,7 @@ class AsyncMachineHandle:
             request = self._sync.calls.door.start(
                 id, data, actor=actor, reason=reason, transition_id=transition_id, occurred_at=occurred_at
             )
-            receipt = await self._write(request, durability, timeout)
+            receipt = await self._cache.write(request, self._level(durability), self._cache.sync.deadline(timeout))
         except errors.StateCacheError as error:
             self._sync.meter.refused(entry.EVENT_START, error)
             raise
@@ -402,17 +411,16 @@ class AsyncMachineHandle:
         """As ``MachineHandle.fire``."""
         began = time.perf_counter()
         try:
-            receipt = await self._write(self._sync.calls.door.transition(move), durability, timeout)
+            request = self._sync.calls.door.transition(move)
+            receipt = await self._cache.write(request, self._level(durability), self._cache.sync.deadline(timeout))
         except errors.StateCacheError as error:
             self._sync.meter.refused(move.event, error)
             raise
         self._sync.meter.done(receipt, durability, time.perf_counter() - began)
         return receipt
 
-    async def _write(self, request: flows.Request, durability: str | None, timeout: float | None) -> model.Receipt:
-        cache = self._cache
-        level = cache.sync.level(durability or self.machine.definition.durability)
-        return await cache.write(request, level, cache.sync.deadline(timeout))
+    def _level(self, durability: str | None) -> model.Durability:
+        return self._cache.sync.level(durability or self.machine.definition.durability)
 
     async def start_many(
         self,
