@@ -21,10 +21,11 @@ from statecache.core import entry, errors, flows, items, model
 from statecache.core.machine import StateMachine
 from statecache.engine import aside, recovery
 from statecache.engine.aio_claims import AsyncClaim, Claiming
+from statecache.engine.batcher import EXCHANGE_SECONDS_MIN
 from statecache.engine.cache import StateCache
 from statecache.engine.calls import Start, as_ids, as_list
 from statecache.engine.claims import TTL_SECONDS, Held
-from statecache.engine.driver import EXCHANGE_SECONDS_MIN, UNREACHABLE, pause_seconds
+from statecache.engine.driver import UNREACHABLE, pause_seconds
 from statecache.engine.handle import CONFIRMED, MachineHandle
 from statecache.hot.aio import AsyncHotStore, Turn
 

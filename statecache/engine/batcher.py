@@ -5,8 +5,12 @@ queued (at first only its own item). Who arrives meanwhile queues and sleeps. Wh
 leadership to the first in the queue BEFORE it wakes its followers, so that the server is never idle while Python distributes
 answers. A lone caller pays for two uncontended locks.
 
-An interruption (a signal's handler raises in the main thread) ends only the caller that it meets. Followers of an interrupted
-leader are told that their call is lost, which they repeat with the same id; an interrupted heir hands leadership on.
+An interruption (a signal's handler raises in the main thread) ends only the caller that it meets, wherever it meets it: what
+ends a lead - leadership to the next, an answer to every follower - can be done twice, and is done again by who was interrupted
+in the midst of it. Followers of an interrupted leader are told that their call is lost, which they repeat with the same id.
+
+A follower waits no longer than its own timeout, whatever the leader's is: in the queue it goes without having been sent, in
+flight its call is lost to it, and the leader answers nobody.
 
 Order: the queue is first in, first out, and a caller waits for its answer, so the order of one caller's calls is kept.
 Rejected: one leader (two threads then take turns at half the speed of two connections; sixteen are as fast with one, two or
@@ -16,24 +20,35 @@ four); a sender thread (in a prototype it cost a lone caller half its speed, and
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from statecache.core import errors, items
 from statecache.hot.store import BATCH_BYTES_MAX, BATCH_ITEMS_MAX
 
 LEADERS_MAX = 2
+EXCHANGE_SECONDS_MIN = 0.1
+"""What an item's exchange may take however near the deadline is: cut off, it would be neither applied nor refused."""
 
 
 class _Waiter:
-    __slots__ = ("item", "leads", "outcome", "woken")
+    __slots__ = ("error", "item", "outcome", "woken")
 
     def __init__(self, item: items.Item) -> None:
         self.item = item
         self.outcome: items.Outcome | None = None
-        self.leads = False
+        self.error: errors.ConfigurationError | None = None
         self.woken = threading.Lock()
         self.woken.acquire()
+
+    def wake(self) -> None:
+        """Let it go on; no harm if it does already."""
+        try:  # noqa: SIM105 - suppress() costs each follower a microsecond
+            self.woken.release()
+        except RuntimeError:
+            pass
 
 
 class Batcher:
@@ -49,76 +64,145 @@ class Batcher:
         self._items_max = min(items_max, BATCH_ITEMS_MAX)
         self._lock = threading.Lock()
         self._queue: deque[_Waiter] = deque()
-        self._leaders = 0
+        self._leaders: dict[int, _Waiter | items.Item] = {}
+        """Who leads, by ``id``: waiters that were made leaders, and items of callers that found a place free."""
         self._leaders_max = leaders_max
 
     def apply(self, item: items.Item, timeout_seconds: float | None = None) -> items.Outcome:
         """Apply one item, in company if there is any. The leader's timeout is that of the exchange; whose answer it cuts
-        off gets ``LOST`` and asks again."""
-        with self._lock:
-            if self._leaders < self._leaders_max:
-                self._leaders += 1
-                mine = None
-            else:
-                mine = _Waiter(item)
-                self._queue.append(mine)
-        if mine is None:
-            return self._lead(item, (), timeout_seconds)
+        off gets ``LOST`` and asks again. Raises ``ConfigurationError`` when the store was closed."""
+        mine: _Waiter | None = None
         try:
-            mine.woken.acquire()  # until answered, or made the leader
-            if mine.outcome is not None:
-                return mine.outcome
             with self._lock:
-                company = self._taken(mine)
+                if len(self._leaders) < self._leaders_max:
+                    self._leaders[id(item)] = item
+                else:
+                    mine = _Waiter(item)
+                    self._queue.append(mine)
+            if mine is None:
+                return self._lead(item, item, [], timeout_seconds)
+            return self._follow(mine, timeout_seconds)
         except BaseException:
-            self._abandon(mine)
+            self._abandon(item if mine is None else mine)
             raise
-        return self._lead(mine.item, company, timeout_seconds)
 
-    def _abandon(self, waiter: _Waiter) -> None:
-        """Leave the queue, or hand on the leadership that nobody will take up."""
-        with self._lock:
-            if waiter in self._queue:
-                self._queue.remove(waiter)
-        if waiter.leads:
-            self._hand_over()
+    def _follow(self, mine: _Waiter, timeout_seconds: float | None) -> items.Outcome:
+        """Wait for the answer, or to be made the leader."""
+        began = time.monotonic()
+        wait_seconds = -1.0 if timeout_seconds is None else min(timeout_seconds, threading.TIMEOUT_MAX)
+        if not mine.woken.acquire(timeout=wait_seconds):
+            with self._lock:
+                self._give_up(mine)
+        if mine.error is not None:
+            raise mine.error
+        if mine.outcome is not None:
+            return mine.outcome
+        if timeout_seconds is not None:
+            timeout_seconds = max(EXCHANGE_SECONDS_MIN, timeout_seconds - (time.monotonic() - began))
+        return self._lead(mine, mine.item, [], timeout_seconds)
 
-    def _taken(self, leader: _Waiter) -> list[_Waiter]:
-        """Those of the queue that travel with its first: as many as fit, none that wants another confirmation."""
-        size = len(leader.item.tail)
-        taken: list[_Waiter] = []
-        while self._queue and len(taken) + 1 < self._items_max:
-            waiter = self._queue[0]
-            size += len(waiter.item.tail)
-            if size > BATCH_BYTES_MAX or waiter.item.confirm != leader.item.confirm:
-                break
-            taken.append(self._queue.popleft())
-        return taken
+    def _give_up(self, mine: _Waiter) -> None:
+        """End a wait that took too long, unless it was answered, or made a leader, in the last moment."""
+        if id(mine) in self._leaders or mine.outcome is not None or mine.error is not None:
+            return
+        is_sent = mine not in self._queue
+        if is_sent:
+            text = "Redis did not answer within the call's timeout: it may have been applied"
+        else:
+            self._queue.remove(mine)
+            text = "Redis did not answer the calls before this one within its timeout: it was not sent"
+        cause = errors.UnavailableError(text)
+        cause.__cause__ = TimeoutError(text)
+        mine.outcome = items.Outcome("LOST" if is_sent else "UNSENT", [], 0, cause)
 
-    def _lead(self, item: items.Item, company: Sequence[_Waiter], timeout_seconds: float | None) -> items.Outcome:
+    def _lead(
+        self, me: _Waiter | items.Item, item: items.Item, company: list[_Waiter], timeout_seconds: float | None
+    ) -> items.Outcome:
+        outcomes: list[items.Outcome] | None = None
         try:
-            outcomes = self._apply([item, *[waiter.item for waiter in company]], timeout_seconds)
+            batch = [item]
+            if me is not item:
+                self._gather(me, company)
+                batch += [waiter.item for waiter in company]
+            outcomes = self._apply(batch, timeout_seconds)
+            self._end(me, company, outcomes)
         except BaseException as error:
-            self._hand_over()
-            cause = errors.UnavailableError(
-                f"the call that this one travelled with was interrupted: {type(error).__name__}"
-            )
-            for waiter in company:
-                waiter.outcome = items.Outcome("LOST", [], 0, cause)
-                waiter.woken.release()
+            # Perhaps in the midst of ending: what was done is done again, or already there.
+            self._end(me, company, outcomes, error)
             raise
-        self._hand_over()
-        for waiter, outcome in zip(company, outcomes[1:], strict=True):
-            waiter.outcome = outcome
-            waiter.woken.release()
         return outcomes[0]
 
-    def _hand_over(self) -> None:
+    def _gather(self, leader: Any, company: list[_Waiter]) -> None:
+        """Take those of the queue that travel with its first, the leader: as many as fit, none that wants another
+        confirmation. Who is taken is in ``company`` before it is out of the queue: an interruption loses nobody."""
         with self._lock:
-            heir = self._queue.popleft() if self._queue else None
-            if heir is None:
-                self._leaders -= 1
+            queue, first = self._queue, leader.item
+            size = len(first.tail)
+            while queue and len(company) + 1 < self._items_max:
+                waiter = queue[0]
+                if id(waiter) in self._leaders:  # it leads, and who made it the leader was interrupted
+                    queue.popleft()
+                    continue
+                size += len(waiter.item.tail)
+                if size > BATCH_BYTES_MAX or waiter.item.confirm != first.confirm:
+                    break
+                company.append(waiter)
+                queue.popleft()
+
+    def _end(
+        self,
+        me: _Waiter | items.Item,
+        company: Sequence[_Waiter],
+        outcomes: Sequence[items.Outcome] | None,
+        error: BaseException | None = None,
+    ) -> None:
+        """Hand leadership on, then answer the followers. May be called again after it was interrupted."""
+        if error is not None:
+            with self._lock:
+                for waiter in company:
+                    if waiter in self._queue:
+                        self._queue.remove(waiter)
+        self._hand_over(me, again=error is not None)
+        if outcomes is not None and error is None:
+            for waiter, outcome in zip(company, outcomes[1:], strict=True):
+                waiter.outcome = outcome
+                waiter.wake()
+            return
+        for place, waiter in enumerate(company, 1):
+            if outcomes is not None and place < len(outcomes):
+                waiter.outcome = outcomes[place]
+            elif isinstance(error, errors.ConfigurationError):
+                waiter.error = errors.ConfigurationError(str(error))
             else:
-                heir.leads = True
-        if heir is not None:
-            heir.woken.release()
+                waiter.outcome = _lost(error)
+            waiter.wake()
+
+    def _hand_over(self, me: _Waiter | items.Item, *, again: bool = False) -> None:
+        """Let the next of the queue lead in the place of ``me``, if that leads, and wake it. ``again``: perhaps it was made a
+        leader, and not woken."""
+        heirs: list[_Waiter | items.Item] = []
+        with self._lock:
+            leaders, queue = self._leaders, self._queue
+            leaders.pop(id(me), None)
+            while queue and len(leaders) < self._leaders_max:
+                heir = queue[0]
+                leaders[id(heir)] = heir
+                heirs.append(heir)
+                queue.popleft()
+            if again:
+                heirs = list(leaders.values())
+        for one in heirs:
+            if type(one) is _Waiter:
+                one.wake()
+
+    def _abandon(self, me: _Waiter | items.Item) -> None:
+        """Leave the queue, and hand on the leadership that nobody would take up."""
+        with self._lock:
+            if isinstance(me, _Waiter) and me in self._queue:
+                self._queue.remove(me)
+        self._hand_over(me, again=True)
+
+
+def _lost(error: BaseException | None) -> items.Outcome:
+    cause = errors.UnavailableError(f"the call that this one travelled with was interrupted: {type(error).__name__}")
+    return items.Outcome("LOST", [], 0, cause)

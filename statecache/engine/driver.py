@@ -20,7 +20,7 @@ import msgspec
 from statecache.core import claims, entry, errors, failpoints, flows, items, model
 from statecache.durable.store import DurableStore
 from statecache.engine.admission import Admission
-from statecache.engine.batcher import Batcher
+from statecache.engine.batcher import EXCHANGE_SECONDS_MIN, Batcher
 from statecache.hot import claims as hot_claims
 from statecache.hot import scripts
 from statecache.hot.store import HotStore, Position
@@ -29,8 +29,6 @@ CHUNK_ITEMS = 125
 _UNFINISHED_MAX = 1000
 _LANE_ITEMS_MAX = 500
 UNREACHABLE = ("LOST", "UNSENT")
-EXCHANGE_SECONDS_MIN = 0.1
-"""What an item's exchange may take however near the deadline is: cut off, it would be neither applied nor refused."""
 Address = tuple[int, tuple[int, str, str]]
 """An index and the (partition, machine, id) that is wanted for it."""
 _PAUSE_SECONDS_MIN, _PAUSE_SECONDS_MAX = 0.001, 0.1

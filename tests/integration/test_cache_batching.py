@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dis
+import itertools
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from statecache.core import items
+from statecache.core import errors, items
+from statecache.engine import batcher as batcher_module
 from statecache.engine.batcher import Batcher
 from tests.support.waiting import wait_until
 
@@ -43,16 +47,20 @@ def item(id: str) -> items.Item:
 class Call(threading.Thread):
     """One caller in a thread of its own."""
 
-    def __init__(self, batcher: Batcher, id: str) -> None:
+    def __init__(
+        self, batcher: Batcher, id: str, timeout_seconds: float | None = None, tracer: Callable[..., Any] | None = None
+    ) -> None:
         super().__init__(daemon=True)
         self.batcher, self.id, self.result = batcher, id, None
+        self.timeout_seconds, self.tracer = timeout_seconds, tracer
         self.start()
 
     result: Any
 
     def run(self) -> None:
+        sys.settrace(self.tracer)
         try:
-            self.result = self.batcher.apply(item(self.id))
+            self.result = self.batcher.apply(item(self.id), self.timeout_seconds)
         except BaseException as error:
             self.result = error
 
@@ -152,6 +160,129 @@ def test_interrupted_leader_loses_its_followers_calls_and_no_more() -> None:
     assert follower.answer().cause is not None
     server.gate.release()
     assert Call(batcher, "next").answer().code == "OK"
+
+
+class Interruption:
+    """A tracer that interrupts its thread at the ``nth`` place in the batcher's code where Python looks for signals: behind
+    a call, at the beginning of a function, at the end of a loop's turn."""
+
+    PLACES = frozenset({"RESUME", "CALL", "CALL_FUNCTION_EX", "JUMP_BACKWARD"})
+
+    def __init__(self, nth: int) -> None:
+        self.left = nth
+        self.before: dict[Any, str] = {}
+
+    def __call__(self, frame: Any, event: str, argument: object) -> Any:
+        if frame.f_code.co_filename != batcher_module.__file__:
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            before = self.before.get(frame)
+            self.before[frame] = dis.opname[frame.f_code.co_code[frame.f_lasti]]
+            if before in self.PLACES:
+                self.left -= 1
+                if self.left == 0:
+                    raise Interrupt
+        return self
+
+
+@pytest.mark.parametrize("leaders_max", [1, 2])
+@pytest.mark.parametrize("role", ["lone", "leader", "heir", "follower"])
+def test_interrupted_at_every_place(role: str, leaders_max: int) -> None:
+    """One caller, in each role, is interrupted between any two steps: before and after it has taken its batch, between sending
+    and reading, before it hands leadership on, between that and the answers of its followers. Whoever else is there is
+    answered: with OK if his batch was answered, with LOST if it went with the interrupted one; nothing is sent twice, and the
+    next call is served."""
+    for nth in itertools.count(1):
+        interruption = Interruption(nth)
+        server = Server()
+        batcher = Batcher(server.apply, leaders_max=leaders_max)
+        others: list[Call] = []
+
+        def enter(id: str, tracer: Any = None, server: Any = server, batcher: Any = batcher) -> Call:
+            count = len(batcher._queue) + len(server.batches)
+            call = Call(batcher, id, tracer=tracer)
+            wait_until(
+                lambda: len(batcher._queue) + len(server.batches) > count or not call.is_alive(), f"{id} to enter"
+            )
+            return call
+
+        if role in ("heir", "follower"):
+            others += [enter(f"first {number}") for number in range(leaders_max)]
+        if role == "follower":
+            others.append(enter("heir"))
+        hit = enter("hit", interruption)
+        others += [enter(id) for id in ("second", "third") if role != "lone"]
+        server.gate.release(10)
+        codes = {call.id: call.answer().code for call in others}
+        interrupted = isinstance(hit.answer(), Interrupt)
+        assert enter("next").answer().code == "OK"
+        assert not batcher._leaders
+        assert not batcher._queue
+        sent = [id for batch in server.batches for id in batch]
+        assert len(sent) == len(set(sent)), (nth, sent)
+        with_it = {id for batch in server.batches if "hit" in batch for id in batch}
+        for id, code in codes.items():
+            assert code == "OK" or (code == "LOST" and interrupted and (id in with_it or id not in sent)), (
+                nth,
+                id,
+                code,
+            )
+        if not interrupted:
+            assert interruption.left > 0
+            assert nth > 5
+            return
+
+
+def test_a_leader_whose_time_is_over_leaves_nobody_behind() -> None:
+    """The leader's exchange ends at the leader's own timeout: it and its follower are told LOST. Who gathered meanwhile leads
+    on, and is answered."""
+    lost = items.Outcome("LOST", [], 0, errors.UnavailableError("timeout"))
+    server = Server()
+    answered = server.apply
+
+    def apply(batch: Sequence[items.Item], timeout_seconds: float | None = None) -> list[items.Outcome]:
+        outcomes = answered(batch, timeout_seconds)
+        return outcomes if timeout_seconds is None else [lost] * len(batch)
+
+    batcher = Batcher(apply, leaders_max=1)
+    first = Call(batcher, "first")
+    wait_until(lambda: server.batches, "the leader's batch")
+    hasty = Call(batcher, "hasty", 30.0)
+    wait_until(lambda: len(batcher._queue) == 1, "the hasty call")
+    with_it = Call(batcher, "with it")
+    wait_until(lambda: len(batcher._queue) == 2, "its follower")
+    server.gate.release()
+    wait_until(lambda: len(server.batches) == 2, "the hasty call's batch")
+    late = Call(batcher, "late")
+    wait_until(lambda: batcher._queue, "the late call")
+    server.gate.release(2)
+    assert [call.answer().code for call in (first, hasty, with_it, late)] == ["OK", "LOST", "LOST", "OK"]
+    assert server.batches == [["first"], ["hasty", "with it"], ["late"]]
+
+
+def test_a_followers_time_is_its_own() -> None:
+    """Two patient leaders' exchanges hang. A follower of the second, in flight, and one in the queue run out of time: the first
+    is told LOST, the other UNSENT, and it is never sent; patient ones are answered."""
+    server = Server()
+    batcher = Batcher(server.apply, leaders_max=1)
+    first = Call(batcher, "first")
+    wait_until(lambda: server.batches, "the leader's batch")
+    heir = Call(batcher, "heir")
+    wait_until(lambda: len(batcher._queue) == 1, "the heir")
+    in_flight = Call(batcher, "in flight", 1.0)
+    wait_until(lambda: len(batcher._queue) == 2, "the follower")
+    server.gate.release()
+    wait_until(lambda: len(server.batches) == 2, "the heir's batch")
+    queued = Call(batcher, "queued", 0.1)
+    assert queued.answer().code == "UNSENT"
+    assert isinstance(queued.answer().cause, errors.UnavailableError)
+    assert in_flight.answer().code == "LOST"
+    patient = Call(batcher, "patient")
+    wait_until(lambda: batcher._queue, "the patient call")
+    server.gate.release(2)
+    assert [call.answer().code for call in (first, heir, patient)] == ["OK"] * 3
+    assert server.batches == [["first"], ["heir", "in flight"], ["patient"]]
 
 
 def test_levels_of_durability_do_not_travel_together() -> None:

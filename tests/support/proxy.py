@@ -100,6 +100,11 @@ class Proxy:
         """Forward nothing, of both directions, and close nothing: a network that swallows packets."""
         self._held = True
 
+    def go_on(self) -> None:
+        """Let go what is held or delayed; a trap that is set stays."""
+        self._held = False
+        self._delay_seconds = 0.0
+
     # ------------------------------------------------------------------------------------------------------- machinery
 
     def close(self) -> None:
