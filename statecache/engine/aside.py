@@ -102,7 +102,7 @@ class Together:
             raise errors.UnavailableError(
                 "SQL, or the admission to Redis, did not answer within the call's timeout"
             ) from error
-        if isinstance(found, errors.StateCacheError):
+        if isinstance(found, Exception):
             raise found
         return found
 
@@ -116,7 +116,7 @@ class Together:
                 deadline = max(deadline for _, deadline, _ in batch)
                 try:
                     answers = await self._threads.run(self._done, [wish for wish, _, _ in batch], deadline)
-                except errors.StateCacheError as error:
+                except Exception as error:  # not ours either: whoever waits here would wait until his deadline
                     answers = [error] * len(batch)
                 for (_, _, answer), found in zip(batch, answers, strict=True):
                     if not answer.done():
