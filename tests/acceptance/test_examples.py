@@ -22,6 +22,16 @@ from tests.support.waiting import wait_until
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 
 
+STRICTLY = ("-X", "dev", "-W", "error")
+"""Python's development mode: what is not closed is told, and asyncio looks at what is not awaited; any warning is an error."""
+
+
+def complaints(output: str) -> list[str]:
+    """Lines that tell of a warning, or of an error that nobody took. That something was slow is no complaint."""
+    words = ("Warning", "Traceback", "never retrieved", "never awaited", "Exception ignored", "was destroyed")
+    return [line for line in output.splitlines() if any(word in line for word in words)]
+
+
 def example(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
     assert spec is not None
@@ -72,6 +82,30 @@ def test_fastapi_app(environment: dict[str, str]) -> None:
     asyncio.run(main())
 
 
+def test_fastapi_app_behind_its_server_complains_of_nothing(environment: dict[str, str], tmp_path: Path) -> None:
+    """Served by uvicorn with every warning an error: forty requests at once, then SIGTERM ends it, with nothing left open."""
+    port = processes.free_port()
+    command = [
+        sys.executable, *STRICTLY, "-m", "uvicorn", "--app-dir", str(EXAMPLES), "--port", str(port), "fastapi_app:app",
+    ]  # fmt: skip
+    log = tmp_path / "uvicorn.log"
+    server = processes.Process(command, log, env={**os.environ, **environment, "PYTHONPATH": str(EXAMPLES.parents[1])})
+    try:
+        wait_until(lambda: b"startup complete" in log.read_bytes(), "uvicorn to start", 60.0)
+
+        async def main() -> set[int]:
+            async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as http:
+                many = await asyncio.gather(*[http.put(f"/orders/{number}", json={}) for number in range(40)])
+                return {one.status_code for one in many}
+
+        assert asyncio.run(main()) == {201}
+    finally:
+        server.end(signal.SIGTERM)
+    told = log.read_text()
+    assert "Application shutdown complete" in told
+    assert complaints(told) == []
+
+
 def test_consumer_goes_on_after_it_was_killed(
     environment: dict[str, str], redis_server: servers.ValkeyServer, tmp_path: Path
 ) -> None:
@@ -91,7 +125,10 @@ def test_consumer_goes_on_after_it_was_killed(
             wait_until(lambda: len(client.keys(pattern)) > 20, "the consumer to work", 60.0, 0.001)
     finally:
         first.end(signal.SIGKILL)
-    outputs = [subprocess.run(command, env=told, capture_output=True, text=True, check=True).stdout for _ in range(2)]
+    strictly = [command[0], *STRICTLY, *command[1:]]
+    runs = [subprocess.run(one, env=told, capture_output=True, text=True, check=True) for one in (command, strictly)]
+    outputs = [run.stdout for run in runs]
+    assert complaints(runs[1].stderr) == []
     assert outputs[1] == "0 scans applied, 2000 had been applied before\n"
     now = int(outputs[0].split(" ")[0])
     assert 0 < now < 2000
