@@ -10,7 +10,7 @@ from statecache.core import model
 from statecache.engine.claims import Claim
 
 if TYPE_CHECKING:
-    from statecache.engine.aio import AsyncMachineHandle
+    from statecache.engine.aio_handle import AsyncMachineHandle
 
 
 class AsyncClaim:
