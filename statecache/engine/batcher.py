@@ -110,7 +110,7 @@ class Batcher:
             text = "Redis did not answer within the call's timeout: it may have been applied"
         else:
             self._queue.remove(mine)
-            text = "Redis did not answer the calls before this one within its timeout: it was not sent"
+            text = "Redis did not answer the calls before this one within its timeout: this attempt was not sent"
         cause = errors.UnavailableError(text)
         cause.__cause__ = TimeoutError(text)
         mine.outcome = items.Outcome("LOST" if is_sent else "UNSENT", [], 0, cause)

@@ -202,20 +202,23 @@ async def test_calls_of_one_instance_keep_their_order_in_trouble(
 
 
 async def test_a_repetition_is_not_overtaken_while_history_is_asked(
-    world: worlds.World, orders: AsyncMachineHandle, cache: AsyncStateCache
+    world: worlds.World, orders: AsyncMachineHandle, cache: AsyncStateCache, link: proxy.Proxy
 ) -> None:
-    """After ten moves a call with an id of its own is answered OLD and asks history; ``ship``, called behind it, would be
-    applied in the same script call, before ``pay``."""
-    await orders.start("1")
-    for _ in range(10):
-        await orders.transition("1", "note")
-    receipts = await asyncio.gather(
-        orders.transition("1", "pay", transition_id="mine"),
-        orders.transition("1", "ship"),
-        orders.transition("1", "deliver"),
-    )
-    assert [receipt.event for receipt in receipts] == ["pay", "ship", "deliver"]
-    assert [receipt.version for receipt in receipts] == [12, 13, 14]
+    """After ten moves a call with an id of its own is answered OLD and asks history; ``ship``, which gathers with it behind a
+    call in flight, would be refused if it stood in the same script call."""
+    world.start("1", ["note"] * 10)
+    first = await in_flight(link, sent_by(cache), orders.start("first"))
+    calls = [
+        asyncio.ensure_future(orders.transition("1", "pay", transition_id="mine")),
+        asyncio.ensure_future(orders.transition("1", "ship")),
+        asyncio.ensure_future(orders.transition("1", "deliver")),
+    ]
+    await asyncio.sleep(0)
+    link.pass_through()
+    await first
+    assert [(receipt.event, receipt.version) for receipt in await asyncio.gather(*calls)] == [
+        ("pay", 12), ("ship", 13), ("deliver", 14),
+    ]  # fmt: skip
 
 
 async def test_guarded_moves_keep_their_order(orders: AsyncMachineHandle) -> None:

@@ -18,6 +18,8 @@ _HOLES = "tests/integration/test_holes.py::"
 _FLUSHER = "tests/integration/test_flusher.py::"
 _RECOVERY = "tests/integration/test_recovery.py::"
 _CLIENT = "tests/integration/test_faults_client.py::"
+_ORDER = "tests/integration/test_aio_order.py::"
+_THREADS = "tests/integration/test_cache_batching.py::"
 _LETTERS = "tests/integration/test_letters.py::"
 _DURABILITY = "tests/integration/test_durability.py::"
 _DURABLE = "tests/integration/test_durable_flush.py::"
@@ -772,5 +774,72 @@ MUTANTS = [
         "the full id behind a ring's token is not compared",
         (Patch("statecache/core/flows.py", "    if known.transition_id != item.transition_id:\n", "    if False:\n"),),
         ("tests/mutants/test_more.py::test_two_ids_with_one_token",),
+    ),
+    # --- calls that travel together ------------------------------------------------------------------------------------------
+    Mutant(
+        "batch: an interrupted caller keeps its leadership",
+        (
+            Patch(
+                "statecache/engine/batcher.py",
+                "            self._abandon(item if mine is None else mine)\n",
+                "            pass\n",
+            ),
+        ),
+        (f"{_THREADS}test_interrupted_at_every_place",),
+    ),
+    Mutant(
+        "batch: what an interruption cut short is not done again",
+        (
+            Patch(
+                "statecache/engine/batcher.py",
+                "            self._end(me, company, outcomes, error)\n",
+                "            self._hand_over(me, again=True)\n",
+            ),
+        ),
+        (f"{_THREADS}test_interrupted_at_every_place",),
+    ),
+    Mutant(
+        "batch: a follower waits as long as its leader",
+        (
+            Patch(
+                "statecache/engine/batcher.py",
+                "-1.0 if timeout_seconds is None else min(timeout_seconds, threading.TIMEOUT_MAX)\n",
+                "-1.0\n",
+            ),
+        ),
+        (f"{_THREADS}test_a_followers_time_is_its_own",),
+    ),
+    Mutant(
+        "batch: a guard looks before its turn",
+        (
+            Patch(
+                "statecache/engine/aio.py",
+                "            if request.guard is not None and not await",
+                "            if False and not await",
+            ),
+        ),
+        (f"{_ORDER}test_a_guard_looks_at_what_the_calls_before_it_left",),
+    ),
+    Mutant(
+        "batch: a guard looks before the moves ahead of it in a bulk call",
+        (
+            Patch(
+                "statecache/engine/driver.py",
+                "                if type(one.wish) is flows.Hot and place:\n",
+                "                if False:\n",
+            ),
+        ),
+        ("tests/integration/test_cold_bulk.py::test_a_guard_behind_a_move_that_has_to_come_again",),
+    ),
+    Mutant(
+        "batch: a call stands behind a repetition in one script call",
+        (
+            Patch(
+                "statecache/hot/aio.py",
+                "        return not ahead.retry and not ahead.pinned\n",
+                "        return True\n",
+            ),
+        ),
+        (f"{_ORDER}test_a_repetition_is_not_overtaken_while_history_is_asked",),
     ),
 ]

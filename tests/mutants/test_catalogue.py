@@ -23,7 +23,9 @@ def test_mutant_fits(mutant: catalogue.Mutant) -> None:
     for node in mutant.tests:
         file, _, name = node.partition("::")
         bare = re.escape(name.partition("[")[0])
-        assert re.search(rf"^def {bare}\(", (ROOT / file).read_text(), re.MULTILINE), f"{node} does not exist"
+        assert re.search(rf"^(?:async )?def {bare}\(", (ROOT / file).read_text(), re.MULTILINE), (
+            f"{node} does not exist"
+        )
 
 
 def test_names_are_different() -> None:
