@@ -182,6 +182,9 @@ class Settings(pydantic_settings.BaseSettings):
     evict_interval_seconds: Seconds = 0.0
     """How often the workers' scheduler enqueues the job that evicts cold instances; 0: never (flushers evict too)."""
 
+    warm_after_recovery: bool = True
+    """Whether the workers' scheduler enqueues the job that warms what a recovery found wiped."""
+
     verify_interval_seconds: Seconds = 86_400.0
     """How often the scheduler enqueues a verification of everything, done in slices; 0: never."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import re
 import uuid
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,10 +21,11 @@ from rq.job import JobStatus
 from rq.results import Result
 
 from statecache.core import errors
-from workers import jobs, queues, schedule
+from workers import jobs, queues, schedule, warmings
 
 _PREFIX = "statecache."
 _TEXT_MAX = 64 * 1024
+_PARTS_MAX = 4096
 _DETAILS = ("status", "created_at", "enqueued_at", "started_at", "ended_at", "worker_name", "retries_left", "refused")
 _PLACES = ("wip", "scheduled", "deferred", "failed", "finished", "canceled")
 STATES_OVER = ("finished", "failed", "stopped", "canceled")
@@ -95,11 +97,59 @@ def show(queue: queues.SafeQueue, job_id: str, *, whole: bool = True) -> View | 
         return None
     details = dict(zip(_DETAILS, (_text(connection, key, name) for name in _DETAILS), strict=True))
     meta = _loaded(_text(connection, key, "meta"), {})
-    view: View = {"id": job_id, "job": _name_of(connection, key, meta), **details, "progress": meta.get("notes", {})}
+    notes = meta.get("notes", {})
+    view: View = {"id": job_id, "job": _name_of(connection, key, meta), **details, "progress": notes}
     if whole:
         view["arguments"] = _arguments(connection, key)
         view |= _last_result(connection, job_id)
+    shares = _shares(notes)
+    return view if shares is None else _with_parts(queue, view, shares)
+
+
+def _shares(notes: object) -> dict[int, int] | None:
+    """The parts of a job that was fanned out, and what each has to do."""
+    shares = notes.get("shares") if isinstance(notes, dict) else None
+    if not isinstance(shares, dict) or len(shares) > _PARTS_MAX:
+        return None
+    found = [(number, share) for number, share in shares.items() if re.fullmatch("[0-9]{1,6}", number)]
+    return {int(number): share for number, share in found if type(share) is int}
+
+
+def _with_parts(queue: queues.SafeQueue, view: View, shares: Mapping[int, int]) -> View:
+    """What is shown of a job that was fanned out: the sum of its parts; under way while one of them is."""
+    parts = {number: show(queue, warmings.part_id(view["id"], number), whole=False) for number in shares}
+    sums = dict.fromkeys(warmings.SUMS, 0)
+    full = False
+    for number, part in parts.items():
+        notes = part["progress"] if part and isinstance(part["progress"], dict) else {}
+        for name in warmings.SUMS:
+            value = notes.get(name, shares[number] if name == "of" else 0)
+            sums[name] += value if type(value) is int else 0
+        full = full or notes.get("full") is True
+    states = [part["status"] for part in parts.values() if part]
+    view["parts"] = {
+        "partitions": sorted(shares),
+        "of": len(shares),
+        **{state: states.count(state) for state in sorted(set(states))},
+    }
+    view["progress"] = sums
+    if view["status"] in STATES_OVER and any(state not in STATES_OVER for state in states):
+        view |= {"status": JobStatus.STARTED.value, "ended_at": None}
+    elif view["status"] == JobStatus.FINISHED.value:
+        view["status"] = next((state for state in ("failed", "stopped", "canceled") if state in states), "finished")
+    if "result" in view:
+        _sum_up(queue, view, parts, full)
     return view
+
+
+def _sum_up(queue: queues.SafeQueue, view: View, parts: Mapping[int, View | None], full: bool) -> None:
+    """The result, or the first error, of all parts."""
+    view["result"] = None
+    if view["status"] == JobStatus.FINISHED.value:
+        view["result"] = {"partitions": len(parts), **warmings.result({**view["progress"], "full": full})}
+    failed = next((part for part in parts.values() if part and part["status"] == JobStatus.FAILED.value), None)
+    if failed and not view["error"]:
+        view["error"] = f"{failed['id']}: {_last_result(queue.connection, failed['id'])['error'] or failed['refused']}"
 
 
 def _text(connection: Any, key: str, name: str) -> str | None:
@@ -174,6 +224,23 @@ def cancel(queue: queues.SafeQueue, job_id: str) -> str:
         raise errors.NotFoundError(f"there is no job {job_id!r}")
     if view["status"] in STATES_OVER:
         raise errors.InvalidDataError(f"job {job_id} is {view['status']} already")
+    everything = [*(warmings.part_id(job_id, number) for number in view.get("parts", {}).get("partitions", ())), job_id]
+    # Those that wait first: a worker whose job is stopped would take the next of them.
+    actions = [_cancel_own(queue, one, waiting=True) for one in everything]
+    actions += [_cancel_own(queue, one, waiting=False) for one in everything]
+    return "stopping" if "stopping" in actions else "canceled"
+
+
+def _cancel_own(queue: queues.SafeQueue, job_id: str, *, waiting: bool) -> str:
+    """End this job, not its parts; if it waits, or if it runs. Empty if it is over, or not there yet."""
+    key = queues.SafeJob.key_for(job_id)
+    status, worker = _text(queue.connection, key, "status"), _text(queue.connection, key, "worker_name")
+    if status is None or status in STATES_OVER or waiting != (status != JobStatus.STARTED.value):
+        return ""
+    return _cancel_one(queue, job_id, {"status": status, "worker_name": worker})
+
+
+def _cancel_one(queue: queues.SafeQueue, job_id: str, view: View) -> str:
     if view["status"] == JobStatus.STARTED.value and view["worker_name"]:
         send_command(queue.connection, view["worker_name"], "stop-job", job_id=job_id)
         return "stopping"

@@ -23,6 +23,7 @@ from statecache.core import errors, failpoints
 from statecache.engine import eviction, exporting, retention, warming
 from statecache.engine import letters as engine_letters
 from statecache.engine import verify as engine_verify
+from workers import warmings
 
 if TYPE_CHECKING:
     from rq.job import Job
@@ -138,28 +139,40 @@ def evict(run: Run, *, machine: str = "", idle_seconds: float = -1.0) -> Result:
     return {"evicted": run.notes["evicted"], "above": report.above, "more": report.more}
 
 
-def warm(run: Run, *, machine: str = "", limit: int = 0) -> Result:
-    """Bring back into Redis what moved last, after a recovery; ``limit`` instances, or (0) until Redis is at its bounds."""
+def warm(run: Run, *, machine: str = "", limit: int = 0, partitions: str = "", partition: int = -1) -> Result:
+    """Bring back into Redis what moved last, after a recovery; ``limit`` instances, or (0) until Redis is at its bounds.
+
+    One job for each partition (of ``partitions``, numbers with commas between): this one only enqueues them, with
+    ``partition``.
+    """
+    if partition < 0:
+        return warmings.fan_out(run, machine, limit, partitions)
     notes = run.notes
+    if notes.get("ended"):
+        return warmings.result(notes)
     done = notes.get("warmed", 0) + notes.get("hot_already", 0)
-    if limit and done >= limit:
-        return {"warmed": notes.get("warmed", 0), "hot_already": notes.get("hot_already", 0)}
     report = warming.warm(
         run.cache,
         limit=limit - done if limit else None,
         machine=machine or None,
+        partition=partition,
         position={name: (int(at), str(id)) for name, (at, id) in notes.get("position", {}).items()},
         seconds_max=max(0.1, run.ends_at - time.monotonic()),
     )
+    left_cold = notes.get("left_cold", 0) + report.stale + report.parked
+    warmed, hot_already = notes.get("warmed", 0) + report.warmed, notes.get("hot_already", 0) + report.hot_already
+    more = report.more and not report.full and not (limit and warmed + hot_already >= limit)
     run.note(
+        done=warmed + hot_already + left_cold,
+        of=min(report.candidates, limit or report.candidates),
+        warmed=warmed,
+        hot_already=hot_already,
+        left_cold=left_cold,
+        full=report.full,
+        ended=not more,
         position=report.position,
-        candidates=report.candidates,
-        warmed=notes.get("warmed", 0) + report.warmed,
-        hot_already=notes.get("hot_already", 0) + report.hot_already,
     )
-    if report.more and not report.full:
-        return run.again()
-    return {"warmed": notes["warmed"], "hot_already": notes["hot_already"], "full": report.full}
+    return run.again() if more else warmings.result(notes)
 
 
 def retain(run: Run, *, machine: str = "", older_than_days: float = -1.0) -> Result:

@@ -19,7 +19,7 @@ import logging
 import os
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +32,7 @@ from rq.scheduler import RQScheduler
 from rq.serializers import JSONSerializer
 from rq.utils import current_timestamp
 
+from statecache.core import errors
 from statecache.settings import Settings
 from workers import queues
 
@@ -40,6 +41,10 @@ _log = logging.getLogger(__name__)
 RESULT_KEPT_SECONDS = 24 * 3600
 FAILURE_KEPT_SECONDS = 7 * 24 * 3600
 RETRY_SECONDS = (5, 30, 120)
+LOOK_SECONDS = 2.0
+"""How often the scheduler looks for a recovery that wants a warming."""
+Look = Callable[[queues.SafeQueue], object]
+"""Looks at the store, and enqueues what it asks for."""
 _UNDER_WAY = {
     one.value.encode() for one in (JobStatus.QUEUED, JobStatus.STARTED, JobStatus.SCHEDULED, JobStatus.DEFERRED)
 }
@@ -110,6 +115,37 @@ def enqueue_due(queue: queues.SafeQueue, periodic: Periodic, now_seconds: float)
     return job_id
 
 
+def enqueue_once(
+    queue: queues.SafeQueue,
+    job: str,
+    job_id: str,
+    arguments: Mapping[str, Any],
+    *,
+    timeout_seconds: int = 600,
+    retry_seconds: Sequence[int] = RETRY_SECONDS,
+) -> bool:
+    """Enqueue a job unless one of this id is there, waiting, running or over; returns whether this call did.
+
+    Whoever else does the same at the same moment, or died half-way through several such calls and does them all again:
+    WATCH lets one of them write the job and its place in the queue, in one transaction.
+    """
+    with queue.connection.pipeline() as pipeline:
+        key = queues.SafeJob.key_for(job_id)
+        pipeline.watch(key)
+        if pipeline.exists(key):
+            return False
+        try:
+            pipeline.multi()
+            queue.enqueue(
+                job, kwargs=dict(arguments), job_id=job_id, pipeline=pipeline, meta={"job": job},
+                **options(timeout_seconds, retry_seconds),
+            )  # fmt: skip
+            pipeline.execute()
+        except WatchError:
+            return False
+    return True
+
+
 def _note(text: bytes | None) -> dict[str, Any] | None:
     """The note, or None if there is none that we wrote."""
     try:
@@ -123,11 +159,17 @@ class SafeScheduler(RQScheduler):
     """RQ's scheduler, reading with care, and enqueueing the periodic jobs into the first queue whose lock it holds."""
 
     def __init__(
-        self, watched: Sequence[Queue], connection: Any, allowed: queues.Allowed, periodic: Sequence[Periodic] = ()
+        self,
+        watched: Sequence[Queue],
+        connection: Any,
+        allowed: queues.Allowed,
+        periodic: Sequence[Periodic] = (),
+        look: Look | None = None,
     ) -> None:
         super().__init__(watched, connection, logging_level=logging.WARNING, serializer=JSONSerializer)
         self._job_class = queues.SafeJob.of(allowed)
         self._periodic = tuple(periodic)
+        self._look, self._look_at, self._look_failed = look, 0.0, False
         self._home = watched[0].name
         self._worker_pid = os.getpid()
 
@@ -144,8 +186,22 @@ class SafeScheduler(RQScheduler):
                 if name == self._home:
                     for periodic in self._periodic:
                         enqueue_due(queue, periodic, time.time())
+                    self._look_around(queue)
             except (ResponseError, ValueError, TypeError):
                 _log.exception("the schedule of queue %s cannot be read", name)
+
+    def _look_around(self, queue: queues.SafeQueue) -> None:
+        """Enqueue what the state of the store asks for; that cannot be asked for a while, when SQL is away."""
+        if self._look is None or time.monotonic() < self._look_at:
+            return
+        self._look_at = time.monotonic() + LOOK_SECONDS
+        try:
+            self._look(queue)
+            self._look_failed = False
+        except errors.StateCacheError as error:
+            if not self._look_failed:
+                _log.warning("whether jobs are wanted after a recovery is not known: %s", error)
+            self._look_failed = True
 
     def _enqueue_scheduled(self, queue: queues.SafeQueue) -> None:
         """Move the jobs whose time has come into the queue; each in one transaction."""

@@ -59,11 +59,13 @@ class SafeWorker(rq.Worker):
         allowed: queues.Allowed,
         *,
         periodic: Sequence[schedule.Periodic] = (),
+        look: schedule.Look | None = None,
         told: Told = log_outcome,
         maintenance_interval: int = MAINTENANCE_SECONDS,
         name: str | None = None,
     ) -> None:
         self._periodic = tuple(periodic)
+        self._look = look
         self._told = told
         super().__init__(
             list(names),
@@ -171,7 +173,9 @@ class SafeWorker(rq.Worker):
     # --- the scheduler -----------------------------------------------------------------------------------------------
 
     def _start_scheduler(self, burst: bool = False, logging_level: Any = None, *rest: Any) -> None:
-        scheduler = schedule.SafeScheduler(self.queues, self.connection, self.job_class.allowed, self._periodic)
+        scheduler = schedule.SafeScheduler(
+            self.queues, self.connection, self.job_class.allowed, self._periodic, self._look
+        )
         self.scheduler = scheduler
         scheduler.acquire_locks()
         if not scheduler.acquired_locks:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
@@ -43,7 +44,7 @@ def worker(
     Only statecache's own jobs are run, whatever the queue holds. With --json it prints a line for each job.
     """
     from statecache.engine import watching
-    from workers import jobs, schedule
+    from workers import jobs, schedule, warmings
     from workers import queues as job_queues
     from workers.worker import SafeWorker, log_outcome
 
@@ -64,6 +65,7 @@ def worker(
             connection,
             jobs.allowed(cache),
             periodic=schedule.of_settings(cache.settings),
+            look=functools.partial(warmings.after_recovery, cache) if cache.settings.warm_after_recovery else None,
             told=tell,
         )
         made.work(burst=burst, with_scheduler=not no_scheduler, logging_level="WARNING")
@@ -119,10 +121,14 @@ def list_jobs(
 def _progress(view: dict[str, Any]) -> str:
     if view["refused"]:
         return f"refused: {view['refused']}"
-    progress = view["progress"] if isinstance(view["progress"], dict) else {}
-    return output.shortened(
-        ", ".join(f"{name} {value}" for name, value in progress.items() if type(value) in (int, str))
-    )
+    progress = dict(view["progress"]) if isinstance(view["progress"], dict) else {}
+    told = []
+    if type(progress.get("done")) is int and type(progress.get("of")) is int:
+        told.append(f"{output.count(progress.pop('done'))} of {output.count(progress.pop('of'))}")
+    if "parts" in view:
+        told.append(f"{view['parts'].get('finished', 0)} of {view['parts']['of']} partitions")
+    told += [f"{name} {value}" for name, value in progress.items() if type(value) in (int, str)]
+    return output.shortened(", ".join(told))
 
 
 def run_job(
@@ -180,7 +186,7 @@ def _print_job(store: options.Store, view: dict[str, Any]) -> int:
     if store.as_json:
         output.emit(view)
     else:
-        parts = {name: view[name] for name in ("progress", "arguments") if isinstance(view[name], dict)}
+        parts = {name: view[name] for name in ("progress", "arguments", "parts") if isinstance(view.get(name), dict)}
         rows: list[tuple[str, object]] = [(name, value) for name, value in view.items() if name not in parts]
         rows += [(f"{part} {name}", value) for part, found in parts.items() for name, value in found.items()]
         output.console().print(output.facts(rows))

@@ -7,8 +7,8 @@ Unarmed, a place costs one look at a module variable. Armed by the variable ``ST
 - ``hang``: the thread stops there for good;
 - ``error``: ``UnavailableError`` is raised there.
 
-The tests in ``tests/crash`` and, for ``jobs.`` and
-``retention.``, ``test_rq_jobs`` and ``test_retention`` walk ``NAMES``: a place that is not in it cannot be armed.
+The tests in ``tests/crash`` and, for ``jobs.`` and ``retention.``, ``test_rq_jobs``, ``test_rq_warming`` and
+``test_retention`` walk ``NAMES``: a place that is not in it cannot be armed.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ NAMES = (
     "jobs.begun",
     "jobs.noted",
     "jobs.ended",
+    "jobs.enqueued",
+    "jobs.looked",
+    "jobs.wanted",
     "hydrate.looked_up",
     "hydrate.done",
     "letters.moved",

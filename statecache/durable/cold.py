@@ -58,20 +58,31 @@ _RECENT = (
     .order_by(_at.desc(), _checkpoints.id.desc())
     .limit(_PAGE)
 )  # fmt: skip
+_RECENT_IN_PARTITION = _RECENT.where(_checkpoints.partition == sa.bindparam("k_partition", type_=sa.Integer))
 
 
-def recent(connection: sa.Connection, machine: str, state: str, before: tuple[int, str], limit: int) -> list[Recent]:
-    """The next checkpoints of a state, newest first, as the hashes that they are hydrated to."""
+def recent(
+    connection: sa.Connection,
+    machine: str,
+    state: str,
+    before: tuple[int, str],
+    limit: int,
+    partition: int | None = None,
+) -> list[Recent]:
+    """The next checkpoints of a state (in one partition), newest first, as the hashes that they are hydrated to."""
     values = {
         "k_machine": machine, "k_state": state, "after_ms": before[0], "after_id": before[1], "page": limit,
     }  # fmt: skip
+    asked = _RECENT
+    if partition is not None:
+        asked, values["k_partition"] = _RECENT_IN_PARTITION, partition
     return [
         Recent(
             id, partition, at, f"{state_} {version} {epoch}-{seq} {created} {machine_version} {at}", ring, data,
             f"{watermark_epoch or 0}-{watermark_seq or 0}", bool(parked),
         )
         for id, partition, state_, version, epoch, seq, created, at, machine_version, ring, data, watermark_epoch,
-            watermark_seq, parked in connection.execute(_RECENT, values).fetchall()
+            watermark_seq, parked in connection.execute(asked, values).fetchall()
     ]  # fmt: skip
 
 

@@ -204,6 +204,12 @@ def counts(connection: sa.Connection, machine: str) -> dict[str, int]:
     return {state: int(count) for state, count in connection.execute(asked) if count}
 
 
+def counts_by_partition(connection: sa.Connection, machine: str) -> dict[tuple[int, str], int]:
+    """Served by the same key: one row a state and partition."""
+    asked = sa.select(_counts.partition, _counts.state, _counts.count).where(_counts.machine == machine)
+    return {(partition, state): int(count) for partition, state, count in connection.execute(asked) if count > 0}
+
+
 def _found(machine: str, state: str, after: tuple[int, str] | None, until_ms: int | None, limit: int) -> sa.Select[Any]:
     """One range of the find index (machine, state, updated_ms)."""
     asked = sa.select(*_CHECKPOINT).where(_checkpoints.machine == machine, _checkpoints.state == state)

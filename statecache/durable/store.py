@@ -180,12 +180,14 @@ class DurableStore:
         """Return up to ``limit`` instances whose id begins with ``prefix``, by id. As of the watermark."""
         return self.database.read(lambda connection: queries.beginning_with(connection, machine, prefix, limit))
 
-    def recent(self, machine: str, state: str, before: tuple[int, str], limit: int = 1000) -> list[Recent]:
-        """Return the next instances in ``state``, those that changed last first, for warming.
+    def recent(
+        self, machine: str, state: str, before: tuple[int, str], limit: int = 1000, partition: int | None = None
+    ) -> list[Recent]:
+        """Return the next instances in ``state``, those that changed last first, for warming; of one partition if wanted.
 
         ``before`` is the ``(updated_ms, id)`` of the last one of the page before, ``(2**62, "")`` at first.
         """
-        return self.database.read(lambda connection: cold.recent(connection, machine, state, before, limit))
+        return self.database.read(lambda connection: cold.recent(connection, machine, state, before, limit, partition))
 
     def count_idle(self, machine: str, machine_version: int, state: str, until_ms: int) -> int:
         """Return how many instances that this machine version moved last are in ``state``, changed last up to ``until_ms``."""
@@ -196,6 +198,10 @@ class DurableStore:
     def counts(self, machine: str) -> dict[str, int]:
         """Return how many instances are in each state that has any. As of the watermark."""
         return self.database.read(lambda connection: queries.counts(connection, machine))
+
+    def counts_by_partition(self, machine: str) -> dict[tuple[int, str], int]:
+        """Return ``counts`` for each partition: ``{(partition, state): instances}``."""
+        return self.database.read(lambda connection: queries.counts_by_partition(connection, machine))
 
     # History
 

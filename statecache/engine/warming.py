@@ -10,6 +10,8 @@ stamp of before the look (H10). Instances with letters are left cold: a call bri
 beside writers, evictors and other warmers, and may die anywhere. A report's ``position`` tells where to go on.
 
 Pages are read and packed in a thread while the server takes the last ones.
+
+One partition alone can be warmed, as the background jobs do (one job each, so that workers share the work): see ``shares``.
 """
 
 from __future__ import annotations
@@ -84,6 +86,7 @@ def warm(
     *,
     limit: int | None = None,
     machine: str | None = None,
+    partition: int | None = None,
     finals: bool = False,
     position: Position | None = None,
     dry_run: bool = False,
@@ -98,7 +101,42 @@ def warm(
     """
     if limit is not None and limit < 1:
         raise errors.InvalidDataError(f"limit {limit} is refused: it must be 1 or more")
-    return _Warmer(cache, limit, machine, finals, position or {}, dry_run).run(seconds_max, stopping, progress)
+    if partition is not None and not 0 <= partition < cache.settings.partition_count:
+        raise errors.InvalidDataError(
+            f"partition {partition} is refused: they are 0 to {cache.settings.partition_count - 1}"
+        )
+    warmer = _Warmer(cache, limit, machine, partition, finals, position or {}, dry_run)
+    return warmer.run(seconds_max, stopping, progress)
+
+
+def shares(cache: StateCache, *, limit: int | None = None, machine: str | None = None) -> dict[int, int]:
+    """How many instances a warming has to look at in each partition that has any.
+
+    With a ``limit``, or the settings' ``hot_instances_max`` below it, a partition's share is in proportion to what it
+    holds, and the shares add up to the bound: so those that moved last in each come back, not all of a few partitions.
+    """
+    wanted = {
+        (one.machine, one.state) for one in eviction.ranges(cache) if not one.final and machine in (None, one.machine)
+    }
+    held: dict[int, int] = {}
+    for name in {name for name, _ in wanted}:
+        for (partition, state), count in cache.durable.counts_by_partition(name).items():
+            if (name, state) in wanted:
+                held[partition] = held.get(partition, 0) + count
+    bounds = [bound for bound in (limit, cache.settings.hot_instances_max) if bound]
+    return proportional(held, min(bounds)) if bounds else dict(sorted(held.items()))
+
+
+def proportional(held: Mapping[int, int], bound: int) -> dict[int, int]:
+    """Shares of ``held`` that add up to ``bound``, or all of it; those of nothing are left out."""
+    total = sum(held.values())
+    if total <= bound:
+        return dict(sorted(held.items()))
+    found = {partition: bound * count // total for partition, count in held.items()}
+    left = bound - sum(found.values())
+    for partition in sorted(held, key=lambda one: (-(bound * held[one] % total), one))[:left]:
+        found[partition] += 1
+    return {partition: share for partition, share in sorted(found.items()) if share}
 
 
 class _Warmer:
@@ -107,20 +145,28 @@ class _Warmer:
         cache: StateCache,
         limit: int | None,
         machine: str | None,
+        partition: int | None,
         finals: bool,
         position: Position,
         dry_run: bool,
     ) -> None:
         self._cache = cache
+        self._partition = partition
         self._limit = math.inf if limit is None else limit
         every = [one for one in eviction.ranges(cache) if machine in (None, one.machine)]
         self._ranges = [[one for one in every if not one.final]]
         if finals:
             self._ranges.append([one for one in every if one.final])
         self.report = Report(dry_run, position=dict(position))
-        counts = {name: cache.durable.counts(name) for name in {one.machine for one in every}}
+        counts = {name: self._counts(name) for name in {one.machine for one in every}}
         wanted = [one for group in self._ranges for one in group]
         self.report.candidates = sum(counts[one.machine].get(one.state, 0) for one in wanted)
+
+    def _counts(self, machine: str) -> dict[str, int]:
+        if self._partition is None:
+            return self._cache.durable.counts(machine)
+        found = self._cache.durable.counts_by_partition(machine)
+        return {state: count for (partition, state), count in found.items() if partition == self._partition}
 
     def run(self, seconds_max: float, stopping: Callable[[], bool], progress: Progress) -> Report:
         report, started = self.report, time.monotonic()
@@ -180,7 +226,7 @@ class _Warmer:
         at, id = self.report.position.get(key, _NEWEST)
         size = _PAGE_FIRST
         while True:
-            page = self._cache.durable.recent(one.machine, one.state, (at, id), size)
+            page = self._cache.durable.recent(one.machine, one.state, (at, id), size, self._partition)
             for row in page:
                 yield _Row(key, row.updated_ms, row.id, None if row.parked else _packed(one.machine, row))
             if len(page) < size:

@@ -135,6 +135,10 @@ def evict(world: World, _: Path) -> None:
 
 def warm(world: World, _: Path) -> None:
     assert warming.warm(world.cache, limit=300, finals=True).warmed == 300
+    shares = warming.shares(world.cache)
+    assert len(shares) == 16
+    warmed = warming.warm(world.cache, partition=3, limit=20)
+    assert (warmed.warmed + warmed.hot_already, warmed.candidates) == (20, shares[3])
 
 
 def park(world: World, _: Path) -> None:
