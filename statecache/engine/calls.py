@@ -69,10 +69,14 @@ class Calls:
                 found.append((index, (self.door.partition_of(id), self.name, id)))
         return found
 
+    def address(self, id: str) -> tuple[int, str, str]:
+        """Where an instance lies: partition, machine, id."""
+        self.door.check_id(id)
+        return self.door.partition_of(id), self.name, id
+
     def get(self, id: str) -> flows.Flow:
         """The flow that reads an instance."""
-        self.door.check_id(id)
-        return flows.snapshot(self.door.partition_of(id), self.name, id, self.snapshot)
+        return flows.snapshot(*self.address(id), self.snapshot)
 
     def history(self, id: str) -> flows.Flow:
         """The flow that reads an instance's history."""

@@ -82,6 +82,21 @@ class Driver:
         receipt: model.Receipt = self.run(flows.transition(request, outcome), deadline)
         return receipt
 
+    def read(
+        self, partition: int, machine: str, id: str, snapshot_of: flows.SnapshotOf, deadline: float
+    ) -> model.Snapshot:
+        """Read one instance. ``deadline`` is a ``time.monotonic`` time."""
+        missed = True
+        try:
+            fields = self.hot.hash(partition, machine, id)
+            if fields:
+                return snapshot_of(id, fields, "hot")
+        except errors.UnavailableError:
+            self.revive()
+            missed = False
+        found: model.Snapshot = self.run(flows.snapshot(partition, machine, id, snapshot_of, missed=missed), deadline)
+        return found
+
     def run(self, flow: flows.Flow, deadline: float) -> Any:
         """Run a flow to its end and return its result. ``deadline`` is a ``time.monotonic`` time."""
         try:

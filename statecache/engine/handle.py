@@ -227,7 +227,8 @@ class MachineHandle:
         read until the first checked call, at most half a second later; writes are never accepted there.
         """
         try:
-            snapshot: model.Snapshot = self._cache.driver.run(self.calls.get(id), self._cache.deadline(timeout))
+            deadline = self._cache.deadline(timeout)
+            snapshot = self._cache.driver.read(*self.calls.address(id), self.calls.snapshot, deadline)
         except errors.NotFoundError:
             self.meter.read("missing")
             raise

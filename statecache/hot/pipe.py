@@ -17,27 +17,13 @@ import hiredis
 import redis
 import redis.asyncio
 from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 
-from statecache.core import errors
-from statecache.hot import failures
+from statecache.hot import failures, wire
 
 
 def pool_of(url: str, socket_timeout_seconds: float) -> Any:
-    """redis-py's pool for a URL: what knows how to make a connection. Its own retries are off."""
-    try:
-        return redis.asyncio.ConnectionPool.from_url(
-            url,
-            retry=Retry(NoBackoff(), 0),
-            retry_on_error=[],
-            socket_timeout=socket_timeout_seconds,
-            socket_connect_timeout=min(socket_timeout_seconds, 2.0),
-            health_check_interval=0,
-            protocol=2,
-            decode_responses=False,
-        )
-    except (ValueError, TypeError) as error:
-        raise errors.ConfigurationError(f"the Redis URL is refused: {error}") from None
+    """``wire.pool_of`` for asyncio."""
+    return wire.pool_of(url, socket_timeout_seconds, redis.asyncio.ConnectionPool, Retry)
 
 
 class Pipe(asyncio.Protocol):

@@ -12,7 +12,6 @@ from __future__ import annotations
 import re
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import msgspec
@@ -109,7 +108,7 @@ class HotStore:
     ) -> None:
         self.keyspace = keyspace
         pool = client.connection_pool if client is not None else wire.pool_of(url or "", socket_timeout_seconds)
-        self.wires = wire.Wires(pool)
+        self.wires = wire.Wires(pool, wire.EmulatedWire if emulated else wire.Wire)
         self.emulated = emulated
         self.identity_interval_seconds = identity_interval_seconds
         self._socket_timeout_seconds = socket_timeout_seconds
@@ -125,7 +124,7 @@ class HotStore:
 
     def after_fork(self) -> None:
         """Begin anew in a forked child: no connection of the parent's is used."""
-        self.wires = wire.Wires(self.wires.pool)
+        self.wires = wire.Wires(self.wires.pool, self.wires.wire_class)
 
     def adopt(self, epoch: int, owner: str) -> None:
         """Speak for this epoch from now on."""
@@ -267,6 +266,12 @@ class HotStore:
                     replies += line.read_many(125)
             replies += line.read_many(len(addresses) - len(replies))
             return [hash_of(reply) for reply in replies]
+
+    def hash(self, partition: int, machine: str, id: str) -> dict[bytes, bytes]:
+        """``hashes`` of one."""
+        with self._exchange("HGETALL") as line:
+            line.send(resp.command("HGETALL", self.keyspace.instance(partition, machine, id)))
+            return hash_of(line.read_many(1)[0])
 
     def packed_reads(self, addresses: Sequence[tuple[int, str, str]]) -> bytes:
         """The bytes of HGETALL for each address."""
@@ -557,14 +562,9 @@ class HotStore:
 
     # --- plumbing ----------------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def _exchange(self, what: str) -> Iterator[wire.Wire]:
+    def _exchange(self, what: str) -> wire.Exchange:
         """A wire for one exchange, with the driver's errors translated for callers that are not flows."""
-        try:
-            with self.wires.wire() as line:
-                yield line
-        except (redis.RedisError, OSError) as error:
-            raise failures.translated(error, what) from error
+        return wire.Exchange(self.wires, what)
 
     def _call(
         self,

@@ -1,6 +1,7 @@
-"""Connections to the server: a small stack of them, taken once from redis-py's pool and used without its wrapping.
+"""Connections to the server: a small stack of them, opened by redis-py and then used without it.
 
-Half of what a redis-py call costs is its wrapping; ``send_packed_command`` and ``read_response`` are its public primitives.
+Half of what a redis-py call costs is its wrapping, and its connection alone is a third of a ``get``: so redis-py connects
+(URL, TLS, login, database), and from then on bytes go to the socket and replies come from hiredis.
 redis-py >= 6 repeats calls by itself, which would apply a transition twice: our connections never do (``NoBackoff``, 0
 retries), and a wire that failed, timed out or was cancelled is closed and never used again. So a wire has one socket for its
 whole life, and its first call can be told from the others: that one asks the script to compare the server's identity.
@@ -11,15 +12,18 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import Any, Protocol
 
+import hiredis
 import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from statecache.core import errors
+from statecache.hot import failures
+
+_READ_BYTES = 65536
 
 
 class Checked(Protocol):
@@ -32,34 +36,56 @@ class Checked(Protocol):
 class Wire:
     """One connection, used by one thread at a time."""
 
-    __slots__ = ("check_sent_at", "connection", "fresh", "pid")
+    __slots__ = ("_connection", "_reader", "_socket", "check_sent_at", "fresh", "pid")
 
     def __init__(self, connection: Any) -> None:
-        self.connection = connection
+        """``connection`` is one of redis-py's, connected."""
+        self._connection = connection
+        # A look behind redis-py's public surface: there is no other way to the socket that it has opened.
+        self._socket: Any = getattr(connection, "_sock", None)
+        self._reader = hiredis.Reader(protocolError=redis.ConnectionError, replyError=failures.error_of_reply)
         self.fresh = True
         self.check_sent_at = 0.0
         self.pid = os.getpid()
 
     def send(self, packed: bytes) -> None:
-        self.connection.send_packed_command((packed,))
+        self._socket.sendall(packed)
 
     def read(self, timeout_seconds: float | None = None) -> Any:
         """One reply, bytes undecoded. Error replies are raised. Without a timeout the connection's counts."""
         if timeout_seconds is None:
-            return self.connection.read_response(disable_decoding=True)
-        return self.connection.read_response(disable_decoding=True, timeout=timeout_seconds)
+            reply = self._reply()
+        else:
+            before = self._socket.gettimeout()
+            self._socket.settimeout(timeout_seconds)
+            reply = self._reply()
+            self._socket.settimeout(before)
+        if isinstance(reply, Exception):
+            raise reply
+        return reply
 
     def read_many(self, count: int) -> list[Any]:
         """So many replies. An error reply stands in its place: those behind it must be read before the wire is used again."""
-        read = self.connection.read_response
         replies: list[Any] = []
-        while len(replies) < count:
-            try:
-                while len(replies) < count:
-                    replies.append(read(disable_decoding=True))
-            except redis.ResponseError as error:
-                replies.append(error)
+        for _ in range(count):
+            reply = self._reply()
+            if isinstance(reply, Exception) and not isinstance(reply, redis.ResponseError):
+                raise reply
+            replies.append(reply)
         return replies
+
+    def _reply(self) -> Any:
+        """One reply; an error reply is returned. The timeout is one of each piece that arrives, as redis-py's is."""
+        gets = self._reader.gets
+        while (reply := gets()) is False:  # RESP2 has no reply that is False
+            try:
+                piece = self._socket.recv(_READ_BYTES)
+            except TimeoutError:
+                raise redis.TimeoutError("no reply within the socket timeout") from None
+            if not piece:
+                raise redis.ConnectionError("the server closed the connection")
+            self._reader.feed(piece)
+        return reply
 
     def read_all(self, count: int) -> list[Any]:
         """So many replies; an error reply is raised when all have been read."""
@@ -76,15 +102,32 @@ class Wire:
     def close(self) -> None:
         # After a fork the socket is the parent's too: redis-py then only drops our descriptor, as does this.
         with suppress(redis.RedisError, OSError):
-            self.connection.disconnect()
+            self._connection.disconnect()
 
 
-def pool_of(url: str, socket_timeout_seconds: float) -> Any:
-    """redis-py's pool for a URL, with its own retries off."""
+class EmulatedWire(Wire):
+    """A connection to an emulated server, which has no socket."""
+
+    __slots__ = ()
+
+    def send(self, packed: bytes) -> None:
+        self._connection.send_packed_command((packed,))
+
+    def _reply(self) -> Any:
+        try:
+            return self._connection.read_response(disable_decoding=True)
+        except redis.ResponseError as error:
+            return error
+
+
+def pool_of(
+    url: str, socket_timeout_seconds: float, pool_class: Any = redis.ConnectionPool, retry_class: Any = Retry
+) -> Any:
+    """redis-py's pool for a URL, with its own retries off: what knows how to make a connection."""
     try:
-        pool = redis.ConnectionPool.from_url(
+        pool = pool_class.from_url(
             url,
-            retry=Retry(NoBackoff(), 0),
+            retry=retry_class(NoBackoff(), 0),
             retry_on_error=[],
             socket_timeout=socket_timeout_seconds,
             socket_connect_timeout=min(socket_timeout_seconds, 2.0),
@@ -104,11 +147,45 @@ def pool_of(url: str, socket_timeout_seconds: float) -> Any:
         ) from None
 
 
+class Exchange:
+    """A wire for one exchange. It is closed when anything goes wrong, except an error reply that was read whole.
+
+    The driver's errors are translated if it is told what for (``what``). A class and no generator: every ``get`` makes one.
+    """
+
+    __slots__ = ("_what", "_wire", "_wires")
+
+    def __init__(self, wires: Wires, what: str = "") -> None:
+        self._wires = wires
+        self._what = what
+
+    def __enter__(self) -> Wire:
+        try:
+            self._wire = self._wires.take()
+        except (redis.RedisError, OSError) as error:
+            self._translate(error)
+            raise
+        return self._wire
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is None or isinstance(error, redis.ResponseError):
+            self._wires.give_back(self._wire)
+        else:
+            self._wire.close()
+        if isinstance(error, (redis.RedisError, OSError)):
+            self._translate(error)
+
+    def _translate(self, error: redis.RedisError | OSError) -> None:
+        if self._what:
+            raise failures.translated(error, self._what) from error
+
+
 class Wires:
     """The stack of connections to one server. Thread-safe; a forked child starts with an empty stack."""
 
-    def __init__(self, pool: Any) -> None:
+    def __init__(self, pool: Any, wire_class: type[Wire] = Wire) -> None:
         self.pool = pool
+        self.wire_class = wire_class
         self._idle: list[Wire] = []
         self._lock = threading.Lock()
         self._closed = False
@@ -130,7 +207,7 @@ class Wires:
         # Not ``pool.get_connection``: the pool counts what it lends, and our wires are closed, never given back to it.
         connection = self.pool.connection_class(**self.pool.connection_kwargs)
         connection.connect()
-        return Wire(connection)
+        return self.wire_class(connection)
 
     def give_back(self, wire: Wire) -> None:
         if self._closed:
@@ -143,19 +220,9 @@ class Wires:
         wire.fresh = True
         self.checked_at = 0.0
 
-    @contextmanager
-    def wire(self) -> Iterator[Wire]:
-        """A wire for one exchange. It is closed when anything goes wrong, except an error reply that was read whole."""
-        wire = self.take()
-        try:
-            yield wire
-        except redis.ResponseError:
-            self.give_back(wire)
-            raise
-        except BaseException:
-            wire.close()
-            raise
-        self.give_back(wire)
+    def wire(self) -> Exchange:
+        """A wire for one exchange (a context manager), which raises redis-py's errors."""
+        return Exchange(self)
 
     def discard_idle(self) -> None:
         """Close the idle wires: after a restart of the server they are dead, and only a call would find that out."""

@@ -727,8 +727,8 @@ def test_evicted_while_it_is_read(world: World) -> None:
     """The hash is there no more when it is read, and SQL has it."""
     world.start("1", ["pay"])
     world.flush()
-    hot, reads = (world.cache.inner.hot, "hash") if world.kind == "async" else (world.hot, "hashes")
-    with before_call(hot, reads, lambda: world.evict("1")):
+    hot = world.cache.inner.hot if world.kind == "async" else world.hot
+    with before_call(hot, "hash", lambda: world.evict("1")):
         assert world.orders.get("1").source == "durable"
 
 
@@ -1004,7 +1004,7 @@ def test_interrupted_call_leaves_no_reply_to_the_next(lite: World) -> None:
         send = type(line).send
 
         class Interrupted:
-            connection, fresh, pid = line.connection, line.fresh, line.pid
+            fresh, pid = line.fresh, line.pid
             close, read = line.close, line.read
 
             def send(self, packed: bytes) -> None:
@@ -1033,7 +1033,7 @@ def test_identity_check_that_got_no_answer_is_made_again(redis_url: str, sqlite_
         dead, alive = lines
         world.hot.wires.checked_at = 0.0
         world.hot.wires.give_back(dead)
-        dead.connection._sock.close()
+        dead._socket.close()
         (outcome,) = world.hot.apply([_item(world, "1")])
         assert outcome.code == "LOST"
         world.disown()

@@ -78,7 +78,7 @@ def test_a_wire_sends_once(link: proxy.Proxy, redis_server: servers.ValkeyServer
     """redis-py repeats commands by itself (fact 1): our connections never do."""
     wires = wire.Wires(wire.pool_of(link.url(redis_server.url), 2.0))
     line = wires.take()
-    assert line.connection.retry.get_retries() == 0
+    assert line._connection.retry.get_retries() == 0
     link.drop_replies_after_forwarding(1, matching=b"XADD")
     with pytest.raises((redis.RedisError, OSError)):
         line.call(resp.command("XADD", "sent", "*", "e", "once"))

@@ -27,15 +27,15 @@ ID = entry.EntryId
 
 @pytest.fixture
 def sent(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
-    """Every command that goes over a wire."""
+    """Every command that goes over a wire to an emulated server."""
     commands: list[bytes] = []
-    original = wire.Wire.send
+    original = wire.EmulatedWire.send
 
-    def send(self: wire.Wire, packed: bytes) -> None:
+    def send(self: wire.EmulatedWire, packed: bytes) -> None:
         commands.append(packed)
         original(self, packed)
 
-    monkeypatch.setattr(wire.Wire, "send", send)
+    monkeypatch.setattr(wire.EmulatedWire, "send", send)
     return commands
 
 

@@ -167,8 +167,8 @@ MUTANTS = [
         (
             Patch(
                 "statecache/hot/wire.py",
-                "            retry=Retry(NoBackoff(), 0),\n",
-                "            retry=Retry(NoBackoff(), 3),\n",
+                "            retry=retry_class(NoBackoff(), 0),\n",
+                "            retry=retry_class(NoBackoff(), 3),\n",
             ),
             Patch(
                 "statecache/hot/wire.py",
@@ -177,7 +177,11 @@ MUTANTS = [
                 "        def once() -> Any:\n"
                 "            self.send(packed)\n"
                 "            return self.read()\n"
-                "        return self.connection.retry.call_with_retry(once, lambda error: self.connection.disconnect())\n",
+                "        def again(error: Exception) -> None:\n"
+                "            self._connection.disconnect()\n"
+                "            self._connection.connect()\n"
+                "            self.__init__(self._connection)\n"
+                "        return self._connection.retry.call_with_retry(once, again)\n",
             ),
         ),
         (f"{_CLIENT}test_a_wire_sends_once",),
@@ -764,8 +768,8 @@ MUTANTS = [
         (
             Patch(
                 "statecache/hot/wire.py",
-                "        except BaseException:\n            wire.close()\n            raise\n",
-                "        except BaseException:\n            self.give_back(wire)\n            raise\n",
+                "        else:\n            self._wire.close()\n",
+                "        else:\n            self._wires.give_back(self._wire)\n",
             ),
         ),
         (f"{_CLIENT}test_a_cancelled_call_takes_its_connection_with_it",),
