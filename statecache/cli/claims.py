@@ -29,15 +29,7 @@ def claims(
             cache.machine(machine)  # a misspelt name is refused
         found = listed(cache, machine, limit)
     if store.as_json:
-        output.emit(
-            [
-                {
-                    "address": f"{one.machine}:{one.id}", "machine": one.machine, "id": one.id, "worker": one.worker,
-                    "token": one.token, "expires_at": output.iso(one.expires_ms),
-                }
-                for one in found
-            ]
-        )  # fmt: skip
+        output.emit([{"address": f"{one.machine}:{one.id}", **output.claim_document(one)} for one in found])
         return
     if found:
         rows = [(f"{one.machine}:{one.id}", one.worker, one.token, output.moment(one.expires_ms)) for one in found]

@@ -37,12 +37,17 @@ def register(app: typer.Typer) -> None:
 
 
 def where(store: options.Store, address: Address) -> None:
-    """Where an instance is now: its state, version and data."""
+    """Where an instance is now: its state, version and data, and who holds it."""
+    from statecache.engine.claims import holder
+
     machine, id = arguments.address(address)
     with store.open() as cache:
-        found = cache.machine(machine).get(id)
+        handle = cache.machine(machine)
+        found = handle.get(id)
+        held = holder(handle, id)
     if store.as_json:
-        output.emit(output.snapshot_document(found))
+        claim = None if held is None else output.claim_document(held)
+        output.emit({**output.snapshot_document(found), "claim": claim})
         return
     state = f"{found.state} (final)" if found.final else found.state
     rows: list[tuple[str, object]] = [
@@ -54,6 +59,8 @@ def where(store: options.Store, address: Address) -> None:
         ("next", ", ".join(found.available_events) or "nothing, it is final"),
         ("read from", "Redis" if found.source == "hot" else "SQL: it is cold"),
     ]
+    if held is not None:
+        rows.append(("held by", f"{held.worker}, until {output.moment(held.expires_ms)}"))
     output.console().print(output.facts(rows))
     if found.data:
         fields = [(name, output.data_text({"": value})[1:]) for name, value in found.data.items()]

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from statecache import logs
 from statecache.core import errors, model
+from statecache.core.claims import Held
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -212,6 +213,14 @@ def snapshot_document(snapshot: model.Snapshot) -> dict[str, Any]:
         "available_events": list(snapshot.available_events), "created_at": iso(snapshot.created_ms),
         "updated_at": iso(snapshot.updated_ms), "entry_id": snapshot.entry_id,
         "machine_version": snapshot.machine_version, "source": snapshot.source, "parked": snapshot.parked,
+    }  # fmt: skip
+
+
+def claim_document(held: Held) -> dict[str, Any]:
+    """A claim as JSON."""
+    return {
+        "machine": held.machine, "id": held.id, "worker": held.worker, "token": held.token,
+        "expires_at": iso(held.expires_ms),
     }  # fmt: skip
 
 

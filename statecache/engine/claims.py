@@ -185,6 +185,15 @@ def ask_for(handle: MachineHandle, id: str, ttl_ms: int, worker: str, token: str
     return claims.Ask([row], nonce_of_a_call(), worker, ttl_ms)
 
 
+def holder(handle: MachineHandle, id: str) -> Held | None:
+    """Who holds an instance now, or None: for people who look. One plain read more where it is shown.
+
+    Raises ``UnavailableError``.
+    """
+    partition = handle.calls.door.partition_of(handle.calls.door.check_id(id))
+    return hot_claims.holder(handle.cache.hot, partition, handle.name, id)
+
+
 def listed(cache: StateCache, machine: str | None, limit: int) -> list[Held]:
     """The claims in force, of one machine or of all, those first that end first."""
     partitions = range(cache.settings.partition_count)

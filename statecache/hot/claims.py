@@ -42,6 +42,13 @@ def held(hot: HotStore, partition: int, limit: int) -> list[claims.Held]:
     return [one for one in listed if one is not None and one.expires_ms > now_ms]
 
 
+def holder(hot: HotStore, partition: int, machine: str, id: str) -> claims.Held | None:
+    """The claim on one instance that is in force. Plain reads, two round trips, one where nobody holds it."""
+    text = hot.commands(("HGET", hot.keyspace.instance(partition, machine, id), "@c"))[0]
+    one = None if text is None else claims.parse(machine, id, text)
+    return one if one is not None and one.expires_ms > hot.time_ms() else None
+
+
 def all_held(hot: HotStore, partitions: Sequence[int], limit: int) -> list[claims.Held]:
     """The same for many partitions."""
     listed = [one for partition in partitions for one in held(hot, partition, limit)]

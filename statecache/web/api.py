@@ -9,6 +9,7 @@ from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from statecache.core import spec
+from statecache.engine import claims
 from statecache.web import documents, problems
 from statecache.web.site import Site
 
@@ -81,12 +82,12 @@ def instance(
     id: Id,
     version: Annotated[int | None, Query(ge=1, description="As it was at this version.")] = None,
     when: Annotated[datetime | None, Query(description="As it was at this moment.")] = None,
-) -> documents.Snapshot:
-    """One instance as it is, or as it was."""
+) -> documents.Instance:
+    """One instance as it is, with who holds it, or as it was."""
     handle = _site(request).handle(machine)
     if version is None and when is None:
-        return documents.snapshot(handle.get(id))
-    return documents.snapshot(handle.at(id, version=version, when=when))
+        return documents.instance(handle.get(id), claims.holder(handle, id))
+    return documents.instance(handle.at(id, version=version, when=when))
 
 
 @router.get("/history/{machine}", responses=_READ, tags=["instances"])
@@ -166,11 +167,15 @@ def find(
     machine: str,
     state: str | None = None,
     older_than_seconds: Annotated[float | None, Query(ge=0, le=1e9, allow_inf_nan=False)] = None,
+    stuck: Annotated[bool, Query(description="Only those past their state's timeout that no event moves on.")] = False,
     limit: Limit = 100,
 ) -> documents.Snapshots:
-    """Instances in a state, those first that have been there longest, as of the watermark."""
+    """Instances in a state, those first that have been there longest, as of the watermark.
+
+    With ``stuck`` those first that are longest past their state's timeout.
+    """
     age = None if older_than_seconds is None else timedelta(seconds=older_than_seconds)
-    found = _site(request).handle(machine).find(state, older_than=age, limit=limit)
+    found = _site(request).handle(machine).find(state, older_than=age, stuck=stuck, limit=limit)
     return documents.Snapshots(instances=[documents.snapshot(one) for one in found], more=len(found) == limit)
 
 

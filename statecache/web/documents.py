@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 from pydantic import BaseModel, Field
 
 from statecache.core import model
+from statecache.core.claims import Held
 from statecache.engine.status import Status
 
 
@@ -28,6 +29,20 @@ class Snapshot(BaseModel):
     machine_version: int
     source: str
     parked: bool
+
+
+class Claim(BaseModel):
+    """A claim in force: who alone may move the instance, until when."""
+
+    worker: str
+    token: str
+    expires_at: datetime
+
+
+class Instance(Snapshot):
+    """An instance, with the claim on it at this moment, if there is one (null for one as it was)."""
+
+    claim: Claim | None = None
 
 
 class Transition(BaseModel):
@@ -176,6 +191,14 @@ def snapshot(one: model.Snapshot) -> Snapshot:
         updated_at=one.updated_at, entry_id=one.entry_id, machine_version=one.machine_version, source=one.source,
         parked=one.parked,
     )  # fmt: skip
+
+
+def instance(one: model.Snapshot, held: Held | None = None) -> Instance:
+    claim = None
+    if held is not None:
+        ends = datetime.fromtimestamp(held.expires_ms / 1000, UTC)
+        claim = Claim(worker=held.worker, token=held.token, expires_at=ends)
+    return Instance(**snapshot(one).model_dump(), claim=claim)
 
 
 def transition(row: model.Transition) -> Transition:

@@ -7,6 +7,7 @@ from typing import Any
 
 from statecache.core import errors, model, spec
 from statecache.core.machine import StateMachine
+from statecache.engine import claims
 from statecache.engine import status as engine_status
 from statecache.engine.handle import MachineHandle
 from statecache.web import drawing, story
@@ -48,6 +49,7 @@ def instance(
         "data": story.data_of(shown.data),
         "events": [(event, story.event_title(handle.machine, event)) for event in now.available_events],
         "transition_id": f"web:{secrets.token_urlsafe(12)}",
+        "holder": claims.holder(handle, id) if version is None else None,
         "letters": site.cache.durable.letters(machine, id) if now.parked else [],
         "key": key(now, rows),
     }

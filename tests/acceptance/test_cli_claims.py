@@ -42,6 +42,10 @@ def test_who_holds_what(store: Any, cache: StateCache) -> None:
     claim = parcels.claim("1", ttl=600, worker="packer-3")
     (told,) = store("claims", "parcel", "--json").document
     assert (told["address"], told["worker"], told["token"]) == ("parcel:1", "packer-3", claim.token)
+    where = store("where", "parcel:1", "--json").document
+    assert where["claim"] == {name: told[name] for name in ("machine", "id", "worker", "token", "expires_at")}
+    assert "packer-3, until" in store("where", "parcel:1").out
+    assert store("where", "parcel:2", "--json").document["claim"] is None
     shown = store("claims").out
     assert "packer-3" in shown
     assert "1 claim\n" in shown

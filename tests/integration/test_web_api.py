@@ -11,8 +11,9 @@ import pytest
 from statecache import State, StateMachine
 from statecache.core import errors, model
 from statecache.durable import faults
-from statecache.web import problems
+from statecache.web import problems, wording
 from tests.support import refusing, webs, worlds
+from tests.support.waiting import wait_until
 
 HOSTILE = (
     "..", ".", "a/b", "a/../b", "%2e%2e", "50%", "a?b=c&d", "#top", "{curly}", '"quoted"', "<script>alert(1)</script>",
@@ -199,3 +200,37 @@ def test_times_are_utc(world: worlds.World, web: webs.Served) -> None:
     at = datetime.datetime.fromisoformat(web.get("/api/v1/instances/order?id=1").json()["created_at"])
     assert at == world.orders.get("1").created_at
     assert at.utcoffset() == datetime.timedelta(0)
+
+
+def test_holder_of_a_claim_is_told(world: worlds.World, web: webs.Served) -> None:
+    """By the API and on the page, as long as the claim is in force; not for a version of before."""
+    world.start("1", ["pay"])
+    assert web.get("/api/v1/instances/order?id=1").json()["claim"] is None
+    claim = world.orders.claim("1", ttl=600, worker="packer-3")
+    told = web.get("/api/v1/instances/order?id=1").json()["claim"]
+    assert (told["worker"], told["token"]) == ("packer-3", claim.token)
+    assert datetime.datetime.fromisoformat(told["expires_at"]) == claim.expires_at
+    assert web.get("/api/v1/instances/order?id=1&version=1").json()["claim"] is None
+    assert "packer-3" in web.get(wording.instance_link("order", "1")).text
+    claim.release()
+    assert web.get("/api/v1/instances/order?id=1").json()["claim"] is None
+
+
+class Parcel(StateMachine):
+    stored = State(initial=True, timeout=datetime.timedelta(milliseconds=1))
+    taken = State(final=True)
+
+    take = stored.to(taken)
+
+
+def test_find_what_is_stuck(world: worlds.World, web: webs.Served) -> None:
+    parcels = world.cache.machine(Parcel)
+    parcels.start_many(["1", "2"])
+    parcels.transition("2", "take")
+    world.flush()
+
+    def found() -> list[str]:
+        return [one["id"] for one in web.get("/api/v1/find/parcel?stuck=true").json()["instances"]]
+
+    wait_until(lambda: found() == ["1"], "the parcel that is stuck")
+    assert web.get("/api/v1/find/parcel?stuck=true&state=taken").json()["instances"] == []
