@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -18,10 +19,11 @@ from rq.exceptions import StopRequested
 from statecache.core import errors
 from statecache.engine import exporting
 from statecache.engine import verify as verification
+from tests.acceptance.test_metrics_process import values
 from tests.support import processes, refusing, worlds
 from tests.support.background import Background, Worker
 from tests.support.waiting import wait_until
-from workers import jobs, queues
+from workers import desk, jobs, queues
 from workers.worker import SafeWorker
 
 ORDERS = 2500
@@ -174,6 +176,67 @@ def test_kill_9_of_the_horse_alone(world: worlds.World, background: Background, 
     assert worker.alive
 
 
+@pytest.mark.parametrize("place", ["jobs.begun=hang", "jobs.noted=hang", "jobs.ended=hang"])
+def test_kill_9_in_an_eviction(world: worlds.World, background: Background, place: str) -> None:
+    """Killed before it began, after it evicted and noted, and before it said so: the next one evicts what is left."""
+    _fill(world, 20)
+    job_id = background.start("evict", idle_seconds=0.0)
+    worker = background.worker("--no-scheduler", environment={"STATECACHE_FAILPOINT": place})
+    _wait_hung(background, job_id, "", _horse(worker))
+    worker.kill()
+    evicted = sum(not world.is_hot(f"o{number}") for number in range(20))
+    assert evicted == (0 if place.startswith("jobs.begun") else 20)
+    _expire(background)
+    background.burst()
+    view = background.show(job_id)
+    assert (view["status"], view["result"]["evicted"]) == ("finished", 20)
+    assert not any(world.is_hot(f"o{number}") for number in range(20))
+    assert world.orders.transition("o0", "pay").version == 2
+
+
+@pytest.mark.parametrize("place", ["jobs.begun=hang", "jobs.noted=hang", "jobs.noted=hang@2", "jobs.ended=hang"])
+def test_kill_9_in_an_export(world: worlds.World, background: Background, tmp_path: Path, place: str) -> None:
+    """Killed at each stage, and run again: the file is whole, each transition in it once, and no part of one is left."""
+    _fill(world)
+    folder = tmp_path / "exports"
+    settings = {"STATECACHE_EXPORT_DIR": str(folder)}
+    job_id = background.start("export", machine="order", file="orders.csv")
+    worker = background.worker("--no-scheduler", environment={**settings, "STATECACHE_FAILPOINT": place})
+    _wait_hung(background, job_id, "", _horse(worker))
+    worker.kill()
+    _expire(background)
+    background.burst(environment=settings)
+    view = background.show(job_id)
+    assert (view["status"], view["result"]["transitions"]) == ("finished", ORDERS)
+    with (folder / "orders.csv").open() as lines:
+        rows = [(row["id"], row["version"]) for row in csv.DictReader(lines)]
+    assert sorted(rows) == sorted((f"o{number}", "1") for number in range(ORDERS))
+    assert [one.name for one in folder.iterdir()] == ["orders.csv"]
+
+
+def test_metrics_of_jobs(world: worlds.World, background: Background) -> None:
+    """From a worker's live endpoint: what ended well, what failed, and a part whose work-horse was killed and tried again."""
+    _fill(world)
+    worker = background.worker(
+        "--no-scheduler", "--metrics-port", "0", environment={"STATECACHE_FAILPOINT": "jobs.noted=die@6"}
+    )
+    port = wait_until(
+        lambda: re.search(r"metrics at http://127\.0\.0\.1:(\d+)/metrics", worker.printed), "the port", 60
+    )
+    endpoint = int(port.group(1))
+    assert background.wait_over(background.start("verify"))["status"] == "finished"
+    failing = desk.start(background.queue, "retention", {}, retry_seconds=())
+    assert background.wait_over(failing)["status"] == "failed"
+    wanted = {
+        ("statecache.verify", "retried"): 1.0,
+        ("statecache.verify", "finished"): 1.0,
+        ("statecache.retention", "failed"): 1.0,
+    }
+    wait_until(lambda: values(endpoint, "jobs_total").items() >= wanted.items(), "the outcomes to be counted", 60)
+    assert values(endpoint, "job_seconds_count") == {("statecache.verify",): 2.0, ("statecache.retention",): 1.0}
+    assert min(values(endpoint, "job_seconds_sum").values()) > 0
+
+
 def test_worker_stops_between_jobs(world: worlds.World, background: Background) -> None:
     """SIGTERM: it ends with exit code 0, says goodbye, and its scheduler is gone."""
     worker = background.worker()
@@ -208,8 +271,6 @@ def test_job_is_stopped_on_request(world: worlds.World, background: Background) 
     worker = background.worker("--no-scheduler", environment={"STATECACHE_FAILPOINT": "jobs.begun=hang"})
     horse = _horse(worker)
     _wait_hung(background, job_id, "jobs.begun=hang", horse)
-    from workers import desk
-
     assert desk.cancel(background.queue, job_id) == "stopping"
     assert background.wait_over(job_id)["status"] == "stopped"
     assert worker.alive
