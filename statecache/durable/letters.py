@@ -18,6 +18,13 @@ _PARKED = (
     .order_by(_letters.machine, _letters.id)
     .limit(sa.bindparam("k_limit", type_=sa.Integer))
 )
+_OF_INSTANCE = (
+    sa.select(schema.dead_letters)
+    .where(
+        _letters.machine == sa.bindparam("k_machine", type_=sa.Text), _letters.id == sa.bindparam("k_id", type_=sa.Text)
+    )
+    .order_by(_letters.version)
+)
 _ENTRY = [schema.dead_letters.c[name] for name in schema.ENTRY_COLUMNS]
 
 
@@ -68,8 +75,7 @@ def discards(connection: sa.Connection, partition: int) -> list[Discard]:
 
 def of_instance(connection: sa.Connection, machine: str, id: str) -> list[Letter]:
     """Return the open letters of an instance, oldest first."""
-    asked = sa.select(schema.dead_letters).where(_letters.machine == machine, _letters.id == id)
-    return [_letter(row) for row in connection.execute(asked.order_by(_letters.version))]
+    return [_letter(row) for row in connection.execute(_OF_INSTANCE, {"k_machine": machine, "k_id": id})]
 
 
 def parked(connection: sa.Connection, limit: int, after: Instance | None = None) -> list[Instance]:

@@ -227,6 +227,24 @@ class DurableStore:
         """Return an instance's transition with this id. Costs one pass over the instance's history."""
         return self.database.read(lambda connection: queries.transition_by_id(connection, machine, id, transition_id))
 
+    def committed(
+        self, machine: str, id: str, version: int | None, transition_id: str | None
+    ) -> tuple[model.Transition | None, list[Letter]]:
+        """Return an instance's transition of this version, or with this id, if it is in history; and its open letters.
+
+        The letters are read first: what leaves them meanwhile is in history then.
+        """
+
+        def look(connection: sa.Connection) -> tuple[model.Transition | None, list[Letter]]:
+            waiting = letters.of_instance(connection, machine, id)
+            if version is None:
+                assert transition_id is not None
+                return queries.transition_by_id(connection, machine, id, transition_id), waiting
+            found = queries.history(connection, machine, id, version - 1, version, None)
+            return found[0] if found else None, waiting
+
+        return self.database.read(look)
+
     def letters(self, machine: str, id: str) -> list[Letter]:
         """Return an instance's open letters, oldest first. Any means that it is parked."""
         return self.database.read(lambda connection: letters.of_instance(connection, machine, id))

@@ -378,12 +378,7 @@ class Driver:
 
     def _find_in_sql(self, wish: flows.Find) -> model.Transition | None:
         """In history or, where SQL refused it, among the letters."""
-        waiting = self.durable.letters(wish.machine, wish.id)
-        if wish.version is not None:
-            found = self.durable.transition(wish.machine, wish.id, wish.version)
-        else:
-            assert wish.transition_id is not None
-            found = self.durable.transition_by_id(wish.machine, wish.id, wish.transition_id)
+        found, waiting = self.durable.committed(wish.machine, wish.id, wish.version, wish.transition_id)
         if found is not None:
             return found
         for record in (letter.entry for letter in waiting):
