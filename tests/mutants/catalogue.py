@@ -846,4 +846,25 @@ MUTANTS = [
         ),
         (f"{_ORDER}test_a_repetition_is_not_overtaken_while_history_is_asked",),
     ),
+    # --- claims and timeouts ---------------------------------------------------------------------------------------------
+    Mutant(
+        "claim: what somebody holds is given to another",
+        (Patch(f"{_LUA}/claim.lua", "  if held and not same then return 'HELD '", "  if false then return 'HELD '"),),
+        ("tests/integration/test_claims.py::test_only_the_holder_moves_it",),
+    ),
+    Mutant(
+        "claim: tokens do not grow",
+        (Patch(f"{_LUA}/claim.lua", "call('HINCRBY', KEYS[p], 'claims', 1)", "call('HINCRBY', KEYS[p], 'claims', 0)"),),
+        ("tests/integration/test_claims.py::test_tokens_grow_with_each_grant",),
+    ),
+    Mutant(
+        "claim: a late holder still moves it",
+        (Patch(_ITEM, "  if live and token == own then", "  if token == own then"),),
+        ("tests/integration/test_claims.py::test_the_late_holder_is_refused_though_nobody_else_has_come",),
+    ),
+    Mutant(
+        "timeout: leaving a state leaves its deadline",
+        (Patch(_ITEM, "    call('ZREM', due, name)\n", "    local _ = due\n"),),
+        ("tests/integration/test_timeouts.py::test_entering_sets_and_leaving_clears",),
+    ),
 ]
