@@ -29,7 +29,7 @@ from typing import Any, ClassVar, NamedTuple
 import redis
 from redis.exceptions import ResponseError, WatchError
 from rq.defaults import RQ_KEY_PREFIX
-from rq.exceptions import DequeueTimeout, InvalidJobOperation, NoSuchJobError
+from rq.exceptions import DequeueTimeout, InvalidJobOperation, NoSuchJobError, StopRequested
 from rq.intermediate_queue import IntermediateQueue
 from rq.job import JOB_ID_PATTERN, Job, JobStatus
 from rq.queue import Queue
@@ -133,7 +133,7 @@ class SafeJob(Job):
             if self._call.name not in self.allowed:
                 raise RefusedJobError(f"function {self._call.name!r} is not one of this worker's")
             super().restore(fields)
-        except RefusedJobError:
+        except (RefusedJobError, StopRequested):  # a signal's, from whatever line it met
             raise
         except Exception as error:  # RQ read something into it that we did not
             raise RefusedJobError(f"unreadable: {type(error).__name__}: {error}") from error

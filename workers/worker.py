@@ -133,6 +133,19 @@ class SafeWorker(rq.Worker):
         """RQ's worker does its maintenance between two waits for a job: so none is longer than that may wait."""
         return int(max(1, min(super().dequeue_timeout, self.maintenance_interval)))
 
+    # --- stopping ----------------------------------------------------------------------------------------------------
+
+    def _shutdown(self) -> None:
+        """RQ's ``StopRequested`` rises from whatever line the signal met, and may be lost there (in a finalizer): so it is
+        noted too, and rises again with the next heartbeat."""
+        self._stop_requested = True
+        super()._shutdown()
+
+    def heartbeat(self, timeout: int | None = None, pipeline: Any = None) -> None:
+        super().heartbeat(timeout, pipeline)
+        if self._stop_requested and self.get_state() == WorkerStatus.IDLE:
+            raise StopRequested
+
     # --- messages and maintenance ------------------------------------------------------------------------------------
 
     def handle_payload(self, message: Any) -> None:

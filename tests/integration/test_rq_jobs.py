@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gzip
 import os
@@ -264,6 +265,50 @@ def test_signal_during_maintenance_stops_the_worker(
         monkeypatch.setattr(queues, "sweep", stopped)
         with pytest.raises(StopRequested):
             made.run_maintenance_tasks()
+
+
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """A worker in this process leaves its handlers of signals behind."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+def test_signal_while_a_job_is_read_stops_the_worker_and_refuses_no_job(
+    world: worlds.World, background: Background, monkeypatch: pytest.MonkeyPatch, handlers: None
+) -> None:
+    """SIGTERM comes while a taken job is looked at: RQ's StopRequested rises there. It was taken for a hostile job's doing: the
+    job was refused, and the worker went on."""
+    job_id = background.start("verify")
+    original = queues._checked
+
+    def interrupted(raw: Any) -> Any:
+        monkeypatch.setattr(queues, "_checked", original)
+        raise StopRequested
+
+    monkeypatch.setattr(queues, "_checked", interrupted)
+    made = SafeWorker([background.queue.name], background.connection, {})
+    assert not made.work(burst=True)
+    assert desk.show(background.queue, job_id)["status"] == "queued"
+
+
+def test_signal_that_is_lost_stops_the_worker_with_its_next_heartbeat(
+    redis_url: str, namespace: str, handlers: None
+) -> None:
+    with queues.connected(redis_url) as connection:
+        made = SafeWorker([queues.name_of(namespace)], connection, {}, maintenance_interval=1)
+        original = made.check_for_suspension
+
+        def lost(burst: bool) -> None:
+            with contextlib.suppress(StopRequested):
+                made.request_stop(signal.SIGTERM, None)
+            original(burst)
+
+        made.check_for_suspension = lost  # type: ignore[method-assign]
+        assert not made.work()
 
 
 def test_job_is_stopped_on_request(world: worlds.World, background: Background) -> None:
