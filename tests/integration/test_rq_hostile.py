@@ -128,9 +128,7 @@ def _bad_retries(background: Background, canary: Path) -> str:
 
 
 def _no_data(background: Background, canary: Path) -> str:
-    background.raw_job("no-data")
-    background.connection.hdel("rq:job:no-data", "data")
-    return "no-data"
+    return background.raw_job("no-data", without=["data"])
 
 
 def _other_origin(background: Background, canary: Path) -> str:

@@ -10,7 +10,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -101,13 +101,14 @@ class Background:
         wait_until(lambda: self.show(job_id)["status"] in desk.STATES_OVER, f"the end of {job_id}", timeout_seconds)
         return self.show(job_id)
 
-    def raw_job(self, job_id: str, *, push: bool = True, **fields: bytes | str) -> str:
-        """Write a job's hash as somebody else would, and its id into the queue."""
+    def raw_job(self, job_id: str, *, push: bool = True, without: Sequence[str] = (), **fields: bytes | str) -> str:
+        """Write a job's hash as somebody else would, with some fields left out, and its id into the queue."""
         good = {
             "status": "queued", "origin": self.queue.name, "created_at": "2026-01-01T00:00:00.000000Z", "timeout": "30",
             "data": b'["statecache.verify", null, [], {}]',
         }  # fmt: skip
-        self.connection.hset(f"rq:job:{job_id}", mapping={**good, **fields})
+        written = {name: value for name, value in {**good, **fields}.items() if name not in without}
+        self.connection.hset(f"rq:job:{job_id}", mapping=written)
         if push:
             self.connection.sadd("rq:queues", self.queue.key)
             self.connection.rpush(self.queue.key, job_id)
