@@ -94,7 +94,8 @@ def check_worker(worker: object) -> str:
 
 def order(token: str) -> tuple[int, int]:
     """A token as two numbers, by which tokens of one instance compare: for stores that check it too."""
-    return tuple(entry.EntryId.parse(token))  # type: ignore[return-value]
+    granted = entry.EntryId.parse(token)
+    return granted.epoch, granted.seq
 
 
 Found = Generator[Any, Any, Held | None]

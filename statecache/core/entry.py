@@ -7,8 +7,6 @@ PostgreSQL as it is.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import msgspec
 
 from statecache.core import errors
@@ -42,8 +40,9 @@ FOREIGN = "@foreign"
 """The machine under which a record that statecache did not write is kept as a letter; its id is partition and entry id."""
 
 
-class EntryId(NamedTuple):
-    """A log position, ordered: the epoch, then the number within it. ``0-0`` stands before everything."""
+class EntryId(msgspec.Struct, frozen=True, order=True, gc=False):
+    """A log position, ordered: the epoch, then the number within it. ``0-0`` stands before everything. (No tuple: the
+    collector would visit every one that the flusher remembers.)"""
 
     epoch: int
     seq: int

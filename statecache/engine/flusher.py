@@ -15,6 +15,9 @@ Two flushers of one partition: one compare-and-set wins, the other's changes no 
 That this is rare is what leases are for (``leases.py``). What a flusher remembers of a partition stays right when another went
 ahead: a folded checkpoint is used only where the next entry's version follows it, watermarks are told only upwards.
 
+While SQL works on one batch a thread reads and parses the next one, if there is more: under the same epoch and owner, behind
+the watermark that this commit will set. What it found is used only if SQL then says exactly that, and is read again otherwise.
+
 A batch is what is there, up to ``batch_entries``; less where SQL takes longer for it than the wanted lag, so that the watermark
 moves under a slow database too, and heartbeats and signals are not kept waiting. No pause while there is more.
 A hole in the log stops its partition: it is never skipped; a recovery is asked for.
@@ -26,6 +29,8 @@ forks); parallel transactions per partition (one fsync for all is faster on the 
 from __future__ import annotations
 
 import collections
+import contextlib
+import functools
 import logging
 import random
 import threading
@@ -47,6 +52,8 @@ from statecache.hot.store import HotStore
 _log = logging.getLogger(__name__)
 CACHE_INSTANCES_MAX = 200_000
 BATCH_ENTRIES_MIN = 100
+LOOK_SECONDS_MAX = 5.0
+"""How old a look may be that was taken ahead: the next step may come at any time."""
 _REFUSALS = (Refused, KeyHit)
 
 
@@ -56,6 +63,33 @@ class Step(msgspec.Struct, frozen=True):
     entries: int
     more: bool
     stopped: dict[int, str]
+
+
+class _Look(msgspec.Struct, frozen=True):
+    """What the logs held behind the watermarks of ``rows``: batches, holes by partition, or why the script refused."""
+
+    rows: list[PartitionRow]
+    size: int
+    refused: str | None
+    batches: list[batching.Batch]
+    holes: dict[int, str]
+
+
+class _Ahead(threading.Thread):
+    """A look at the logs while something else goes on. ``look`` is None when it failed."""
+
+    def __init__(self, look: Callable[[], _Look], pair: scripts.Stamp) -> None:
+        super().__init__(name="statecache-flusher-ahead", daemon=True)
+        self._ask = look
+        self.pair = pair
+        self.began = time.monotonic()
+        self.look: _Look | None = None
+
+    def run(self) -> None:
+        with contextlib.suppress(
+            errors.StateCacheError
+        ):  # the step that wants it asks again, and meets the error itself
+            self.look = self._ask()
 
 
 class Flusher:
@@ -102,6 +136,7 @@ class Flusher:
         self._stamp = scripts.NEVER
         self._kept: dict[int, collections.deque[tuple[float, entry.EntryId]]] = {}
         self._told: dict[int, tuple[entry.EntryId, entry.EntryId]] = {}
+        self._ahead: _Ahead | None = None
         self._first = 0
         self._rate = 0.0
         self._size = batch_entries
@@ -129,7 +164,7 @@ class Flusher:
 
     def _step(self, deadline: float, numbers: Sequence[int]) -> Step:
         size = min(self._size, self.batch_entries)
-        rows = self._in_turn(self.durable.partitions(numbers))
+        rows = self.durable.partitions(numbers)
         pair = scripts.Stamp(rows[0].epoch, rows[0].owner)
         if any((row.epoch, row.owner) != (pair.epoch, pair.owner) for row in rows):
             return Step(0, True, {})  # a recovery is writing them at this very moment
@@ -139,30 +174,21 @@ class Flusher:
                 return Step(0, True, {})
         if pair != self._stamp:
             self._forget(pair)
-        seen_ms = int(time.time() * 1000)
-        replies = self.hot.read(
-            [(row.partition, row.watermark) for row in rows],
-            entries=size,
-            bytes_max=self.batch_bytes,
-            under=pair,
-        )
+        look = self._foreseen(rows, pair) or self._look(self._in_turn(rows), size, pair)
         failpoints.hit("flusher.read")
-        refused = next((reply.code for reply in replies if reply.code != "OK"), None)
-        if refused:
-            self._admit(refused, deadline)
+        if look.refused:
+            self._admit(look.refused, deadline)
             return Step(0, True, {})
-        batches, stopped = [], {}
-        for row, reply in zip(rows, replies, strict=True):
-            batch, hole = batching.checked(row, reply.lines, reply.last, seen_ms)
-            if hole:
-                stopped[row.partition] = hole
-            if batch.last != row.watermark:
-                batches.append(batch)
+        rows, size, stopped = look.rows, look.size, look.holes
+        batches = [batch for batch in look.batches if batch.last != batch.row.watermark]
         if stopped:
             stopped = self._confirmed(rows, stopped)
             if self._is_mended(rows, stopped):
                 return Step(0, True, {})
         count = sum(len(batch.records) for batch in batches)
+        more = any(batch.last < batch.tail for batch in batches) or count >= size
+        if more and not look.holes:
+            self._look_ahead(rows, batches, size, pair)
         parked: set[fold.Instance] = set()
         if batches:
             started = time.monotonic()
@@ -184,8 +210,54 @@ class Flusher:
         if parked:
             keyspace = self.hot.keyspace
             self.hot.park([(keyspace.partition_of(*one), ":".join(one)) for one in sorted(parked)], pair)
-        more = any(batch.last < batch.tail for batch in batches) or count >= size
         return Step(count, more, stopped)
+
+    def _look(self, rows: list[PartitionRow], size: int, pair: scripts.Stamp) -> _Look:
+        """Read and parse what stands behind the rows' watermarks."""
+        seen_ms = int(time.time() * 1000)
+        cursors = [(row.partition, row.watermark) for row in rows]
+        replies = self.hot.read(cursors, entries=size, bytes_max=self.batch_bytes, under=pair)
+        refused = next((reply.code for reply in replies if reply.code != "OK"), None)
+        if refused:
+            return _Look(rows, size, refused, [], {})
+        parsed = [
+            batching.checked(row, reply.lines, reply.last, seen_ms) for row, reply in zip(rows, replies, strict=True)
+        ]
+        holes = {batch.row.partition: hole for batch, hole in parsed if hole}
+        return _Look(rows, size, None, [batch for batch, _ in parsed], holes)
+
+    def _look_ahead(
+        self, rows: Sequence[PartitionRow], batches: Sequence[batching.Batch], size: int, pair: scripts.Stamp
+    ) -> None:
+        """Begin to look at what stands behind these batches."""
+        last = {batch.row.partition: batch.last for batch in batches}
+        behind = [msgspec.structs.replace(row, watermark=last.get(row.partition, row.watermark)) for row in rows]
+        self._ahead = _Ahead(functools.partial(self._look, self._in_turn(behind), size, pair), pair)
+        self._ahead.start()
+
+    def _foreseen(self, rows: Sequence[PartitionRow], pair: scripts.Stamp) -> _Look | None:
+        """What was found ahead, if SQL stands where it was looked for and nothing stood in the way."""
+        ahead = self.rest()
+        if ahead is None or ahead.look is None or ahead.pair != pair or ahead.look.refused or ahead.look.holes:
+            return None
+        if time.monotonic() - ahead.began > LOOK_SECONDS_MAX:
+            return None
+        wanted = {row.partition: row for row in rows}
+        look = ahead.look
+        found = {row.partition: row.watermark for row in look.rows}
+        if any(found.get(row.partition) != row.watermark for row in rows):
+            return None
+        batches = [batch for batch in look.batches if batch.row.partition in wanted]
+        return _Look(
+            [wanted[row.partition] for row in look.rows if row.partition in wanted], look.size, None, batches, {}
+        )
+
+    def rest(self) -> _Ahead | None:
+        """Wait for the look that is under way, if one is."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            ahead.join()
+        return ahead
 
     def _confirmed(self, rows: Sequence[PartitionRow], holes: Mapping[int, str]) -> dict[int, str]:
         """The holes that are real: another flusher may have moved SQL's watermark, and trimmed, between our look at SQL and
@@ -366,6 +438,7 @@ class Flusher:
             if not step.more:
                 self.wake.wait(self.interval_seconds)
                 self.wake.clear()
+        self.rest()
 
     def _remembering(self, before: Sequence[int], now: Sequence[int]) -> Sequence[int]:
         """The partitions of now; the folds of those that have gone to others only take memory."""

@@ -436,8 +436,8 @@ class _Attempt:
             watermark = probed.last
         else:
             # Number 0 is a mark's: another record there is a stranger's, written before the mark, and is passed over.
-            epoch, seq = first.entry_id
-            watermark = first.prev if first.is_mark else entry.EntryId(epoch, max(0, seq - 1))
+            id = first.entry_id
+            watermark = first.prev if first.is_mark else entry.EntryId(id.epoch, max(0, id.seq - 1))
         return watermark, mending.sql_behind(
             row.partition, groups, hashes, known, watermark, self.finals, f"reconciled-{self.stamp.epoch}"
         )
