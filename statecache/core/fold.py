@@ -150,9 +150,9 @@ def entry_row(partition: int, record: entry.Entry) -> tuple[Any, ...]:
     """An entry as a row of history or of dead letters, in the tables' column order; None for an empty part."""
     return (
         partition, record.entry_id.epoch, record.entry_id.seq, record.machine, record.id, record.version, record.event,
-        record.from_state or None, record.to_state, record.at_ms, record.transition_id, record.actor or None, record.reason or None,
-        int(record.occurred_ms) if record.occurred_ms else None, record.patch or None, record.unset or None,
-        record.increments or None, record.machine_version,
+        record.from_state or None, record.to_state, record.at_ms, record.transition_id, record.actor or None,
+        record.reason or None, int(record.occurred_ms) if record.occurred_ms else None, record.patch or None,
+        record.unset or None, record.increments or None, record.machine_version,
     )  # fmt: skip
 
 

@@ -188,7 +188,7 @@ class Flusher:
         count = sum(len(batch.records) for batch in batches)
         more = any(batch.last < batch.tail for batch in batches) or count >= size
         if more and not look.holes:
-            self._look_ahead(rows, batches, size, pair)
+            self._look_ahead(rows, batches, min(self._size, self.batch_entries), pair)
         parked: set[fold.Instance] = set()
         if batches:
             started = time.monotonic()

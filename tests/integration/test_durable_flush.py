@@ -314,7 +314,7 @@ def test_letters_park_an_instance(store: DurableStore) -> None:
     first, second = store.letters("order", "a")
     assert (first.entry.version, first.waiting, first.partition, first.noted_ms) == (2, False, 3, 77)
     assert (first.entry.reason, first.entry.actor, first.entry.occurred_ms) == ("why\ufffd?", "", "")
-    assert (second.entry.entry_id, second.waiting) == ((0, 9), True)
+    assert (second.entry.entry_id, second.waiting) == (entry.EntryId(0, 9), True)
     assert store.parked_instances() == [("order", "a")]
     assert len(store.lookup([("order", "a", 3)])[0].letters) == 2
     with store.flush_transaction() as tx:

@@ -515,9 +515,9 @@ def test_folder_locked_for_too_long(embed: Embed, data_folder: Path, monkeypatch
 
 
 def test_lock_of_a_file_that_was_replaced_meanwhile_does_not_count(tmp_path: Path) -> None:
-    """A waits for the lock that B holds; the file is deleted, C makes and locks it anew; B lets go. A must wait for C."""
-    path = tmp_path / "lock"
-    a, b, c = (lockfile.LockFile(path) for _ in range(3))
+    """A waits for the lock that B holds; another file, locked by C, takes its place; B lets go. A must wait for C."""
+    path, other = tmp_path / "lock", tmp_path / "other"
+    a, b, c = (lockfile.LockFile(one) for one in (path, path, other))
     soon = time.monotonic() + 5.0
     b.share(soon)
     a_has_it = threading.Event()
@@ -529,8 +529,8 @@ def test_lock_of_a_file_that_was_replaced_meanwhile_does_not_count(tmp_path: Pat
     waiter = threading.Thread(target=wait_for_it)
     waiter.start()
     waiting.wait_until(lambda: a._file is not None, "A to have opened the first file")
-    path.unlink()
     c.share(soon)
+    other.replace(path)
     b.release()
     assert not a_has_it.wait(0.1)
     c.release()

@@ -6,6 +6,7 @@ import contextlib
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -14,6 +15,7 @@ from statecache.core import entry, errors
 from statecache.durable import faults
 from statecache.durable.flush import FlushTransaction
 from statecache.durable.store import DurableStore
+from statecache.engine import flusher as flusher_module
 from statecache.engine import letters
 from tests.support import servers
 from tests.support.proxy import Proxy
@@ -268,6 +270,68 @@ def test_overtaken_flusher_drops_what_it_read(world: World) -> None:
     assert flusher.step().entries == 1
     assert world.versions(ids[0]) == [1, 2, 3]
     world.verify()
+
+
+def test_next_batch_is_read_while_this_one_is_committed(world: World) -> None:
+    """Each entry is read from Redis once, whoever waits for it; and the steps say the same as without."""
+    world.flush()  # the marks
+    _orders(world, 20)
+    flusher = world.flusher(batch_entries=10)
+    with mock.patch.object(world.hot, "read", wraps=world.hot.read) as read:
+        steps = [flusher.step().entries for _ in range(5)]
+    assert steps == [10, 10, 10, 10, 0]
+    assert sum(call.kwargs["entries"] for call in read.call_args_list) <= 60  # the last look ahead, and the idle step's
+    assert len({str(call.args[0]) for call in read.call_args_list[:4]}) == 4
+    world.verify()
+
+
+def test_what_was_read_ahead_is_not_used_behind_another_flusher(world: World) -> None:
+    """It has looked ahead of its own commit; another one moves SQL's watermark past that: the next step reads again."""
+    world.flush()  # the marks
+    ids = _orders(world, 20)
+    flusher, other = world.flusher(batch_entries=10), world.flusher(world.more(), batch_entries=10)
+    assert flusher.step().entries == 10
+    assert other.step().entries == 10
+    assert [flusher.step().entries for _ in range(3)] == [10, 10, 0]
+    assert all(world.versions(id) == [1, 2] for id in ids)
+    world.verify()
+
+
+def test_what_was_read_ahead_of_a_recovery_is_not_used(world: World) -> None:
+    """Redis is wiped and recovered after the look ahead: what it had seen is lost, and comes into no row of history."""
+    world.flush()  # the marks
+    ids = _orders(world, 20)
+    flusher = world.flusher(batch_entries=10)
+    assert flusher.step().entries == 10
+    world.wipe()
+    world.cache.recover()
+    kept = {id: world.versions(id) for id in ids}
+    assert flusher.step().entries == 0
+    assert {id: world.versions(id) for id in ids} == kept
+    assert sum(map(len, kept.values())) == 10
+    world.verify()
+
+
+def test_look_ahead_that_failed_or_is_old_is_taken_again(lite: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    lite.flush()  # the marks
+    _orders(lite, 20)
+    flusher = lite.flusher(batch_entries=10)
+    calls = iter(range(100))
+
+    def away_at_the_second(*arguments: Any, **named: Any) -> Any:
+        if next(calls) == 1:
+            raise errors.UnavailableError("away")
+        return read(*arguments, **named)
+
+    read = lite.hot.read
+    with mock.patch.object(lite.hot, "read", away_at_the_second):
+        assert [flusher.step().entries, flusher.step().entries] == [10, 10]
+        flusher.rest()
+    assert next(calls) == 4  # a look, the one that failed, the same again, the next ahead
+    monkeypatch.setattr(flusher_module, "LOOK_SECONDS_MAX", -1.0)
+    assert [flusher.step().entries for _ in range(3)] == [10, 10, 0]
+    assert flusher.rest() is None
+    lite.verify()
 
 
 def test_other_flusher_trims_between_the_two_reads(world: World) -> None:

@@ -371,6 +371,17 @@ MUTANTS = [
         (f"{_DURABLE}test_checkpoints_only_go_forward",),
     ),
     Mutant(
+        "what was read ahead is used wherever SQL stands",
+        (
+            Patch(
+                "statecache/engine/flusher.py",
+                "        if any(found.get(row.partition) != row.watermark for row in rows):\n",
+                "        if False:\n",
+            ),
+        ),
+        (f"{_FLUSHER}test_what_was_read_ahead_is_not_used_behind_another_flusher",),
+    ),
+    Mutant(
         "the flusher remembers folds of an older epoch",
         (
             Patch(
