@@ -160,11 +160,17 @@ class Bench:
         return Cost(items, seconds, client, self.servers.valkey_cpu() - server, self.servers.postgres_cpu() - sql)
 
     def in_turn(self, *sides: Callable[[], Any], rounds: int | None = None, warm: bool = True) -> list[list[Any]]:
-        """Run the sides in turn for some rounds, reversed every other one; the samples of each side, by round."""
+        """Run the sides in turn for some rounds, reversed every other one; the samples of each side, by round.
+
+        What is there when the rounds begin is kept out of Python's collections, as in a service that calls ``gc.freeze``
+        when it has started: else the modules that the peers import decide on everybody's p99.
+        """
         count = rounds or self.rounds()
         if warm:
             for side in sides:
                 side()
+        gc.collect()
+        gc.freeze()
         samples: list[list[Any]] = [[] for _ in sides]
         for turn in range(count):
             self.progress(f"round {turn + 1} of {count}")

@@ -6,7 +6,7 @@ making them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
@@ -64,8 +64,8 @@ class Item(msgspec.Struct, gc=False):
     retry: bool = False
     absent: str = ""
     asked_under: tuple[int, str] | None = None
-    unset: list[str] = []
-    increments: list[list[str]] = []
+    unset: Sequence[str] = ()
+    increments: Sequence[Sequence[str]] = ()
     confirm: Confirm | None = None
     pinned: bool = False
     """A guard has seen the version that it names: refused for its version it comes back, so nothing may be sent behind it."""
