@@ -245,6 +245,18 @@ class DurableStore:
 
         return self.database.read(look)
 
+    def recorded(self, machine: str, id: str) -> tuple[list[model.Transition], list[Letter]]:
+        """Return all of an instance's transitions, and its open letters, in one visit.
+
+        The letters are read first: what leaves them meanwhile is in history then.
+        """
+
+        def look(connection: sa.Connection) -> tuple[list[model.Transition], list[Letter]]:
+            waiting = letters.of_instance(connection, machine, id)
+            return queries.history(connection, machine, id, 0, None, None), waiting
+
+        return self.database.read(look)
+
     def letters(self, machine: str, id: str) -> list[Letter]:
         """Return an instance's open letters, oldest first. Any means that it is parked."""
         return self.database.read(lambda connection: letters.of_instance(connection, machine, id))

@@ -387,9 +387,8 @@ class Driver:
         return None
 
     def _recorded(self, machine: str, id: str) -> list[model.Transition]:
-        """History, and the dead letters that go on from it. Letters first: what leaves them meanwhile is in history then."""
-        waiting = self.durable.letters(machine, id)
-        rows = self.durable.history(machine, id)
+        """History, and the dead letters that go on from it."""
+        rows, waiting = self.durable.recorded(machine, id)
         for record in (letter.entry for letter in waiting):
             if record.version == (rows[-1].version if rows else 0) + 1:
                 rows.append(flows.transition_of(record))

@@ -92,9 +92,9 @@ def test_where_receipts_stand(store: DurableStore) -> None:
         ("order", "zzz", 1, (partition + 1) % 16)
     ])  # fmt: skip
     assert len([statement for statement in seen if "BEGIN" not in statement]) == 1
-    assert (durable.transition_id, durable.entry_id, durable.letter_id) == ("t-a-2", (0, 2), None)
+    assert (durable.transition_id, durable.entry_id, durable.letter_id) == ("t-a-2", entry.EntryId(0, 2), None)
     assert (parked.transition_id, parked.entry_id, parked.letter_id) == (None, None, "letter-3")
-    assert (lost.transition_id, lost.letter_id, lost.watermark) == (None, None, (0, 2))
+    assert (lost.transition_id, lost.letter_id, lost.watermark) == (None, None, entry.EntryId(0, 2))
     assert other.watermark == entry.ZERO
     assert store.standing([("order", "a", 2, partition)]) == [durable]
 

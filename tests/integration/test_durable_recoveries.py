@@ -66,7 +66,7 @@ def test_steps_of_an_older_recovery_are_refused(store: DurableStore) -> None:
     old = recoveries.recovery(store, 1, "old")
     assert old is not None
     assert (old.heartbeat_ms, old.finished_ms) == (6, None)
-    assert store.partitions([partition])[0].watermark == (0, 1)
+    assert store.partitions([partition])[0].watermark == entry.EntryId(0, 1)
 
 
 def test_finishing_resets_the_tails_with_the_report(store: DurableStore) -> None:
@@ -79,7 +79,7 @@ def test_finishing_resets_the_tails_with_the_report(store: DurableStore) -> None
     found = recoveries.recovery(store, 1, "me")
     assert found is not None
     assert (found.finished_ms, found.classes, found.report) == (8, "tail_lost", '{"lost": 3}')
-    assert {(row.tail, row.tail_seen_ms) for row in store.partitions()} == {((1, 0), 8)}
+    assert {(row.tail, row.tail_seen_ms) for row in store.partitions()} == {(entry.EntryId(1, 0), 8)}
     assert {row.partition: row.watermark for row in store.partitions()} == log.watermarks
 
 
@@ -100,11 +100,11 @@ def test_taking_waits_for_an_open_flush_and_ends_the_next(store: DurableStore) -
             tx.insert_history(batch.lines)
             tx.upsert_checkpoints([], batch.new)
 
-    def take() -> list[tuple[int, int]]:
+    def take() -> list[entry.EntryId]:
         assert advanced.wait(30)
         recoveries.take(store, (0, ""), 1, "me", 5)
         taken.set()
-        return [tuple(row.watermark) for row in store.partitions()]  # type: ignore[misc]
+        return [row.watermark for row in store.partitions()]
 
     with ThreadPoolExecutor(2) as pool:
         flushing, taking = pool.submit(flush), pool.submit(take)
@@ -116,7 +116,7 @@ def test_taking_waits_for_an_open_flush_and_ends_the_next(store: DurableStore) -
             )
         may_commit.set()
         flushing.result()
-        assert taking.result() == [tuple(log_row) for log_row in _first_watermarks(batch)]
+        assert taking.result() == _first_watermarks(batch)
     with pytest.raises(faults.Overtaken):
         flushed(store, following)
     assert sum(1 for _ in store.iterate_transitions()) == 20
@@ -187,7 +187,7 @@ def test_what_lies_above_an_entry(store: DurableStore) -> None:
         assert all(0 < len(page) <= 4 for page in pages)
         found = [row for page in pages for row in page]
         expected = {(row.id, row.version, row.entry_id) for row in checkpoints if row.entry_id > bound}
-        expected |= {(row[4], 1, row[1:3]) for row in aside if row[1:3] > bound}
+        expected |= {(row[4], 1, id) for row in aside if (id := entry.EntryId(row[1], row[2])) > bound}
         assert {(row.id, row.version, row.entry_id) for row in found} == expected
         assert len(found) == len(expected)
 
@@ -218,12 +218,12 @@ def test_reconciling_is_one_transaction(store: DurableStore) -> None:
 
     with pytest.raises(faults.KeyHit):
         recoveries.reconcile(store, move, [reconciled], [kept], [letter, letter], deltas, error="e", now_ms=5)
-    assert store.partitions([partition])[0].watermark == (0, 1)
+    assert store.partitions([partition])[0].watermark == entry.EntryId(0, 1)
     assert len(store.history("order", "a")) == 1
 
     recoveries.reconcile(store, move, [reconciled], [kept], [letter], deltas, error="diverged", now_ms=5)
     row = store.partitions([partition])[0]
-    assert (row.watermark, row.tail, row.tail_seen_ms) == ((0, 40), (0, 50), 9)
+    assert (row.watermark, row.tail, row.tail_seen_ms) == (entry.EntryId(0, 40), entry.EntryId(0, 50), 9)
     assert [(each.version, each.covers_from) for each in store.history("order", "a")] == [(1, None), (6, 2)]
     assert store.checkpoint("order", "a").version == 6  # type: ignore[union-attr]
     assert [each.error for each in store.letters("order", "b")] == ["diverged"]

@@ -16,7 +16,7 @@ from alembic import command, config
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
-from statecache.core import errors
+from statecache.core import entry, errors
 from statecache.durable import engine, leases, migrate, recoveries, schema
 from statecache.durable.store import DurableStore
 from tests.support import servers
@@ -104,7 +104,7 @@ def test_a_new_store(database_url: str) -> None:
     assert (found.partition_count, found.epoch, found.owner) == (16, 0, "")
     assert len(found.deployment) == 36
     row = store.partitions([3])[0]
-    assert (row.epoch, row.owner, row.watermark, row.tail, row.tail_seen_ms) == (0, "", (0, 0), (0, 0), 0)
+    assert (row.epoch, row.owner, row.watermark, row.tail, row.tail_seen_ms) == (0, "", entry.ZERO, entry.ZERO, 0)
     assert recoveries.recoveries(store) == []
     store.close()
     again = DurableStore.connect(database_url, partition_count=None, create=False)

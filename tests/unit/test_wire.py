@@ -1,0 +1,125 @@
+"""A wire's waiting: it looks for a reply for a moment, then sleeps; timeouts hold either way."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import redis
+
+from statecache.hot import wire
+
+
+class Connection:
+    """What a wire knows of redis-py's connection."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+
+    def disconnect(self) -> None:
+        self._sock.close()
+
+
+class Counting(socket.socket):
+    """Not what a wire takes for a plain socket, as TLS's is not."""
+
+
+class Stage:
+    """A wire, and the other end of its socket."""
+
+    def __init__(self, timeout_seconds: float, kind: type[socket.socket]) -> None:
+        ours, self.server = socket.socketpair()
+        if kind is not socket.socket:
+            ours = kind(fileno=ours.detach())
+        ours.settimeout(timeout_seconds)
+        self.wire = wire.Wire(Connection(ours))
+
+    def answer_after(self, seconds: float) -> None:
+        threading.Timer(seconds, self.server.sendall, (b"+OK\r\n",)).start()
+
+    def close(self) -> None:
+        self.wire.close()
+        self.server.close()
+
+
+@pytest.fixture(params=[socket.socket, Counting], ids=["plain", "wrapped"])
+def stage(request: pytest.FixtureRequest) -> Iterator[Stage]:
+    found = Stage(0.2, request.param)
+    yield found
+    found.close()
+
+
+def test_replies_that_are_there_and_that_come_late(stage: Stage) -> None:
+    stage.server.sendall(b"+OK\r\n+O")
+    assert stage.wire.read() == b"OK"
+    stage.server.sendall(b"K\r\n")
+    assert stage.wire.read() == b"OK"
+    for seconds in (0.0001, 0.01, 0.05):
+        stage.answer_after(seconds)
+        assert stage.wire.read() == b"OK"
+        stage.answer_after(seconds)
+        assert stage.wire.read(1.0) == b"OK"
+
+
+def test_timeouts(stage: Stage) -> None:
+    """The connection's, a call's own that is shorter, and the connection's again."""
+    for wanted, given in ((0.2, None), (0.05, 0.05)):
+        began = time.monotonic()
+        with pytest.raises(redis.TimeoutError, match="no reply within the socket timeout"):
+            stage.wire.read(given)
+        assert wanted <= time.monotonic() - began + 0.005
+    stage.answer_after(0.1)
+    with pytest.raises(redis.TimeoutError):
+        stage.wire.read(0.01)
+    assert stage.wire.read(5.0) == b"OK"
+
+
+def test_a_server_that_takes_nothing(stage: Stage) -> None:
+    with pytest.raises((redis.TimeoutError, TimeoutError)):
+        stage.wire.send(b"x" * 50_000_000)
+
+
+def test_the_connection_ends(stage: Stage) -> None:
+    stage.server.close()
+    with pytest.raises(redis.ConnectionError, match="closed the connection"):
+        stage.wire.read()
+
+
+def _looks(found: wire.Wire, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """From now on: for each piece, whether it was looked for."""
+    noted: list[bool] = []
+    looked_for = wire.Wire._looked_for
+
+    def noting(self: wire.Wire) -> bytes:
+        noted.append(not self._resting)
+        return looked_for(self)
+
+    monkeypatch.setattr(wire.Wire, "_looked_for", noting)
+    return noted
+
+
+def test_what_is_looked_for_in_vain_is_looked_for_ever_more_rarely(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = Stage(5.0, socket.socket)
+    looks = _looks(stage.wire, monkeypatch)
+    waited_for = stage.wire._waited_for
+
+    def late(_: Any) -> bytes:
+        stage.server.sendall(b"+OK\r\n")
+        return waited_for()
+
+    monkeypatch.setattr(wire.Wire, "_waited_for", late)
+    for _ in range(1000):
+        stage.wire.read()
+    places = [place for place, looked in enumerate(looks) if looked]
+    assert places == [0, 4, 20, 84, 340, 596, 852]
+    looks.clear()
+    for _ in range(600):  # answers that are there at once: looked for more often again, then always
+        if not stage.wire._resting:
+            stage.server.sendall(b"+OK\r\n")
+        stage.wire.read()
+    assert all(looks[-50:])
+    stage.close()
