@@ -44,7 +44,7 @@ from statecache.core import entry, errors, failpoints, fold
 from statecache.durable.faults import CommitUnknown, KeyHit, Overtaken, Refused, Transient
 from statecache.durable.rows import PartitionRow
 from statecache.durable.store import DurableStore
-from statecache.engine import batching
+from statecache.engine import batching, threads
 from statecache.engine.leases import Leases
 from statecache.hot import scripts
 from statecache.hot.store import HotStore
@@ -233,7 +233,10 @@ class Flusher:
         last = {batch.row.partition: batch.last for batch in batches}
         behind = [msgspec.structs.replace(row, watermark=last.get(row.partition, row.watermark)) for row in rows]
         self._ahead = _Ahead(functools.partial(self._look, self._in_turn(behind), size, pair), pair)
-        self._ahead.start()
+        with contextlib.suppress(
+            RuntimeError
+        ):  # no thread to be had (limits, the interpreter's end): the next step looks
+            self._ahead.start()
 
     def _foreseen(self, rows: Sequence[PartitionRow], pair: scripts.Stamp) -> _Look | None:
         """What was found ahead, if SQL stands where it was looked for and nothing stood in the way."""
@@ -256,7 +259,7 @@ class Flusher:
         """Wait for the look that is under way, if one is."""
         ahead, self._ahead = self._ahead, None
         if ahead is not None:
-            ahead.join()
+            threads.join(ahead)
         return ahead
 
     def _confirmed(self, rows: Sequence[PartitionRow], holes: Mapping[int, str]) -> dict[int, str]:

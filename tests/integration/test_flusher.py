@@ -328,6 +328,9 @@ def test_look_ahead_that_failed_or_is_old_is_taken_again(lite: World, monkeypatc
         assert [flusher.step().entries, flusher.step().entries] == [10, 10]
         flusher.rest()
     assert next(calls) == 4  # a look, the one that failed, the same again, the next ahead
+    with mock.patch.object(flusher_module._Ahead, "start", side_effect=RuntimeError("can't start new thread")):
+        lite.orders.start_many([f"more{number}" for number in range(20)])
+        assert [flusher.step().entries for _ in range(2)] == [10, 10]
     monkeypatch.setattr(flusher_module, "LOOK_SECONDS_MAX", -1.0)
     assert [flusher.step().entries for _ in range(3)] == [10, 10, 0]
     assert flusher.rest() is None
