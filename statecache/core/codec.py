@@ -174,8 +174,12 @@ def check_field_name(name: object) -> str:
     return name
 
 
-def encode_patch(data: Mapping[str, Any], limits: Limits) -> tuple[list[str], str]:
-    """Return ``[name, text, name, text, ...]`` and the JSON object text of the same.
+Encoded = tuple[list[str], str]
+"""A patch as ``[name, text, name, text, ...]``, and the JSON object text of the same."""
+
+
+def encode_patch(data: Mapping[str, Any], limits: Limits) -> Encoded:
+    """Return a patch as it is sent.
 
     Raises ``InvalidDataError`` for a name, value or size that is refused.
     """
@@ -212,7 +216,7 @@ _encode_lines = msgspec.json.Encoder().encode_lines  # a JSON text holds no line
 _chained = itertools.chain.from_iterable
 
 
-def _encode_plain_patch(data: dict[str, Any], limits: Limits) -> tuple[list[str], str] | None:
+def _encode_plain_patch(data: dict[str, Any], limits: Limits) -> Encoded | None:
     """The same for what most patches are: known names and plain values, in two calls instead of two for each field. None
     leaves it to the thorough form, which finds what is wrong, if anything is."""
     values = list(data.values())  # a list: msgspec 0.22 loses an iterator (86 bytes for ever) with any other iterable
@@ -228,6 +232,44 @@ def _encode_plain_patch(data: dict[str, Any], limits: Limits) -> tuple[list[str]
     if b"\\u0000" in lines or len(lines) + 64 * len(data) > limits.patch_bytes_max:
         return None
     return list(_chained(zip(data, lines.decode().split("\n"), strict=False))), _encode_json(data).decode()
+
+
+def encode_patches(patches: Sequence[object], limits: Limits) -> list[Encoded | None]:
+    """The same for many patches, in a few calls for all of them; None for each that is empty or no plain dict, and for all
+    where one holds what is not plain: ``encode_patch`` does those."""
+    encoded: list[Encoded | None] = [None] * len(patches)
+    plain: list[dict[str, Any]] = [data for data in patches if type(data) is dict and data]
+    if not plain or max(map(len, plain)) > limits.patch_fields_max:
+        return encoded
+    names = list(_chained(plain))
+    values = list(_chained(map(dict.values, plain)))
+    kinds = set(map(type, values))
+    if not (_seen_names.issuperset(names) and _PLAIN.issuperset(kinds)):
+        return encoded
+    if not _NUMBERS.isdisjoint(kinds):
+        numbers = [value for value in values if type(value) in _NUMBERS]
+        # The sum tells of a NaN, which comparisons may pass over.
+        if not (min(numbers) > -_PLAIN_NUMBER_MAX and max(numbers) < _PLAIN_NUMBER_MAX and math.isfinite(sum(numbers))):
+            return encoded
+    try:
+        lines, objects = _encode_lines(values), _encode_lines(plain)
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return encoded
+    if b"\\u0000" in lines:
+        return encoded
+    if len(objects) > limits.patch_bytes_max and max(map(len, objects.split(b"\n"))) > limits.patch_bytes_max:
+        return encoded
+    pairs = [""] * (2 * len(names))
+    pairs[::2] = names
+    pairs[1::2] = lines.decode().split("\n")[:-1]
+    begin = 0
+    texts = iter(objects.decode().split("\n"))
+    for index, data in enumerate(patches):
+        if type(data) is dict and data:
+            end = begin + 2 * len(data)
+            encoded[index] = pairs[begin:end], next(texts)
+            begin = end
+    return encoded
 
 
 # Field names recur in every call: those found good are not matched again. Bounded, because names are input.

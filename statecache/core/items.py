@@ -28,7 +28,7 @@ class MoveSpec:
         self.event = event
         self.targets = targets
         self.machine_version = machine_version
-        self.row: list[object] = [machine, event, targets, machine_version]
+        self.row: list[object] = [machine, event, targets, str(machine_version)]
         if deadlines_ms:
             self.row.append(deadlines_ms)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from statecache.core import claims, codec, entry, errors, flows, items, keys, model
+from statecache.core import claims, codec, entry, errors, flows, items, keys, model, patch
 from statecache.core.definition import Definition, Guard
 
 _SEPARATOR = entry.SEPARATOR
@@ -54,12 +54,22 @@ class Door:
         reason: str | None = None,
         transition_id: str | None = None,
         occurred_at: datetime | None = None,
+        encoded: codec.Encoded | None = None,
     ) -> flows.Request:
-        """A start as a request."""
-        return self._request(self._start, id, data, (), None, actor, reason, None, transition_id, occurred_at, None)
+        """A start as a request. ``encoded`` is what ``patches`` made of its data."""
+        return self._request(
+            self._start, id, data, (), None, actor, reason, None, transition_id, occurred_at, None, encoded
+        )
 
-    def transition(self, move: model.Move) -> flows.Request:
-        """A transition as a request. Raises ``InvalidTransitionError`` for an event that the machine does not have."""
+    def patches(self, many: Sequence[object]) -> Sequence[codec.Encoded | None]:
+        """The data of many transitions encoded at once, where that is all there is to do with it."""
+        if self._validate_patch is not patch.unchecked:
+            return [None] * len(many)
+        return codec.encode_patches(many, self._limits)
+
+    def transition(self, move: model.Move, encoded: codec.Encoded | None = None) -> flows.Request:
+        """A transition as a request. ``encoded`` is what ``patches`` made of its data. Raises ``InvalidTransitionError``
+        for an event that the machine does not have."""
         event: object = move.event
         spec = self._moves.get(event) if isinstance(event, str) else None
         if spec is None:
@@ -76,7 +86,7 @@ class Door:
         assert not callable(guard)
         request = self._request(
             spec, move.id, move.data, move.unset, move.increment, move.actor, move.reason, move.expect_version,
-            move.transition_id, move.occurred_at, guard,
+            move.transition_id, move.occurred_at, guard, encoded,
         )  # fmt: skip
         if move.claim is not None:
             request.item.claim = claims.check_token(move.claim)
@@ -95,13 +105,16 @@ class Door:
         transition_id: str | None,
         occurred_at: datetime | None,
         guard: flows.Guard | None,
+        encoded: codec.Encoded | None,
     ) -> flows.Request:
         limits = self._limits
         codec.check_text("id", id, limits.id_length_max)
-        pairs: list[str] = []
-        text = ""
-        if data or data not in (None, {}):
+        if encoded is not None:
+            pairs, text = encoded
+        elif data or data not in (None, {}):
             pairs, text = codec.encode_patch(self._validate_patch(data), limits)
+        else:
+            pairs, text = [], ""
         dropped = codec.encode_unset(unset) if unset else []
         increments = codec.encode_increments(increment) if increment else []
         if dropped or increments:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -12,7 +12,8 @@ from statecache.core.machine import StateMachine
 from statecache.settings import Settings
 
 Start = model.Start | tuple[str, Mapping[str, Any] | None] | str
-Build = Callable[[int], flows.Request]
+Build = Callable[[Sequence[int]], Iterator[flows.Request | errors.StateCacheError]]
+"""Makes the requests of some places of a bulk call, or the errors that say why they are refused."""
 
 
 class Calls:
@@ -30,14 +31,14 @@ class Calls:
         """The ids of many starts, and what builds the request of each."""
         wanted = [_as_start(start) for start in as_list("starts", starts)]
 
-        def build(index: int) -> flows.Request:
-            one = wanted[index]
-            if isinstance(one, errors.InvalidDataError):
-                raise one
+        def request(start: model.Start, encoded: codec.Encoded | None) -> flows.Request:
             return self.door.start(
-                one.id, one.data, actor=one.actor or actor, reason=one.reason, transition_id=one.transition_id,
-                occurred_at=one.occurred_at,
+                start.id, start.data, actor=start.actor or actor, reason=start.reason, transition_id=start.transition_id,
+                occurred_at=start.occurred_at, encoded=encoded,
             )  # fmt: skip
+
+        def build(indexes: Sequence[int]) -> Iterator[flows.Request | errors.StateCacheError]:
+            return self._built([wanted[index] for index in indexes], request)
 
         return [getattr(one, "id", None) for one in wanted], build
 
@@ -47,15 +48,24 @@ class Calls:
         # A move sent again is answered only after history was asked; what follows it must not overtake it meanwhile.
         repeatable = {move.id for move in wanted if isinstance(move, model.Move) and _is_repeatable(move)}
 
-        def build(index: int) -> flows.Request:
-            one = wanted[index]
-            if isinstance(one, errors.InvalidDataError):
-                raise one
-            request = self.door.transition(one)
-            request.own_id = request.own_id or request.item.id in repeatable
-            return request
+        def request(move: model.Move, encoded: codec.Encoded | None) -> flows.Request:
+            made = self.door.transition(move, encoded)
+            made.own_id = made.own_id or made.item.id in repeatable
+            return made
+
+        def build(indexes: Sequence[int]) -> Iterator[flows.Request | errors.StateCacheError]:
+            return self._built([wanted[index] for index in indexes], request)
 
         return [getattr(one, "id", None) for one in wanted], build
+
+    def _built(
+        self, wanted: Sequence[Any], request: Callable[[Any, codec.Encoded | None], flows.Request]
+    ) -> Iterator[flows.Request | errors.StateCacheError]:
+        for one, encoded in zip(wanted, self.door.patches([getattr(one, "data", None) for one in wanted]), strict=True):
+            try:
+                yield one if isinstance(one, errors.InvalidDataError) else request(one, encoded)
+            except errors.StateCacheError as error:
+                yield error
 
     def addresses(self, ids: Sequence[str], results: list[Any]) -> list[tuple[int, tuple[int, str, str]]]:
         """Where the instances lie, by index; the error of an id that is refused is put into ``results``."""

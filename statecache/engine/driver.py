@@ -21,6 +21,7 @@ from statecache.core import claims, entry, errors, failpoints, flows, items, mod
 from statecache.durable.store import DurableStore
 from statecache.engine.admission import Admission
 from statecache.engine.batcher import EXCHANGE_SECONDS_MIN, Batcher
+from statecache.engine.calls import Build
 from statecache.hot import claims as hot_claims
 from statecache.hot import scripts
 from statecache.hot.store import HotStore, Position
@@ -138,12 +139,12 @@ class Driver:
     def write_many(
         self,
         ids: Sequence[Any],
-        build: Callable[[int], flows.Request],
+        build: Build,
         results: list[Any],
         deadline: float,
         patience_seconds: float | None = None,
     ) -> None:
-        """Apply the requests that ``build`` makes for every index; receipts or errors are put into ``results`` by index.
+        """Apply the requests that ``build`` makes; receipts or errors are put into ``results`` by index.
 
         Requests are built chunk by chunk, so that checking the next chunk's input overlaps the server's work on the last. With
         ``patience_seconds`` the deadline moves on whenever a flow ends: a long list may take its time, a stuck one not.
@@ -170,7 +171,7 @@ class Driver:
         self._finish(unfinished, results, deadline, patience_seconds)
 
     def _opened(
-        self, indexes: Iterable[int], build: Callable[[int], flows.Request], results: list[Any]
+        self, indexes: Sequence[int], build: Build, results: list[Any]
     ) -> tuple[list[int], list[flows.Request], list[Running]]:
         """Build the requests of a chunk: those whose items may leave at once with their indexes, and the flows of the rest.
 
@@ -181,13 +182,10 @@ class Driver:
         requests: list[flows.Request] = []
         held: list[Running] = []
         holding: set[str] = set()
-        for index in indexes:
-            try:
-                request = build(index)
-            except errors.StateCacheError as error:
-                results[index] = error
-                continue
-            if flows.opening(request) is None or len(requests) >= self._lane_items_max or request.address in holding:
+        for index, request in zip(indexes, build(indexes), strict=True):
+            if isinstance(request, errors.StateCacheError):
+                results[index] = request
+            elif flows.opening(request) is None or len(requests) >= self._lane_items_max or request.address in holding:
                 holding.add(request.address)
                 one = Running(index, request.address, flows.transition(request))
                 one.wish = next(one.flow)
@@ -445,11 +443,15 @@ def _sendable(lane: Sequence[Running], items_max: int) -> list[Running]:
 
 
 def _chunks(ids: Sequence[Any], items_max: int) -> Iterator[Sequence[int]]:
-    """Groups of about ``CHUNK_ITEMS`` indexes; those of one instance stand in one group, in their order."""
+    """Groups of about ``CHUNK_ITEMS`` indexes; those of one instance stand in one group, in their order. The first of several
+    is small, so that the server soon has something to do."""
     texts = {id for id in ids if isinstance(id, str)}
     size = min(CHUNK_ITEMS, items_max)
     if len(texts) == len(ids):
-        for start in range(0, len(ids), size):
+        first = size // 4 if len(ids) > size >= 4 else 0
+        if first:
+            yield range(first)
+        for start in range(first, len(ids), size):
             yield range(start, min(start + size, len(ids)))
         return
     lanes: dict[Any, list[int]] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -158,10 +158,11 @@ class MachineHandle:
         level = self._cache.level(durability or self.machine.definition.durability)
         confirm = self._cache.confirmation(level, deadline) if level in CONFIRMED else None
 
-        def confirmed(index: int) -> flows.Request:
-            request = build(index)
-            request.item.confirm = confirm
-            return request
+        def confirmed(indexes: Sequence[int]) -> Iterator[flows.Request | errors.StateCacheError]:
+            for request in build(indexes):
+                if isinstance(request, flows.Request):
+                    request.item.confirm = confirm
+                yield request
 
         results: list[Any] = [None] * len(ids)
         patience = self._cache.settings.call_timeout_seconds if timeout is None else None

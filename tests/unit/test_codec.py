@@ -230,6 +230,42 @@ def test_the_short_form_of_a_plain_patch_says_what_the_thorough_one_says(data: d
     assert outcome_of(data) == outcome_of(MappingProxyType(data))
 
 
+ANY_PATCH = st.one_of(
+    st.none(),
+    st.just(MappingProxyType({"a": 1})),
+    st.dictionaries(st.sampled_from(["a", "b", "c.d", "_e"]), PLAIN_VALUES | st.text(max_size=9), max_size=4),
+)
+PLAIN_PATCH = st.dictionaries(
+    st.sampled_from(["a", "b", "c.d", "_e"]),
+    st.booleans() | st.integers(-(2**62), 2**62) | st.text('aü\n"\\'),
+    max_size=4,
+)
+
+
+@given(st.lists(PLAIN_PATCH, max_size=6), st.lists(ANY_PATCH, max_size=3))
+def test_patches_encoded_together_are_what_each_is_alone(plain: list[Any], any_: list[Any]) -> None:
+    codec.encode_patch({"a": 1, "b": 1, "c.d": 1, "_e": 1}, LIMITS)  # the names are known from now on
+    together = codec.encode_patches(plain, LIMITS)
+    assert together == [codec.encode_patch(data, LIMITS) if data else None for data in plain]
+    mixed = codec.encode_patches([*plain, *any_, {"b": 2.5}], LIMITS)
+    for data, encoded in zip([*plain, *any_, {"b": 2.5}], mixed, strict=True):
+        assert encoded is None or encoded == outcome_of(data)
+
+
+def test_patches_are_not_encoded_together_where_one_is_refused() -> None:
+    good = {"a": 1}
+    codec.encode_patch(good, LIMITS)
+    for refused in (math.nan, -math.inf, 2**63, "\0", "\ud800", b"bytes", [1]):
+        assert codec.encode_patches([good, {"a": refused}, good], LIMITS) == [None] * 3
+        assert codec.encode_patches([{"a": refused}, {"a": 10**18}], LIMITS) == [None] * 2
+    assert codec.encode_patches([good, {"9a": 1}], LIMITS) == [None] * 2
+    assert codec.encode_patches([good, {f"a{n}": 1 for n in range(65)}], LIMITS) == [None] * 2
+    assert codec.encode_patches([good, {"a": "x" * 65_536}], LIMITS) == [None] * 2
+    assert (
+        codec.encode_patches([{"a": "ü" * 30_000}] * 3, LIMITS) == [codec.encode_patch({"a": "ü" * 30_000}, LIMITS)] * 3
+    )
+
+
 def outcome_of(data: Mapping[str, Any]) -> object:
     try:
         return codec.encode_patch(data, LIMITS)

@@ -7,8 +7,8 @@
 --        partition index, id, move index, expected version or 0, token, tail, extras, fields, field, text, field, text ...
 --        The tail is the entry's text from transition id to unset; extras are false or [retry 0|1, watermark at which SQL
 --        had no such instance or "", [unset field, ...], [[field, delta, i|f], ...], token of a claim or ""]; fields is the
---        number of what follows. Moves are arrays of [machine, event, {from: to}, machine version, {state: ms that it may
---        last} or absent]; a start's from is ""
+--        number of what follows. Moves are arrays of [machine, event, {from: to}, machine version (text), {state: ms that it
+--        may last} or absent]; a start's from is ""
 --      2 '1': compare the server's identity first
 --      3 data fields that an instance may have
 --

@@ -76,11 +76,13 @@ local function rarely()
   return rare
 end
 
--- Fields are fields[first] to fields[last]. A version has fewer than 14 digits, so it may be written by `..`, twice as fast as
--- by `%.0f`.
+-- Fields are fields[first] to fields[last]. Numbers become text once: each time costs a third of a microsecond. A version has
+-- fewer than 14 digits, so `..` may do it, twice as fast as `%.0f`.
+local next_id = EPOCH .. '-*'
 local function write(p, move, id, key, from, to, version, created, ring, tail, increments, fields, first, last, unset, flags)
   -- From here on nothing may fail: everything was checked, and a script that may run out of memory was refused at its start.
-  local entry_id = call('XADD', logs[p], EPOCH .. '-*', 'e',
+  version = version .. ''
+  local entry_id = call('XADD', logs[p], next_id, 'e',
     move[1] .. '\31' .. id .. '\31' .. version .. '\31' .. move[2] .. '\31' .. from .. '\31' .. to .. '\31' .. at
       .. '\31' .. tail .. '\31' .. increments .. '\31' .. move[4])
   call('HSET', key, '@', to .. ' ' .. version .. ' ' .. entry_id .. ' ' .. created .. ' ' .. move[4] .. ' ' .. at
