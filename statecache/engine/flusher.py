@@ -398,11 +398,12 @@ class Flusher:
         self._rate = rate if not self._rate else 0.8 * self._rate + 0.2 * rate
 
     def limit(self) -> int:
-        """The backlog a partition may have: what SQL takes within the wanted lag, never less than a batch's share."""
+        """The backlog a partition may have: what SQL takes within half the wanted lag, never less than a batch's share. The
+        other half is for the batch that an entry is in, which counts when its last entry does, and for SQL's slower moments."""
         if not self._rate:
             return self.backlog_limit
-        share = self._rate * self.lag_target_seconds / self._at_work
-        return min(self.backlog_limit, max(int(share), self.batch_entries // self._at_work, 100))
+        share = self._rate * self.lag_target_seconds / 2 / self._at_work
+        return min(self.backlog_limit, max(int(share), self._size // self._at_work, 100))
 
     # --- the loop ----------------------------------------------------------------------------------------------------
 

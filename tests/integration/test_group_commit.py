@@ -216,7 +216,7 @@ def test_who_helps_one_partition_does_not_release_its_brake(world: worlds.World)
     world.start(world.id(0))
     flusher = world.flusher(lag_target_seconds=1e4, backlog_limit=10**9)
     flusher.step(partitions=[0])
-    assert int(world.meta(0)["limit"]) == int(flusher._rate * 1e4 / 2)
+    assert int(world.meta(0)["limit"]) == int(flusher._rate * 1e4 / 2 / 2)
 
 
 # --- outcomes --------------------------------------------------------------------------------------------------------
