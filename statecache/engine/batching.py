@@ -95,6 +95,7 @@ class Plan:
         self._aside: set[fold.Instance] = set()
         self.parked: set[fold.Instance] = set()
         self.moved: list[tuple[fold.Folded | None, fold.Folded]] = []
+        self.folds: dict[fold.Instance, fold.Folded] = {}
         self.letters = [
             Letter(
                 fold.entry_row(batch.row.partition, one), "this record of the log was not written by statecache", False
@@ -155,6 +156,7 @@ class Plan:
                     self.put_aside([instance], str(error))
                 else:
                     self.moved.append((old, now))
+                    self.folds[instance] = now
 
     def lines(self) -> list[str]:
         """The history lines of everything that was not put aside."""

@@ -354,7 +354,7 @@ class Flusher:
         failpoints.hit("flusher.committed")
         if len(self._cache) + len(plan.moved) > CACHE_INSTANCES_MAX:
             self._cache.clear()
-        self._cache.update({(now.machine, now.id): now for _, now in plan.moved})
+        self._cache.update(plan.folds)
         return plan.parked
 
     # --- after the commit --------------------------------------------------------------------------------------------
