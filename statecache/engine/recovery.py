@@ -344,14 +344,33 @@ class _Attempt:
             return (WIPED if behind.prev == entry.ZERO else TAIL_LOST), behind.prev
         if entry.follows(behind.entry_id, watermark, behind.prev if behind.is_mark else None):
             return INTACT, probed.last
+        hidden = self._end_behind_strangers(row, probed, identity)
+        if hidden is not None:
+            return (TAIL_LOST if self._is_known(row.partition, hidden, identity) else DIVERGED), hidden
         return SQL_BEHIND, probed.last
+
+    def _end_behind_strangers(self, row: PartitionRow, probed: Probed, identity: str) -> entry.EntryId | None:
+        """Where the log ended, below SQL's watermark, if all that it has above are strangers' records; else None.
+
+        A log that reaches back below the watermark, and has lost what stood there, has lost its tail. An entry of ours above it
+        says otherwise: a mark's recovery has dealt with that.
+        """
+        is_foreign = probed.behind is not None and probed.behind.machine == entry.FOREIGN
+        if not is_foreign or probed.at_watermark is not None or probed.first is None or probed.first > row.watermark:
+            return None
+        ours = [
+            one.entry_id for one in self._entries(row.partition, entry.ZERO, identity) if one.machine != entry.FOREIGN
+        ]
+        last = ours[-1] if ours else entry.ZERO
+        return last if last < row.watermark else None
 
     def _same(self, record: entry.Entry) -> bool:
         """Does SQL hold this very entry? Ids alone are no proof: a lost tail's ids are given again (H13)."""
         if record.is_mark:
             return recoveries.recovery(self.durable, record.entry_id.epoch, record.transition_id) is not None
         if record.machine == entry.FOREIGN:
-            return True  # it never had anything to tell it by
+            instance = (record.machine, record.id)  # it has nothing else to tell it by
+            return bool(self._letters(instance)) or instance in self._discards(self._partition_of(instance))
         return (record.machine, record.id, record.version, record.transition_id) in set(
             self._in_sql([(record.machine, record.id)])
         )
@@ -374,7 +393,9 @@ class _Attempt:
                 return True  # trimmed, so it is in SQL
             if record.is_mark:
                 last = record.prev
-            elif record.machine == entry.FOREIGN and last.seq:
+            elif record.machine == entry.FOREIGN:
+                if not last.seq:
+                    return True
                 last = before
             else:
                 return self._same(record)
@@ -423,6 +444,10 @@ class _Attempt:
         for start in range(0, len(names), _DROP_PAGE):
             self._drop(row.partition, fenced, row.watermark, names[start : start + _DROP_PAGE])
         return len(names)
+
+    def _partition_of(self, instance: fold.Instance) -> int:
+        machine, id = instance
+        return int(id.partition(":")[0]) if machine == entry.FOREIGN else self.hot.keyspace.partition_of(machine, id)
 
     def _discards(self, partition: int) -> dict[fold.Instance, list[Discard]]:
         """What operators ever discarded of a partition, by instance."""
@@ -565,7 +590,7 @@ class _Attempt:
     def _in_sql(self, instances: Iterable[fold.Instance]) -> Iterator[tuple[str, str, int, str]]:
         """The (machine, id, version, transition id) that SQL holds of some instances, or held until they were discarded."""
         for instance in instances:
-            for gone in self._discards(self.hot.keyspace.partition_of(*instance)).get(instance, ()):
+            for gone in self._discards(self._partition_of(instance)).get(instance, ()):
                 yield *instance, gone.version, gone.transition_id
             for row in self.durable.history(*instance):
                 yield *instance, row.version, row.transition_id

@@ -13,7 +13,7 @@ import sqlalchemy as sa
 
 from statecache.core import entry, errors, failpoints, flows, items, model
 from statecache.durable import recoveries, schema
-from statecache.engine import recovery
+from statecache.engine import letters, recovery
 from statecache.engine.recovery import PartitionReport
 from tests.support import waiting, worlds
 
@@ -305,6 +305,63 @@ def test_a_recovery_that_garbage_made_begin_again_dies(world: worlds.World, poin
     finally:
         failpoints.arm(None)
     assert world.orders.transition("a", "pay", durability="durable").version == 2
+    world.verify()
+
+
+@pytest.mark.parametrize("step", ["probe", "ready"])
+def test_garbage_hides_no_lost_tail(world: worlds.World, step: str) -> None:
+    """Redis comes back without its tail, and a stranger writes under the epoch of the recovery: the log has something behind
+    SQL's watermark again, and what stands there follows nothing. Taken for an SQL that is behind, the old hash would stay, and
+    version 3 would be given twice (P3)."""
+    world.start("a")
+    world.start("b")
+    saved = world.redis_copy()
+    world.orders.transition("a", "note")
+    world.orders.transition("a", "pay")
+    world.flush()
+    world.redis_back(saved)
+
+    def garbage() -> None:
+        world.client.xadd(world.keyspace.log(0), {"e": "garbage"}, id="2-*")
+
+    with worlds.before_call(world.cache.hot, step, garbage):
+        world.cache.recover()
+    assert world.orders.transition("a", "ship").version == 4
+    world.flush_through()
+    assert world.versions("a") == [1, 2, 3, 4]
+    assert world.orders.transition("a", "deliver", durability="durable").version == 5
+    assert foreign_letters(world) == [entry.EntryId(2, 0)]
+    world.verify()
+
+
+def test_garbage_at_the_watermark_hides_no_lost_tail(world: worlds.World) -> None:
+    """As above, but the stranger comes before anybody has noticed: its record gets the very id that is SQL's watermark."""
+    world.start("a")
+    world.start("b")
+    saved = world.redis_copy()
+    world.orders.transition("a", "pay", durability="durable")
+    world.redis_back(saved)
+    world.client.xadd(world.keyspace.log(0), {"e": "garbage"}, id="1-*")
+    assert world.orders.transition("a", "ship").version == 3
+    world.flush_through()
+    assert world.versions("a") == [1, 2, 3]
+    world.verify()
+
+
+@pytest.mark.parametrize("discarded", [False, True], ids=["kept", "discarded"])
+def test_garbage_at_the_watermark_is_no_alarm(world: worlds.World, discarded: bool) -> None:
+    """A stranger's record is the newest that was flushed; a letter keeps it, or did until it was discarded. A restart finds
+    all as it must be, and what was not flushed yet is no stranger's."""
+    world.start("a")
+    world.client.xadd(world.keyspace.log(0), {"e": "garbage"}, id="1-*")
+    world.flush()
+    if discarded:
+        letters.discard(world.cache, *world.durable.parked_instances()[0])
+    world.orders.transition("a", "pay")
+    world.disown()
+    report = world.cache.recover().partitions[0]
+    assert (report.kind, report.parked) == (recovery.INTACT, 0)
+    assert world.orders.transition("a", "ship", durability="durable").version == 3
     world.verify()
 
 
