@@ -66,6 +66,7 @@ def discard(cache: StateCache, machine: str, id: str) -> int:
         with cache.durable.flush_transaction() as transaction:
             found = transaction.take_letters(machine, id)
             _require(found, machine, id)
+            transaction.note_discards(found, int(time.time() * 1000))
         return len(found)
     row = _quiet(cache, machine, id)
     with cache.durable.flush_transaction() as transaction:

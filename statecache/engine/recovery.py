@@ -12,7 +12,11 @@ Five steps (DESIGN section 4), and what a death between any two of them leaves:
    better; they come back by hydration. Dead here: some are dropped already, and marked cold; the next one drops the rest.
 4. *Report*, in one transaction with the reset of the tails last seen (H18): a loss is counted once. What step 3 wrote into SQL
    was reported with it, in its own transaction: a recovery that died there leaves an unfinished report, which counts.
-5. *Ready.* One script appends the epoch's mark, stores the fence's identity and opens the partition.
+5. *Ready.* One script appends the epoch's mark, stores the fence's identity and opens the partition. Where a stranger has
+   written to a log under this epoch, or a higher one, the server would not take the mark (nor any entry behind it): the
+   recovery begins again under an epoch above that record, and the partitions that were open already are fenced again. What it
+   had mended and reported stands. Dead in between: the next recovery finds the same, at step 3 already. The record itself
+   follows nothing: the flusher stops at it like at any hole, and the recovery that it asks for keeps it as a letter.
 
 Two recoverers: the later one has the higher epoch; the earlier one's next step, on either side, is refused, and it gives up.
 Whatever is refused ends this attempt with ``Superseded``; the caller looks again.
@@ -24,6 +28,7 @@ through the log (the flusher would stop at the hole before it reached the repair
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import secrets
 import time
@@ -116,8 +121,9 @@ def recover(
     """
     hot.wires.discard_idle()
     superseded: Superseded | None = None
+    above = 0
     for _ in range(_ATTEMPTS):
-        attempt = _Attempt(hot, durable, finals, backlog_limit, dry_run, progress)
+        attempt = _Attempt(hot, durable, finals, backlog_limit, dry_run, progress, above)
         try:
             return attempt.run()
         except Superseded as error:
@@ -127,13 +133,30 @@ def recover(
                 raise errors.RecoveringError(
                     f"another recovery took over (epoch {row.epoch}); wait for it, then look at 'statecache status'"
                 ) from error
+            if isinstance(error, _Taken):
+                above = error.last.epoch
+                _log.warning("the recovery begins again: %s", error, extra={"partition": error.partition})
             progress(f"starting over: {error}")
         except BaseException:
             attempt.abandon()
             raise
+    attempt.abandon()
     raise errors.UnavailableError(
-        "Redis keeps changing under the recovery: see that it stays up, then recover again"
-    ) from (superseded)
+        f"Redis keeps changing under the recovery ({superseded}): see that it stays up and that nobody else writes to it, "
+        "then recover again"
+    ) from superseded
+
+
+class _Taken(Superseded):
+    """The mark's place in a partition's log is taken: only an epoch above ``last`` can have one."""
+
+    def __init__(self, partition: int, last: entry.EntryId) -> None:
+        super().__init__(
+            f"partition {partition}: its log ends with {last}, which is no entry of ours: somebody else writes to this stream; "
+            "look at it with XRANGE"
+        )
+        self.partition = partition
+        self.last = last
 
 
 def _log_end(report: Report) -> None:
@@ -148,6 +171,8 @@ def _log_end(report: Report) -> None:
 
 _ATTEMPTS = 5
 _DROP_PAGE = 1000
+_EPOCH_MAX = 2**53 - 1
+"""Scripts compare epochs as Lua's numbers."""
 _UNFENCED = "*"
 """A dry run has no fence: its reads are not guarded."""
 
@@ -163,6 +188,7 @@ class _Attempt:
         backlog_limit: int,
         dry_run: bool,
         progress: Callable[[str], None],
+        above: int,
     ) -> None:
         self.hot = hot
         self.durable = durable
@@ -170,6 +196,7 @@ class _Attempt:
         self.backlog_limit = backlog_limit
         self.dry_run = dry_run
         self.progress = progress
+        self.above = above
         self.started = time.monotonic()
         self.started_ms = _now_ms()
         self.beat_at = self.started
@@ -209,7 +236,7 @@ class _Attempt:
         """Take the epoch in SQL; returns True for a store that has never had one."""
         row = self.row
         positions = [self.hot.position(partition) for partition in range(row.partition_count)]
-        epoch = 1 + max(row.epoch, *(position.epoch if position else 0 for position in positions))
+        epoch = 1 + max(row.epoch, self.above, *(position.epoch if position else 0 for position in positions))
         self.stamp = scripts.Stamp(epoch, secrets.token_urlsafe(9))
         if self.dry_run:
             return row.epoch == 0
@@ -255,6 +282,8 @@ class _Attempt:
     def _mend(self, row: PartitionRow, fenced: Fenced, new: bool) -> PartitionReport:
         identity = _UNFENCED if self.dry_run else fenced.identity
         probed = self._probe(row, identity)
+        if probed.last >= entry.EntryId(self.stamp.epoch, 0):
+            raise self._taken(row.partition, probed.last)
         kind, last = self._classify(row, probed, new and not fenced.existed, identity)
         watermark, mend = row.watermark, mending.Mend([], [], [], [], [], 0, 0, [])
         dropped = 0
@@ -285,6 +314,15 @@ class _Attempt:
             raise Superseded(f"partition {row.partition}: {code} while it was looked at")
         return probed
 
+    def _taken(self, partition: int, last: entry.EntryId) -> errors.StateCacheError:
+        if last.epoch < _EPOCH_MAX:
+            return _Taken(partition, last)
+        key = self.hot.keyspace.log(partition)
+        return errors.IntegrityError(
+            f"partition {partition}: its log ends with {last}, written by somebody else, and no epoch can be above that: keep "
+            f"what is in {key} (XRANGE), delete that stream (DEL), and run 'statecache recover'"
+        )
+
     def _classify(self, row: PartitionRow, probed: Probed, new: bool, identity: str) -> tuple[str, entry.EntryId]:
         """The class of a partition, and the log's last entry that belongs to SQL's line of history."""
         watermark, behind = row.watermark, probed.behind
@@ -306,14 +344,33 @@ class _Attempt:
             return (WIPED if behind.prev == entry.ZERO else TAIL_LOST), behind.prev
         if entry.follows(behind.entry_id, watermark, behind.prev if behind.is_mark else None):
             return INTACT, probed.last
+        hidden = self._end_behind_strangers(row, probed, identity)
+        if hidden is not None:
+            return (TAIL_LOST if self._is_known(row.partition, hidden, identity) else DIVERGED), hidden
         return SQL_BEHIND, probed.last
+
+    def _end_behind_strangers(self, row: PartitionRow, probed: Probed, identity: str) -> entry.EntryId | None:
+        """Where the log ended, below SQL's watermark, if all that it has above are strangers' records; else None.
+
+        A log that reaches back below the watermark, and has lost what stood there, has lost its tail. An entry of ours above it
+        says otherwise: a mark's recovery has dealt with that.
+        """
+        is_foreign = probed.behind is not None and probed.behind.machine == entry.FOREIGN
+        if not is_foreign or probed.at_watermark is not None or probed.first is None or probed.first > row.watermark:
+            return None
+        ours = [
+            one.entry_id for one in self._entries(row.partition, entry.ZERO, identity) if one.machine != entry.FOREIGN
+        ]
+        last = ours[-1] if ours else entry.ZERO
+        return last if last < row.watermark else None
 
     def _same(self, record: entry.Entry) -> bool:
         """Does SQL hold this very entry? Ids alone are no proof: a lost tail's ids are given again (H13)."""
         if record.is_mark:
             return recoveries.recovery(self.durable, record.entry_id.epoch, record.transition_id) is not None
         if record.machine == entry.FOREIGN:
-            return True  # it never had anything to tell it by
+            instance = (record.machine, record.id)  # it has nothing else to tell it by
+            return bool(self._letters(instance)) or instance in self._discards(self._partition_of(instance))
         return (record.machine, record.id, record.version, record.transition_id) in set(
             self._in_sql([(record.machine, record.id)])
         )
@@ -336,7 +393,9 @@ class _Attempt:
                 return True  # trimmed, so it is in SQL
             if record.is_mark:
                 last = record.prev
-            elif record.machine == entry.FOREIGN and last.seq:
+            elif record.machine == entry.FOREIGN:
+                if not last.seq:
+                    return True
                 last = before
             else:
                 return self._same(record)
@@ -386,6 +445,10 @@ class _Attempt:
             self._drop(row.partition, fenced, row.watermark, names[start : start + _DROP_PAGE])
         return len(names)
 
+    def _partition_of(self, instance: fold.Instance) -> int:
+        machine, id = instance
+        return int(id.partition(":")[0]) if machine == entry.FOREIGN else self.hot.keyspace.partition_of(machine, id)
+
     def _discards(self, partition: int) -> dict[fold.Instance, list[Discard]]:
         """What operators ever discarded of a partition, by instance."""
         if partition not in self.discarded:
@@ -431,16 +494,25 @@ class _Attempt:
         known = self._known([*groups, *hashes])
         if not behind:
             return probed.last, mending.diverged(row.partition, groups, hashes, known, self._in_sql(groups))
-        first = probed.behind
-        if first is None:
-            watermark = probed.last
-        else:
-            # Number 0 is a mark's: another record there is a stranger's, written before the mark, and is passed over.
-            id = first.entry_id
-            watermark = first.prev if first.is_mark else entry.EntryId(id.epoch, max(0, id.seq - 1))
-        return watermark, mending.sql_behind(
+        # Strangers' records have any number. They are passed over: the flusher would stop at each that follows nothing.
+        foreign = list(itertools.takewhile(lambda one: one.machine == entry.FOREIGN, entries))
+        ours = entries[len(foreign) :]
+        watermark = probed.last
+        if ours:
+            # Number 0 is a mark's: another record there is a stranger's that looks like one of ours, and is passed over too.
+            id = ours[0].entry_id
+            watermark = ours[0].prev if ours[0].is_mark else entry.EntryId(id.epoch, max(0, id.seq - 1))
+        mend = mending.sql_behind(
             row.partition, groups, hashes, known, watermark, self.finals, f"reconciled-{self.stamp.epoch}"
         )
+        mend.covered += len(foreign)
+        mend.letters += [fold.entry_row(row.partition, one) for one in foreign]
+        if foreign:
+            mend.findings.append(
+                f"{len(foreign)} records of the log, from {foreign[0].entry_id} on, were not written by statecache: kept as "
+                "dead letters"
+            )
+        return watermark, mend
 
     def _rewrite(
         self, row: PartitionRow, fenced: Fenced, probed: Probed, mend: mending.Mend, part: PartitionReport
@@ -518,7 +590,7 @@ class _Attempt:
     def _in_sql(self, instances: Iterable[fold.Instance]) -> Iterator[tuple[str, str, int, str]]:
         """The (machine, id, version, transition id) that SQL holds of some instances, or held until they were discarded."""
         for instance in instances:
-            for gone in self._discards(self.hot.keyspace.partition_of(*instance)).get(instance, ()):
+            for gone in self._discards(self._partition_of(instance)).get(instance, ()):
                 yield *instance, gone.version, gone.transition_id
             for row in self.durable.history(*instance):
                 yield *instance, row.version, row.transition_id
@@ -537,6 +609,8 @@ class _Attempt:
             new=part.kind == NEW,
             report=msgspec.json.encode(part).decode(),
         )
+        if code.startswith("TAKEN"):
+            raise self._taken(part.partition, entry.EntryId.parse(code[6:]))
         if not code.startswith("OK"):
             raise Superseded(f"partition {part.partition}: {code} while it was opened")
         failpoints.hit("recovery.ready")

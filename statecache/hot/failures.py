@@ -19,6 +19,8 @@ _UNREADY = (
     "MOVED",
     "ASK",
 )
+# The server takes no entry of this epoch behind one of somebody else's with a higher id. The script may have written before.
+_PASSED = "equal or smaller than the target stream top item"
 
 
 def code_of(error: redis.RedisError | OSError, *, sent: bool) -> str:
@@ -31,6 +33,8 @@ def code_of(error: redis.RedisError | OSError, *, sent: bool) -> str:
         return "UNREADY"
     if _is_denial(error):
         return "ERROR"
+    if isinstance(error, redis.ResponseError) and _PASSED in str(error):
+        return "LOST" if sent else "UNSENT"
     if isinstance(error, redis.ResponseError):
         # redis-py cuts the word off the errors it knows, and a script's error carries it in its middle.
         words = str(error).split(" ", 1)[0], *[word for word in _UNREADY if f"{word} " in str(error)]
@@ -60,6 +64,11 @@ def translated(error: redis.RedisError | OSError, what: str) -> errors.StateCach
         result = errors.IntegrityError(f"a key of this namespace holds what statecache did not write ({what}): {error}")
     elif code == "ERROR":
         result = errors.IntegrityError(f"a command failed on the server ({what}): {error}")
+    elif _PASSED in str(error):
+        result = errors.UnavailableError(
+            f"a partition's log takes no entries ({what}): somebody else wrote to that stream under a higher id; "
+            "a recovery mends that: a flusher's, when it comes to that record, or 'statecache recover'"
+        )
     else:
         result = errors.UnavailableError(f"Redis did not answer ({what}): {type(error).__name__}: {error}")
     result.__cause__ = error

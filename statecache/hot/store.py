@@ -517,7 +517,10 @@ class HotStore:
         new: bool,
         report: str,
     ) -> str:
-        """End a recovery's work on a partition: it serves again; the reply's code and the mark's id."""
+        """End a recovery's work on a partition: it serves again; the reply's code and the mark's id.
+
+        ``TAKEN`` and the log's last id when somebody else's record is where the mark would be, or above it.
+        """
         arguments = (identity, str(watermark), limit, "0" if new else "", report)
         return self._call("ready", [self._pair_keys[partition]], 2, *arguments, stamp=stamp)
 

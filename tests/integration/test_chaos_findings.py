@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from typing import Any
 from unittest import mock
 
 import msgspec
 import pytest
+import sqlalchemy as sa
 
-from statecache.core import errors, failpoints, flows, items, model
-from statecache.durable import recoveries
-from statecache.engine import recovery
+from statecache.core import entry, errors, failpoints, flows, items, model
+from statecache.durable import recoveries, schema
+from statecache.engine import letters, recovery
 from statecache.engine.recovery import PartitionReport
 from tests.support import waiting, worlds
 
@@ -231,22 +233,186 @@ def test_an_older_snapshot_that_holds_nothing_new_is_a_lost_tail(world: worlds.W
     world.verify()
 
 
-def test_garbage_written_during_a_recovery(world: worlds.World) -> None:
-    """A stranger writes to the log under the epoch of a recovery that is under way, before its mark: the record gets number
-    0, which is the mark's. That recovery fails; the next one must not fail for ever at a record that follows nothing (it
-    asked for the id before number 0), and the partition goes on (P10)."""
+def foreign_letters(world: worlds.World) -> list[entry.EntryId]:
+    """Where the records stood that statecache did not write, of those kept as letters."""
+    table = schema.dead_letters.c
+    asked = sa.select(table.epoch, table.seq).where(table.machine == entry.FOREIGN).order_by(table.epoch, table.seq)
+    with world.durable.database.engine.connect() as connection:
+        return [entry.EntryId(*row) for row in connection.execute(asked)]
+
+
+@pytest.mark.parametrize("step", ["probe", "ready"])
+@pytest.mark.parametrize("flushed", [True, False], ids=["flushed", "unflushed"])
+def test_garbage_written_during_a_recovery(world: worlds.World, flushed: bool, step: str) -> None:
+    """A recovery has fenced; a stranger writes to the log under its epoch, before its mark: the record gets number 0, which
+    is the mark's, and the server refuses the mark ("equal or smaller than the target stream top item"). The recovery begins
+    again under the next epoch, and nobody is told of it; the record is kept as a letter, and the partition goes on (P10)."""
     world.start("a")
     world.start("b", ["pay"])
-    world.flush()
+    if flushed:
+        world.flush()
     world.disown()
 
     def garbage() -> None:
         world.client.xadd(world.keyspace.log(0), {"e": "garbage"}, id="2-*")
 
-    with worlds.before_call(world.cache.hot, "ready", garbage), pytest.raises(errors.IntegrityError):
-        world.cache.recover()
+    with worlds.before_call(world.cache.hot, step, garbage):
+        report = world.cache.recover()
+    assert report.epoch == 3
+    world.flush_through()
+    assert foreign_letters(world) == [entry.EntryId(2, 0)]
     assert world.orders.transition("a", "pay", durability="durable").version == 2
     assert world.orders.transition("b", "ship", durability="durable").version == 3
+    assert report.lost_at_least == 0
+    world.verify()
+
+
+def test_garbage_in_one_partition_of_a_recovery(redis_url: str, sqlite_url: str, namespace: str) -> None:
+    """As above, in the last of three partitions, when the others serve already: all begin again, and none loses anything."""
+    with worlds.World(redis_url, sqlite_url, namespace, partition_count=3) as world:
+        ids = [world.id(partition) for partition in range(3)]
+        for id in ids:
+            world.start(id)
+        world.disown()
+
+        def garbage() -> None:
+            world.client.xadd(world.keyspace.log(2), {"e": "garbage"}, id="2-*")
+
+        with worlds.before_call(world.cache.hot, "ready", garbage, call=3):
+            report = world.cache.recover()
+        assert report.epoch == 3
+        for id in ids:
+            assert world.orders.transition(id, "pay", durability="durable").version == 2
+        world.verify()
+
+
+@pytest.mark.parametrize("point", ["recovery.taken", "recovery.fenced", "recovery.mended", "recovery.reported"])
+def test_a_recovery_that_garbage_made_begin_again_dies(world: worlds.World, point: str) -> None:
+    """As above, and the recovery fails once more on its second way, at any step: whoever comes next mends it."""
+    world.start("a")
+    world.disown()
+
+    def garbage() -> None:
+        world.client.xadd(world.keyspace.log(0), {"e": "garbage"}, id="2-*")
+        failpoints.arm(f"{point}=error")
+
+    try:
+        with (
+            worlds.before_call(world.cache.hot, "ready", garbage),
+            pytest.raises(errors.UnavailableError, match="failpoint"),
+        ):
+            world.cache.recover()
+    finally:
+        failpoints.arm(None)
+    assert world.orders.transition("a", "pay", durability="durable").version == 2
+    world.verify()
+
+
+@pytest.mark.parametrize("step", ["probe", "ready"])
+def test_garbage_hides_no_lost_tail(world: worlds.World, step: str) -> None:
+    """Redis comes back without its tail, and a stranger writes under the epoch of the recovery: the log has something behind
+    SQL's watermark again, and what stands there follows nothing. Taken for an SQL that is behind, the old hash would stay, and
+    version 3 would be given twice (P3)."""
+    world.start("a")
+    world.start("b")
+    saved = world.redis_copy()
+    world.orders.transition("a", "note")
+    world.orders.transition("a", "pay")
+    world.flush()
+    world.redis_back(saved)
+
+    def garbage() -> None:
+        world.client.xadd(world.keyspace.log(0), {"e": "garbage"}, id="2-*")
+
+    with worlds.before_call(world.cache.hot, step, garbage):
+        world.cache.recover()
+    assert world.orders.transition("a", "ship").version == 4
+    world.flush_through()
+    assert world.versions("a") == [1, 2, 3, 4]
+    assert world.orders.transition("a", "deliver", durability="durable").version == 5
+    assert foreign_letters(world) == [entry.EntryId(2, 0)]
+    world.verify()
+
+
+def test_garbage_at_the_watermark_hides_no_lost_tail(world: worlds.World) -> None:
+    """As above, but the stranger comes before anybody has noticed: its record gets the very id that is SQL's watermark."""
+    world.start("a")
+    world.start("b")
+    saved = world.redis_copy()
+    world.orders.transition("a", "pay", durability="durable")
+    world.redis_back(saved)
+    world.client.xadd(world.keyspace.log(0), {"e": "garbage"}, id="1-*")
+    assert world.orders.transition("a", "ship").version == 3
+    world.flush_through()
+    assert world.versions("a") == [1, 2, 3]
+    world.verify()
+
+
+@pytest.mark.parametrize("discarded", [False, True], ids=["kept", "discarded"])
+def test_garbage_at_the_watermark_is_no_alarm(world: worlds.World, discarded: bool) -> None:
+    """A stranger's record is the newest that was flushed; a letter keeps it, or did until it was discarded. A restart finds
+    all as it must be, and what was not flushed yet is no stranger's."""
+    world.start("a")
+    world.client.xadd(world.keyspace.log(0), {"e": "garbage"}, id="1-*")
+    world.flush()
+    if discarded:
+        letters.discard(world.cache, *world.durable.parked_instances()[0])
+    world.orders.transition("a", "pay")
+    world.disown()
+    report = world.cache.recover().partitions[0]
+    assert (report.kind, report.parked) == (recovery.INTACT, 0)
+    assert world.orders.transition("a", "ship", durability="durable").version == 3
+    world.verify()
+
+
+def test_a_log_that_is_never_left_alone(world: worlds.World) -> None:
+    """A stranger writes before every single mark: the recovery gives up, and its error says who is in its way."""
+    world.start("a")
+    world.disown()
+    ready = world.cache.hot.ready
+
+    def garbage(*arguments: Any, **named: Any) -> str:
+        world.client.xadd(world.keyspace.log(0), {"e": "garbage"}, id=f"{world.meta()['epoch']}-*")
+        return ready(*arguments, **named)
+
+    with (
+        mock.patch.object(world.cache.hot, "ready", garbage),
+        pytest.raises(errors.UnavailableError, match="somebody else writes to this stream"),
+    ):
+        world.cache.recover()
+    assert world.orders.transition("a", "pay", timeout=5.0, durability="durable").version == 2
+    world.verify()
+
+
+def test_garbage_under_an_id_of_its_own(world: worlds.World) -> None:
+    """A stranger uses XADD as everybody does, with ``*``: the record's id is a time, far above every epoch, so that the server
+    refuses every entry and every mark from then on. Recovery takes an epoch above it; a call that met it is repeated."""
+    world.start("a")
+    world.start("b", ["pay"])
+    world.flush()
+    world.orders.transition("a", "note")
+    strangers = [f"{1_700_000_000_000 + number}-0" for number in range(3)]
+    for id in strangers:
+        world.client.xadd(world.keyspace.log(0), {"e": "garbage"}, id=id)
+    with worlds.before_call(world.cache.driver, "_pause", world.cache.flusher.step):
+        assert world.orders.transition("a", "pay").version == 3
+    assert world.orders.transition("b", "ship", durability="durable").version == 3
+    assert foreign_letters(world) == [entry.EntryId.parse(id) for id in strangers]
+    assert len(recoveries.recoveries(world.durable)) <= 4
+    assert newest_report(world).lost_at_least == 0
+    world.verify()
+
+
+def test_garbage_under_the_highest_id(world: worlds.World) -> None:
+    """A record above which no epoch can be: no recovery mends that, and the error says what does."""
+    world.start("a")
+    world.flush()
+    world.client.xadd(world.keyspace.log(0), {"e": "garbage"}, id=f"{2**64 - 1}-1")
+    with pytest.raises(errors.IntegrityError, match="delete that stream"):
+        world.cache.recover()
+    world.client.delete(world.keyspace.log(0))
+    world.cache.recover()
+    assert world.orders.transition("a", "pay", durability="durable").version == 2
     world.verify()
 
 

@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import random
 import signal
+import time
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -171,7 +172,7 @@ def work(redis_url: str, database_url: str, namespace: str, folder: Path, name: 
     def note(*words: Any) -> None:
         os.write(ledger, (json.dumps(words) + "\n").encode())
 
-    with StateCache.connect(redis_url, database_url, namespace, timeout_sweep_seconds=0.5) as cache:
+    with connected(redis_url, database_url, namespace) as cache:
         jobs = cache.machine(Job)
         pause = cache.driver.closing.wait
         while not (folder / "stop").exists():
@@ -192,6 +193,18 @@ def work(redis_url: str, database_url: str, namespace: str, folder: Path, name: 
                 note("fenced")
             except errors.StateCacheError as error:
                 note("error", type(error).__name__, str(error))
+
+
+def connected(*where: str) -> StateCache:
+    """Connect, again until Redis is there: a worker may be started in the moment in which it is killed."""
+    deadline = time.monotonic() + 60.0
+    while True:
+        try:
+            return StateCache.connect(*where, timeout_sweep_seconds=0.5)
+        except (errors.UnavailableError, errors.RecoveringError):
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)  # in a worker, which has nothing to wait on yet
 
 
 def start(*arguments: Any) -> Any:

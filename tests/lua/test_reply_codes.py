@@ -385,6 +385,14 @@ def _probe_ok(lab: Any) -> Act:
     return lambda: FENCED_CALLS["probe"](lab)
 
 
+@reaches("ready", "TAKEN")
+def _ready_taken(lab: Any) -> Act:
+    lab.start()
+    lab.fence(0, NEXT)
+    lab.client.xadd(lab.log(), {"e": "a stranger's"}, id="2-*")
+    return lambda: FENCED_CALLS["ready"](lab)
+
+
 @reaches("ready", "OK")
 def _ready_ok(lab: Any) -> Act:
     lab.start()

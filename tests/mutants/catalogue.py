@@ -15,6 +15,7 @@ _CODES = "tests/lua/test_reply_codes.py::test_code_is_reached_and_writes_what_th
 _SCRIPTS = "tests/lua/test_partition_scripts.py::"
 _APPLY = "tests/lua/test_apply.py::"
 _HOLES = "tests/integration/test_holes.py::"
+_CHAOS = "tests/integration/test_chaos_findings.py::"
 _FLUSHER = "tests/integration/test_flusher.py::"
 _RECOVERY = "tests/integration/test_recovery.py::"
 _CLIENT = "tests/integration/test_faults_client.py::"
@@ -205,6 +206,16 @@ MUTANTS = [
             ),
         ),
         (f"{_CLIENT}test_two_processes_with_one_transition_id",),
+    ),
+    Mutant(
+        "a recovery that a stranger's record is in the way of begins again under the next epoch only",
+        (Patch("statecache/engine/recovery.py", "max(row.epoch, self.above, *(", "max(row.epoch, *("),),
+        (f"{_CHAOS}test_garbage_under_an_id_of_its_own",),
+    ),
+    Mutant(
+        "strangers' records hide a lost tail",
+        (Patch("statecache/engine/recovery.py", "        if hidden is not None:\n", "        if False:\n"),),
+        (f"{_CHAOS}test_garbage_hides_no_lost_tail[probe]",),
     ),
     Mutant(
         "recovery without fence",

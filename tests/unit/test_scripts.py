@@ -30,7 +30,7 @@ KNOWN = {
     "park": {"OK", "GONE", "TYPE", *ADMISSION},
     "probe": {"OK", *ADMISSION},
     "read": {"OK", *ADMISSION},
-    "ready": {"OK", *ADMISSION},
+    "ready": {"OK", "TAKEN", *ADMISSION},
     "remind": {"OK", "KEPT", *ADMISSION},
 }  # fmt: skip
 

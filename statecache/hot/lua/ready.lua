@@ -9,6 +9,8 @@
 --
 -- Reply  one string:
 --   OK mark_id                      the partition serves
+--   TAKEN last_id                   somebody else has written under this epoch or a higher one, so that the server would not
+--                                   take the mark: begin again under an epoch above last_id. Nothing written
 --   EPOCH | RECOVERING | IDENTITY   not admitted: nothing written
 -- Cost   a dozen calls.
 --@include identity
@@ -17,12 +19,14 @@
 local meta, log, watermark = KEYS[1], KEYS[2], ARGV[2]
 local code = refusal(meta, identity(), ARGV[1])
 if code then return code end
+local prev = last_id(log)
+if not id_above(EPOCH .. '-0', prev) then return 'TAKEN ' .. prev end
 local m = redis.call('HMGET', meta, 'watermark', 'cold', 'evicted_to', 'prev', 'carry')
 if m[1] and id_above(m[1], watermark) then watermark = m[1] end
 -- The mark's prev: never below SQL's watermark, so that an older copy of SQL, restored later, shows that it is one.
-local time, prev = redis.call('TIME'), last_id(log)
 if id_above(ARGV[2], prev) then prev = ARGV[2] end
 local carry = redis.call('XLEN', log) - kept(log, watermark, m[4], m[5])
+local time = redis.call('TIME')
 local at = time[1] .. string.format('%03d', math.floor(time[2] / 1000))
 local mark = redis.call('XADD', log, EPOCH .. '-0', 'e',
   table.concat({ '', '', '0', '@epoch', prev, '', at, OWNER, '', '', '', '', '', '', '0' }, '\31'))
