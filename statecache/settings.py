@@ -96,8 +96,8 @@ class Settings(pydantic_settings.BaseSettings):
     flush_interval_ms: Positive = 50
     """Pause of the flusher when it has caught up."""
 
-    flush_batch_entries: Positive = 5_000
-    """Most entries of one flush transaction and partition."""
+    flush_batch_entries: Positive | None = None
+    """Most entries of one flush transaction. If unset, 5,000, with SQLite 10,000."""
 
     flush_batch_bytes: Positive = 8 * 1024 * 1024
     """Most bytes of log entries that the flusher reads at once from a partition."""

@@ -170,9 +170,9 @@ class Plan:
         ]
 
     def rows(self) -> list[tuple[Any, ...]]:
-        """The same as rows, for a database that cannot take the lines."""
+        """The same as rows, for a database that cannot take the lines; an empty part is an empty text."""
         return [
-            fold.entry_row(batch.row.partition, record)
+            fold.entry_parts(batch.row.partition, record)
             for batch in self._batches
             for record in batch.records
             if (record.machine, record.id) not in self._aside
