@@ -65,6 +65,24 @@ def check_text(what: str, value: object, length_max: int) -> str:
     return value
 
 
+def check_texts(what: str, values: Sequence[object], length_max: int) -> list[errors.InvalidDataError | None]:
+    """The error that ``check_text`` has for each value, None for what it lets pass."""
+    texts = [value for value in values if isinstance(value, str)]
+    if len(texts) == len(values) and all(texts) and max(map(len, texts), default=0) <= length_max:
+        together = "".join(texts)
+        if together.isascii() and together.isprintable():
+            return [None] * len(values)
+    return [_error_of(what, value, length_max) for value in values]
+
+
+def _error_of(what: str, value: object, length_max: int) -> errors.InvalidDataError | None:
+    try:
+        check_text(what, value, length_max)
+    except errors.InvalidDataError as error:
+        return error
+    return None
+
+
 def token_of(transition_id: str) -> str:
     """The ring's token of a transition id: 48 bits of its BLAKE2b hash as 8 base64 characters."""
     digest = hashlib.blake2b(transition_id.encode(), digest_size=6).digest()

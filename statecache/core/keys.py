@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NewType
 
@@ -68,3 +69,9 @@ class Keyspace:
 
     def partition_of(self, machine: str, id: str) -> Partition:
         return partition_of(machine, id, self.partition_count)
+
+    def instances(self, machine: str, ids: Iterable[str]) -> list[bytes]:
+        """``instance`` of many of one machine, each in its partition, encoded."""
+        begins = [self.instance(partition, machine, "").encode() for partition in range(self.partition_count)]
+        begun = zlib.crc32(f"{machine}:".encode())  # the rest of an address goes on from it
+        return [begins[zlib.crc32(id, begun) % self.partition_count] + id for id in map(str.encode, ids)]

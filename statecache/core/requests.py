@@ -45,6 +45,10 @@ class Door:
     def check_id(self, id: object) -> str:
         return codec.check_text("id", id, self._limits.id_length_max)
 
+    def check_ids(self, ids: Sequence[object]) -> list[errors.InvalidDataError | None]:
+        """The error of each id that is refused, None for the others."""
+        return codec.check_texts("id", ids, self._limits.id_length_max)
+
     def start(
         self,
         id: str,

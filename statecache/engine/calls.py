@@ -67,18 +67,6 @@ class Calls:
             except errors.StateCacheError as error:
                 yield error
 
-    def addresses(self, ids: Sequence[str], results: list[Any]) -> list[tuple[int, tuple[int, str, str]]]:
-        """Where the instances lie, by index; the error of an id that is refused is put into ``results``."""
-        found: list[tuple[int, tuple[int, str, str]]] = []
-        for index, id in enumerate(ids):
-            try:
-                self.door.check_id(id)
-            except errors.InvalidDataError as error:
-                results[index] = error
-            else:
-                found.append((index, (self.door.partition_of(id), self.name, id)))
-        return found
-
     def address(self, id: str) -> tuple[int, str, str]:
         """Where an instance lies: partition, machine, id."""
         self.door.check_id(id)
@@ -139,10 +127,10 @@ class Calls:
                 f"{self.name}:{id}: its key in Redis holds something that statecache did not write; run 'statecache verify'"
             )
         state, version, entry_id, created, machine_version, updated, *flags = own.decode().split(" ")
+        definition = self.definition
         return model.Snapshot(
             self.name, id, state, int(version), fields, entry_id, int(created), int(updated), int(machine_version),
-            state in self.definition.finals, self.definition.available_events(state), source,
-            bool(flags) and "p" in flags[0],
+            state in definition.finals, definition.available_events(state), source, bool(flags) and "p" in flags[0],
         )  # fmt: skip
 
     def _folded(self, rows: Sequence[model.Transition]) -> model.Snapshot:

@@ -30,8 +30,6 @@ CHUNK_ITEMS = 125
 _UNFINISHED_MAX = 1000
 _LANE_ITEMS_MAX = 500
 UNREACHABLE = ("LOST", "UNSENT")
-Address = tuple[int, tuple[int, str, str]]
-"""An index and the (partition, machine, id) that is wanted for it."""
 _PAUSE_SECONDS_MIN, _PAUSE_SECONDS_MAX = 0.001, 0.1
 
 
@@ -215,27 +213,30 @@ class Driver:
         return left
 
     def read_many(
-        self, addresses: Sequence[Address], snapshot_of: flows.SnapshotOf, results: list[Any], deadline: float
+        self, machine: str, ids: Sequence[str], snapshot_of: flows.SnapshotOf, results: list[Any], deadline: float
     ) -> None:
-        """Read instances; snapshots or errors are put into ``results`` by the index that each address begins with."""
-        for start in range(0, len(addresses), _UNFINISHED_MAX):
-            some = addresses[start : start + _UNFINISHED_MAX]
+        """Read instances; snapshots or errors are put into ``results`` by index. What has a result already is not read."""
+        indexes = [index for index, result in enumerate(results) if result is None]
+        for start in range(0, len(indexes), _UNFINISHED_MAX):
+            some = indexes[start : start + _UNFINISHED_MAX]
             try:
-                found = self._patiently(partial(self.hot.hashes, [address for _, address in some]), deadline)
+                found = self._patiently(partial(self.hot.hashes_of, machine, [ids[index] for index in some]), deadline)
             except errors.StateCacheError as error:
-                for index, _ in some:
+                for index in some:
                     results[index] = error
                 continue
             left = []
-            for (index, (partition, machine, id)), fields in zip(some, found, strict=True):
+            for index, fields in zip(some, found, strict=True):
+                id = ids[index]
                 try:
                     if fields:
                         results[index] = snapshot_of(id, fields, "hot")
                         continue
-                    one = Running(index, id, flows.snapshot(partition, machine, id, snapshot_of, missed=True))
                 except errors.StateCacheError as error:
                     results[index] = error
                     continue
+                partition = self.hot.keyspace.partition_of(machine, id)
+                one = Running(index, id, flows.snapshot(partition, machine, id, snapshot_of, missed=True))
                 self._resume(one, None, results)
                 if one.wish is not None:
                     left.append([one])

@@ -241,9 +241,8 @@ class MachineHandle:
     ) -> list[model.Snapshot | errors.StateCacheError]:
         """Many instances as they are now; a snapshot or an error (``NotFoundError``) for each, in order."""
         wanted = as_ids(ids)
-        results: list[Any] = [None] * len(wanted)
-        addresses = self.calls.addresses(wanted, results)
-        self._cache.driver.read_many(addresses, self.calls.snapshot, results, self._cache.deadline(timeout))
+        results: list[Any] = self.calls.door.check_ids(wanted)
+        self._cache.driver.read_many(self.name, wanted, self.calls.snapshot, results, self._cache.deadline(timeout))
         self.meter.read_many(results)
         return results
 

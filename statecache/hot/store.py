@@ -22,6 +22,7 @@ from statecache.hot import failures, resp, scripts, wire
 
 _encode = msgspec.json.encode
 _NUMBERS = [resp.bulk(number) for number in range(4096)]
+_HGETALL = b"*2\r\n$7\r\nHGETALL\r\n$%d\r\n%b\r\n"
 _HEADERS = [b"*%d\r\n" % number for number in range(4096)]
 CHUNKS_IN_FLIGHT = 2
 BATCH_ITEMS_MAX = 250
@@ -253,18 +254,25 @@ class HotStore:
 
     # --- reads -------------------------------------------------------------------------------------------------------
 
-    def hashes(self, addresses: Sequence[tuple[int, str, str]]) -> list[dict[bytes, bytes]]:
+    def hashes(self, addresses: Iterable[tuple[int, str, str]]) -> list[dict[bytes, bytes]]:
         """HGETALL of each (partition, machine, id), pipelined; empty for what is not hot.
 
         Plain reads, not admitted: a Redis that has just become untrue may be seen until the first checked call.
         """
+        return self._hashes([self.keyspace.instance(*address).encode() for address in addresses])
+
+    def hashes_of(self, machine: str, ids: Iterable[str]) -> list[dict[bytes, bytes]]:
+        """``hashes`` of one machine's instances."""
+        return self._hashes(self.keyspace.instances(machine, ids))
+
+    def _hashes(self, keys: Sequence[bytes]) -> list[dict[bytes, bytes]]:
         with self._exchange("HGETALL") as line:
             replies: list[Any] = []
-            for start in range(0, len(addresses), 125):
-                line.send(self.packed_reads(addresses[start : start + 125]))
+            for start in range(0, len(keys), 125):
+                line.send(b"".join([_HGETALL % (len(key), key) for key in keys[start : start + 125]]))
                 if start:
                     replies += line.read_many(125)
-            replies += line.read_many(len(addresses) - len(replies))
+            replies += line.read_many(len(keys) - len(replies))
             return [hash_of(reply) for reply in replies]
 
     def hash(self, partition: int, machine: str, id: str) -> dict[bytes, bytes]:
@@ -272,18 +280,6 @@ class HotStore:
         with self._exchange("HGETALL") as line:
             line.send(resp.command("HGETALL", self.keyspace.instance(partition, machine, id)))
             return hash_of(line.read_many(1)[0])
-
-    def packed_reads(self, addresses: Sequence[tuple[int, str, str]]) -> bytes:
-        """The bytes of HGETALL for each address."""
-        prefixes: dict[tuple[int, str], str] = {}
-        packed = []
-        for partition, machine, id in addresses:
-            prefix = prefixes.get((partition, machine))
-            if prefix is None:
-                prefix = prefixes[partition, machine] = self.keyspace.instance(partition, machine, "")
-            key = (prefix + id).encode()
-            packed.append(b"*2\r\n$7\r\nHGETALL\r\n$%d\r\n%b\r\n" % (len(key), key))
-        return b"".join(packed)
 
     def own_field(self, partition: int, machine: str, id: str) -> bytes | None:
         """The field ``@`` of an instance's hash, None if it is not hot."""
@@ -658,13 +654,14 @@ def _optional_id(text: str) -> entry.EntryId | None:
 
 def hash_of(reply: list[bytes] | dict[bytes, bytes] | redis.ResponseError) -> dict[bytes, bytes]:
     """The fields of a hash. A key that holds something else is a hash of no field of ours: only its reader fails."""
-    if isinstance(reply, redis.ResponseError):
-        if "WRONGTYPE" in str(reply):
-            return {b"?": b"WRONGTYPE"}
-        raise reply
+    if isinstance(reply, list):
+        parts = iter(reply)
+        return dict(zip(parts, parts, strict=True))
     if isinstance(reply, dict):  # RESP3, as an emulated server speaks it
         return reply
-    return dict(zip(reply[::2], reply[1::2], strict=True))
+    if "WRONGTYPE" in str(reply):
+        return {b"?": b"WRONGTYPE"}
+    raise reply
 
 
 def outcomes_of(reply: bytes) -> list[items.Outcome]:

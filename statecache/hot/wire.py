@@ -97,12 +97,11 @@ class Wire:
 
     def read_many(self, count: int) -> list[Any]:
         """So many replies. An error reply stands in its place: those behind it must be read before the wire is used again."""
-        replies: list[Any] = []
-        for _ in range(count):
-            reply = self._reply()
+        gets, waited_for = self._reader.gets, self._reply
+        replies = [waited_for() if (reply := gets()) is False else reply for _ in range(count)]
+        for reply in replies:
             if isinstance(reply, Exception) and not isinstance(reply, redis.ResponseError):
                 raise reply
-            replies.append(reply)
         return replies
 
     def _reply(self) -> Any:

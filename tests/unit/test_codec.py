@@ -45,6 +45,17 @@ def test_ids_that_are_accepted(id: str) -> None:
 def test_ids_that_are_refused(id: object, rule: str) -> None:
     with pytest.raises(errors.InvalidDataError, match=f"^id .* is refused: .*{rule}"):
         codec.check_text("id", id, 200)
+    before, mine, behind = codec.check_texts("id", ["1", id, "ü"], 200)
+    assert (before, behind) == (None, None)
+    assert isinstance(mine, errors.InvalidDataError)
+    with pytest.raises(errors.InvalidDataError) as alone:
+        codec.check_text("id", id, 200)
+    assert str(mine) == str(alone.value)
+
+
+def test_many_ids_that_are_accepted() -> None:
+    for ids in ([], ["1", "a b", "x" * 200], ["1", "日本", "😀"]):
+        assert codec.check_texts("id", ids, 200) == [None] * len(ids)
 
 
 @pytest.mark.parametrize(
