@@ -14,6 +14,7 @@ import hashlib
 import os
 import secrets
 import socket
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -120,7 +121,7 @@ def read(path: Path) -> Iterator[Archived]:
                 one = decode(line)
                 instances, transitions = instances + 1, transitions + len(one.transitions)
                 yield one
-    except (EOFError, gzip.BadGzipFile, msgspec.MsgspecError) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error, msgspec.MsgspecError) as error:
         raise errors.IntegrityError(f"{path} is no archive, or damaged: {error}") from error
     if (instances, transitions) != (head.instances, head.transitions):
         raise errors.IntegrityError(

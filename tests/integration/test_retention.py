@@ -145,6 +145,22 @@ def test_damaged_archive_is_noticed(world: worlds.World, folder: Path) -> None:
             list(archive.read(path))
 
 
+def test_a_damaged_byte_of_an_archive_is_noticed(world: worlds.World, folder: Path) -> None:
+    """Whichever it is: only some of the header's (its time, the system) say nothing about what is in it."""
+    _fill(world)
+    path = Path(next(iter(retention.run(world.cache, NOW, folder))).file or "")
+    whole = path.read_bytes()
+    told = list(archive.read(path))
+    noticed = 0
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        try:
+            assert list(archive.read(path)) == told
+        except errors.IntegrityError:
+            noticed += 1
+    assert noticed > len(whole) * 0.9
+
+
 def test_two_at_once(world: worlds.World, folder: Path) -> None:
     """Both read the same instances; the rows are held by one, and the other finds them gone and begins that chunk anew."""
     ids = _fill(world, 40)
