@@ -12,6 +12,7 @@ from benchmarks import hot
 from benchmarks.harness import Bench, Cost, Measure, Target, own_at_least, own_at_most, ratio_at_least, row
 from benchmarks.peers_sql import Committer, postgres_committer, sqlite_committer
 from benchmarks.workload import Fleet
+from workers.flusher import rare_collections
 
 
 @row("flush.postgresql-different", "flush to PostgreSQL, every entry another instance")
@@ -45,7 +46,8 @@ def _flush(bench: Bench, kind: str, in_a_row: int, ratio: float, rate: float, *c
         fleet.write(fleet.moves(entries, in_a_row))
 
         def flush() -> int:
-            fleet.flush()
+            with rare_collections():  # as the flusher's process does
+                fleet.flush()
             return entries
 
         return bench.cost(flush)

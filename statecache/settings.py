@@ -96,8 +96,8 @@ class Settings(pydantic_settings.BaseSettings):
     flush_interval_ms: Positive = 50
     """Pause of the flusher when it has caught up."""
 
-    flush_batch_entries: Positive = 5_000
-    """Most entries of one flush transaction and partition."""
+    flush_batch_entries: Positive | None = None
+    """Most entries of one flush transaction. If unset, 5,000, with SQLite 10,000."""
 
     flush_batch_bytes: Positive = 8 * 1024 * 1024
     """Most bytes of log entries that the flusher reads at once from a partition."""
@@ -110,7 +110,7 @@ class Settings(pydantic_settings.BaseSettings):
     """How long a flusher that is told to stop goes on with what was acknowledged, if no other one takes over."""
 
     lag_target_seconds: PositiveSeconds = 1.0
-    """Age of the oldest unflushed transition above which writers are slowed down while SQL is healthy."""
+    """Age that the oldest unflushed transition stays below while SQL is healthy: writers are slowed down for it."""
 
     backlog_limit_entries: Positive = 1_000_000
     """Unflushed entries of a partition at which writers are refused, SQL being away."""

@@ -45,11 +45,12 @@ class Folded(msgspec.Struct, gc=False):
         )  # fmt: skip
 
     def row(self, finals: Finals) -> tuple[object, ...]:
-        """The checkpoint's columns, in the order of the table."""
+        """The checkpoint's columns, in the order of the table. (``final`` as a number: sqlite3 takes half a microsecond for a
+        bool, for which it looks for adapters.)"""
         return (
             self.machine, self.id, self.partition, self.state, self.version, self.entry_id.epoch, self.entry_id.seq,
             self.created_ms, self.updated_ms, self.machine_version,
-            self.state in finals(self.machine, self.machine_version), self.recent, data_text(self.data),
+            int(self.state in finals(self.machine, self.machine_version)), self.recent, data_text(self.data),
         )  # fmt: skip
 
 
@@ -153,6 +154,16 @@ def entry_row(partition: int, record: entry.Entry) -> tuple[Any, ...]:
         record.from_state or None, record.to_state, record.at_ms, record.transition_id, record.actor or None,
         record.reason or None, int(record.occurred_ms) if record.occurred_ms else None, record.patch or None,
         record.unset or None, record.increments or None, record.machine_version,
+    )  # fmt: skip
+
+
+def entry_parts(partition: int, record: entry.Entry) -> tuple[Any, ...]:
+    """The same with an empty text for an empty part, as the log has it."""
+    return (
+        partition, record.entry_id.epoch, record.entry_id.seq, record.machine, record.id, record.version, record.event,
+        record.from_state, record.to_state, record.at_ms, record.transition_id, record.actor, record.reason,
+        int(record.occurred_ms) if record.occurred_ms else "", record.patch, record.unset, record.increments,
+        record.machine_version,
     )  # fmt: skip
 
 

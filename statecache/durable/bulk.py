@@ -28,6 +28,11 @@ class Forms(Protocol):
         ...
 
     @property
+    def batch_entries(self) -> int:
+        """How many entries a flush transaction takes at most, if the settings say nothing."""
+        ...
+
+    @property
     def lateral(self) -> bool:
         """Whether each key is looked up by itself: PostgreSQL, given hundreds of keys to join, prefers to read tables of
         many times as many rows whole."""
@@ -44,7 +49,9 @@ class Forms(Protocol):
 
     def insert_history(
         self, connection: sa.Connection, lines: Sequence[str], rows: Callable[[], Sequence[Row]]
-    ) -> None: ...
+    ) -> None:
+        """``FlushTransaction.insert_history``: an empty part, in lines and in rows, is NULL where the column allows it."""
+        ...
 
     def insert_checkpoints(self, connection: sa.Connection, rows: Sequence[Row]) -> None: ...
 

@@ -119,7 +119,8 @@ class FlushTransaction:
 
         ``lines`` are the log's packed texts with ``partition\\x1fepoch\\x1fseq\\x1f`` before them, best in the log's
         order (the entry index of PostgreSQL feeds on it). ``rows`` makes the same as tuples in ``schema.ENTRY_COLUMNS``
-        order, None for an empty part; it is called where the database cannot take the lines, and may be left out.
+        order, an empty text or None for an empty part; it is called where the database cannot take the lines, and may be
+        left out.
         """
         if not lines:
             return

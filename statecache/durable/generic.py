@@ -39,6 +39,7 @@ class Generic:
     """See ``bulk.Forms``."""
 
     keys_max = 1
+    batch_entries = 5_000
     lateral = False
 
     def keys(self, *, named: bool = False) -> sa.FromClause:
@@ -65,8 +66,8 @@ class Generic:
         for row in rows():
             parts = list(row)
             for index in numbers:
-                parts[index] = None if parts[index] is None else int(parts[index])  # type: ignore[call-overload]
-            values.append(dict(zip(names, parts, strict=True)))
+                parts[index] = None if parts[index] in (None, "") else int(parts[index])  # type: ignore[call-overload]
+            values.append(dict(zip(names, [None if part == "" else part for part in parts], strict=True)))
         connection.execute(sa.insert(schema.transitions), values)
 
     def insert_checkpoints(self, connection: sa.Connection, rows: Sequence[Row]) -> None:

@@ -52,6 +52,7 @@ class Postgresql:
     """See ``bulk.Forms``."""
 
     keys_max = 10_000
+    batch_entries = 5_000
     lateral = True
 
     def keys(self, *, named: bool = False) -> sa.FromClause:

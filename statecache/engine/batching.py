@@ -95,6 +95,7 @@ class Plan:
         self._aside: set[fold.Instance] = set()
         self.parked: set[fold.Instance] = set()
         self.moved: list[tuple[fold.Folded | None, fold.Folded]] = []
+        self.folds: dict[fold.Instance, fold.Folded] = {}
         self.letters = [
             Letter(
                 fold.entry_row(batch.row.partition, one), "this record of the log was not written by statecache", False
@@ -155,6 +156,7 @@ class Plan:
                     self.put_aside([instance], str(error))
                 else:
                     self.moved.append((old, now))
+                    self.folds[instance] = now
 
     def lines(self) -> list[str]:
         """The history lines of everything that was not put aside."""
@@ -168,9 +170,9 @@ class Plan:
         ]
 
     def rows(self) -> list[tuple[Any, ...]]:
-        """The same as rows, for a database that cannot take the lines."""
+        """The same as rows, for a database that cannot take the lines; an empty part is an empty text."""
         return [
-            fold.entry_row(batch.row.partition, record)
+            fold.entry_parts(batch.row.partition, record)
             for batch in self._batches
             for record in batch.records
             if (record.machine, record.id) not in self._aside

@@ -484,7 +484,7 @@ class StateCache:
             self.finals,
             lambda code, deadline: self.admission.ensure(code, deadline),
             partitions=partitions,
-            batch_entries=settings.flush_batch_entries,
+            batch_entries=settings.flush_batch_entries or self.durable.forms.batch_entries,
             batch_bytes=settings.flush_batch_bytes,
             interval_seconds=settings.flush_interval_ms / 1000,
             lag_target_seconds=settings.lag_target_seconds,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -270,6 +271,80 @@ def test_overtaken_flusher_drops_what_it_read(world: World) -> None:
     assert flusher.step().entries == 1
     assert world.versions(ids[0]) == [1, 2, 3]
     world.verify()
+
+
+def test_a_batch_larger_than_one_read(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read in parts, which go on where the ones before ended in each partition; one commit."""
+    monkeypatch.setattr(flusher_module, "READ_ENTRIES_MAX", 7)
+    world.flush()  # the marks
+    ids = _orders(world, 20)
+    flusher = world.flusher(batch_entries=25)
+    with mock.patch.object(world.hot, "read", wraps=world.hot.read) as read:
+        assert flusher.step().entries == 25
+        assert [call.kwargs["entries"] for call in read.call_args_list[:4]] == [7, 7, 7, 4]
+        assert [flusher.step().entries for _ in range(2)] == [15, 0]
+    assert all(world.versions(id) == [1, 2] for id in ids)
+    world.verify()
+
+
+def test_a_read_in_parts_ends_at_the_bytes_allowed(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flusher_module, "READ_ENTRIES_MAX", 4)
+    world.flush()  # the marks
+    _orders(world, 20)
+    flusher = world.flusher(batch_entries=100, batch_bytes=1000)
+    steps = [flusher.step().entries for _ in range(20)]
+    assert sum(steps) == 40
+    assert 4 < steps[0] < 20
+    world.verify()
+
+
+def test_a_recovery_between_two_parts_of_a_read(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second part is refused, so nothing of the first is used either; the next step reads all again."""
+    monkeypatch.setattr(flusher_module, "READ_ENTRIES_MAX", 7)
+    world.flush()  # the marks
+    ids = _orders(world, 10)
+    flusher = world.flusher(batch_entries=100)
+    read, calls = world.hot.read, []
+
+    def recovered_behind_the_first(*arguments: Any, **named: Any) -> Any:
+        calls.append(read(*arguments, **named))
+        if len(calls) == 1:
+            world.more().recover()
+        return calls[-1]
+
+    monkeypatch.setattr(world.hot, "read", recovered_behind_the_first)
+    assert flusher.step().entries == 0
+    assert [reply.code for reply in calls[1]] == ["EPOCH"] * len(calls[1])
+    assert sum(flusher.step().entries for _ in range(3)) == 20
+    assert all(world.versions(id) == [1, 2] for id in ids)
+    world.verify()
+
+
+def test_what_history_holds_in_sqlite(lite: World) -> None:
+    """Empty parts are NULL, numbers are numbers: SQLite would take anything."""
+    lite.orders.start("a", {"n": 1})
+    lite.orders.transition("a", "pay", actor="me", occurred_at=datetime.datetime.fromtimestamp(5, datetime.UTC))
+    lite.flush()
+    names = ("from_state", "actor", "reason", "occurred_ms", "unset", "increments", "version", "seq", "at_ms")
+    asked = ", ".join(f"typeof({name})" for name in names)
+    with lite.durable.database.engine.connect() as connection:
+        history = f"SELECT {asked} FROM statecache_transitions WHERE event <> '@epoch' ORDER BY version"
+        first, second = connection.exec_driver_sql(history).fetchall()
+        assert connection.exec_driver_sql("SELECT typeof(final), final FROM statecache_checkpoints").fetchall() == [
+            ("integer", 0)
+        ]
+    assert first == (*["null"] * 6, *["integer"] * 3)
+    assert second == ("text", "text", "null", "integer", "null", "null", *["integer"] * 3)
+
+
+def test_size_of_a_batch_by_database(world: World) -> None:
+    """SQLite's is larger; what the settings say counts for every database."""
+    is_sqlite = world.durable.database.dialect.name == "sqlite"
+    assert world.cache.make_flusher([0]).batch_entries == (10_000 if is_sqlite else 5_000)
+    settings = world.cache.settings
+    world.cache.settings = settings.model_copy(update={"flush_batch_entries": 77})
+    assert world.cache.make_flusher([0]).batch_entries == 77
+    world.cache.settings = settings
 
 
 def test_next_batch_is_read_while_this_one_is_committed(world: World) -> None:

@@ -376,7 +376,7 @@ def test_flush_of_a_stuck_flusher_does_not_outlast_its_deadline(world: World, mo
 
 
 def test_batches_shrink_where_sql_is_slow_and_grow_where_it_is_not(world: World) -> None:
-    flusher = world.flusher(lag_target_seconds=1e-9)
+    flusher = world.flusher(lag_target_seconds=1e-9, batch_entries=5000)
     world.orders.start_many([(f"b{number}", None) for number in range(800)])
     assert flusher.step().entries == 800
     assert flusher._size == 2500

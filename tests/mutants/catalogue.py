@@ -117,8 +117,8 @@ MUTANTS = [
         (
             Patch(
                 "statecache/durable/sqlite.py",
-                '_INSERT_HISTORY = _insert("statecache_transitions", schema.ENTRY_COLUMNS)',
-                '_INSERT_HISTORY = _insert("statecache_transitions", schema.ENTRY_COLUMNS) + " ON CONFLICT DO NOTHING"',
+                "VALUES ({', '.join(_ENTRY_VALUES)})\"",
+                "VALUES ({', '.join(_ENTRY_VALUES)}) ON CONFLICT DO NOTHING\"",
             ),
         ),
         (f"{_LETTERS}test_a_row_that_is_in_history_already_is_not_swallowed[sqlite]",),
