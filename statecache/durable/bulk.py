@@ -15,6 +15,9 @@ from statecache.durable.rows import Row
 Key = tuple[str, str, int, int]
 """``(machine, id, version, partition)``; the numbers are 0 where a statement does not ask for them."""
 
+NamedKey = tuple[str, str, int, int, str]
+"""The same, and a transition id."""
+
 
 class Forms(Protocol):
     """The statements of one database."""
@@ -35,11 +38,14 @@ class Forms(Protocol):
         many times as many rows whole."""
         ...
 
-    def keys(self) -> sa.FromClause:
-        """A relation ``n, machine, id, version, partition`` of the keys that ``bind_keys`` binds, ``n`` rising."""
+    def keys(self, *, named: bool = False) -> sa.FromClause:
+        """A relation ``n, machine, id, version, partition`` of the keys that ``bind_keys`` binds, ``n`` rising.
+
+        ``named``: the key of a transition by its id, a fifth part ``transition_id`` behind them.
+        """
         ...
 
-    def bind_keys(self, keys: Sequence[Key]) -> dict[str, object]: ...
+    def bind_keys(self, keys: Sequence[Key | NamedKey]) -> dict[str, object]: ...
 
     def insert_history(
         self, connection: sa.Connection, lines: Sequence[str], rows: Callable[[], Sequence[Row]]

@@ -42,18 +42,20 @@ class Generic:
     batch_entries = 5_000
     lateral = False
 
-    def keys(self) -> sa.FromClause:
+    def keys(self, *, named: bool = False) -> sa.FromClause:
+        last = [sa.bindparam("k_transition_id", type_=sa.Text).label("transition_id")] if named else []
         return sa.select(
             sa.literal(0).label("n"),
             sa.bindparam("k_machine", type_=sa.Text).label("machine"),
             sa.bindparam("k_id", type_=sa.Text).label("id"),
             sa.bindparam("k_version", type_=sa.BigInteger).label("version"),
             sa.bindparam("k_partition", type_=sa.Integer).label("partition"),
+            *last,
         ).subquery("k")
 
-    def bind_keys(self, keys: Sequence[bulk.Key]) -> dict[str, object]:
-        [(machine, id, version, partition)] = keys
-        return {"k_machine": machine, "k_id": id, "k_version": version, "k_partition": partition}
+    def bind_keys(self, keys: Sequence[bulk.Key | bulk.NamedKey]) -> dict[str, object]:
+        names = ("k_machine", "k_id", "k_version", "k_partition", "k_transition_id")
+        return dict(zip(names, keys[0], strict=False))
 
     def insert_history(
         self, connection: sa.Connection, lines: Sequence[str], rows: Callable[[], Sequence[Row]]

@@ -55,7 +55,7 @@ class Postgresql:
     batch_entries = 5_000
     lateral = True
 
-    def keys(self) -> sa.FromClause:
+    def keys(self, *, named: bool = False) -> sa.FromClause:
         def array(name: str, type_: sa.types.TypeEngine[Any]) -> sa.BindParameter[Any]:
             return sa.bindparam(name, type_=postgresql.ARRAY(type_))
 
@@ -65,21 +65,23 @@ class Postgresql:
                 array("ids", sa.Text()),
                 array("versions", sa.BigInteger()),
                 array("numbers", sa.Integer()),
+                *([array("transition_ids", sa.Text())] if named else []),
             )
             .table_valued(
                 sa.column("machine", sa.Text),
                 sa.column("id", sa.Text),
                 sa.column("version", sa.BigInteger),
                 sa.column("partition", sa.Integer),
+                *([sa.column("transition_id", sa.Text)] if named else []),
                 with_ordinality="n",
                 name="k",
             )
             .render_derived()
         )
 
-    def bind_keys(self, keys: Sequence[bulk.Key]) -> dict[str, object]:
-        machines, ids, versions, numbers = map(list, zip(*keys, strict=True))
-        return {"machines": machines, "ids": ids, "versions": versions, "numbers": numbers}
+    def bind_keys(self, keys: Sequence[bulk.Key | bulk.NamedKey]) -> dict[str, object]:
+        names = ("machines", "ids", "versions", "numbers", "transition_ids")
+        return dict(zip(names, map(list, zip(*keys, strict=True)), strict=False))
 
     def insert_history(
         self, connection: sa.Connection, lines: Sequence[str], rows: Callable[[], Sequence[Row]]

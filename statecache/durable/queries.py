@@ -12,9 +12,9 @@ from typing import Any
 import msgspec
 import sqlalchemy as sa
 
-from statecache.core import codec, entry, model
+from statecache.core import codec, entry, fold, model
 from statecache.durable import bulk, engine, generic, letters, schema
-from statecache.durable.rows import Above, Instance, PartitionRow, Standing
+from statecache.durable.rows import Above, Committed, Instance, PartitionRow, Standing
 
 _PARKED_FEW = 1000
 
@@ -35,6 +35,8 @@ _TRANSITION = (
     _transitions.occurred_ms, _transitions.patch, _transitions.unset, _transitions.increments,
     _transitions.machine_version, _transitions.epoch, _transitions.seq, _transitions.covers_from, _transitions.complete,
 )  # fmt: skip
+
+_ENTRY = tuple(_letters[name] for name in schema.ENTRY_COLUMNS)
 
 _decode_json = msgspec.json.Decoder(dict[str, Any]).decode
 
@@ -66,9 +68,9 @@ class _Keyed:
     Left joins, with the misses dropped by the caller: SQLite would turn an inner join round and scan.
     """
 
-    def __init__(self, keys: sa.FromClause, *, lateral: bool) -> None:
-        self._keys = keys
-        self._lateral = lateral
+    def __init__(self, forms: bulk.Forms) -> None:
+        self._keys = keys = forms.keys()
+        self._lateral = forms.lateral
         located = keys.outerjoin(schema.partitions, _partitions.partition == keys.c.partition)
         watermark = (_partitions.watermark_epoch, _partitions.watermark_seq)
         known, checkpoint = self._step(located, _CHECKPOINT, self._instance(_checkpoints))
@@ -86,6 +88,21 @@ class _Keyed:
         self.checkpoints = sa.select(*checkpoint).select_from(kept)
         parked, letter = self._step(keys, (_letters.machine, _letters.id), self._instance(_letters))
         self.parked = sa.select(*letter).select_from(parked)
+        self.committed_at = self._committed("version")
+        self._keys = forms.keys(named=True)
+        self.committed_as = self._committed("transition_id")
+
+    def _committed(self, name: str) -> sa.Select[Any]:
+        """The row of history, and the letter, that have the key's version or transition id."""
+        keys = self._keys
+
+        def wanted(columns: Any) -> tuple[sa.ColumnElement[bool], ...]:
+            return self._instance(columns), columns[name] == keys.c[name]
+
+        known, row = self._step(keys, _TRANSITION, *wanted(_transitions))
+        known, letter = self._step(known, _ENTRY, *wanted(_letters))
+        version = letter[schema.ENTRY_COLUMNS.index("version")]
+        return sa.select(keys.c.n, *row, *letter).select_from(known).order_by(keys.c.n, version)
 
     def _instance(self, columns: Any) -> sa.ColumnElement[bool]:
         return sa.and_(columns.machine == self._keys.c.machine, columns.id == self._keys.c.id)
@@ -109,11 +126,13 @@ class Queries:
 
     def __init__(self, forms: bulk.Forms) -> None:
         self._forms = forms
-        self._many = _Keyed(forms.keys(), lateral=forms.lateral)
+        self._many = _Keyed(forms)
         self._single = generic.Generic()
-        self._one = _Keyed(self._single.keys(), lateral=False)
+        self._one = _Keyed(self._single)
 
-    def _pages(self, connection: sa.Connection, name: str, keys: Sequence[bulk.Key]) -> Iterator[Any]:
+    def _pages(
+        self, connection: sa.Connection, name: str, keys: Sequence[bulk.Key] | Sequence[bulk.NamedKey]
+    ) -> Iterator[Any]:
         forms, statements = (self._single, self._one) if len(keys) == 1 else (self._forms, self._many)
         statement = getattr(statements, name)
         for start in range(0, len(keys), forms.keys_max):
@@ -148,6 +167,28 @@ class Queries:
             for row in rows
             if row[0] is not None
         }
+
+    def committed(
+        self, connection: sa.Connection, wanted: Sequence[Committed]
+    ) -> list[model.Transition | entry.Entry | None]:
+        """Served by the primary keys of transitions and letters; by a transition id, all rows of the instance are read: an
+        index of its own would cost each flush. History goes before letters, and both are of one snapshot."""
+        found: list[model.Transition | entry.Entry | None] = [None] * len(wanted)
+        by_version = [place for place, one in enumerate(wanted) if one[2] is not None]
+        by_id = [place for place, one in enumerate(wanted) if one[2] is None]
+        at = [(wanted[place][0], wanted[place][1], wanted[place][2] or 0, 0) for place in by_version]
+        named = [(wanted[place][0], wanted[place][1], 0, 0, wanted[place][3] or "") for place in by_id]
+        for places, pages in (
+            (by_version, self._pages(connection, "committed_at", at)),
+            (by_id, self._pages(connection, "committed_as", named)),
+        ):
+            groups = (list(mine) for rows in pages for _, mine in itertools.groupby(rows, key=_first))
+            for place, ((_, *row), *_) in zip(places, groups, strict=True):
+                if row[0] is not None:
+                    found[place] = _transition_of(row[: len(_TRANSITION)])
+                elif row[len(_TRANSITION)] is not None:
+                    found[place] = fold.entry_of_row(row[len(_TRANSITION) :])
+        return found
 
     def parked(self, connection: sa.Connection, instances: Sequence[Instance]) -> set[Instance]:
         """While few instances are parked, read them all (mostly none); else ask for these by the letters' primary key."""
@@ -274,7 +315,6 @@ _HISTORY = _OF_INSTANCE.where(
     _transitions.version <= sa.bindparam("up_to_version"),
     _transitions.at_ms <= sa.bindparam("up_to_ms"),
 ).order_by(_transitions.version)
-_BY_TRANSITION_ID = _OF_INSTANCE.where(_transitions.transition_id == sa.bindparam("k_transition_id")).limit(1)
 
 
 def history(
@@ -294,13 +334,6 @@ def history(
         "up_to_ms": _MAX if up_to_ms is None else up_to_ms,
     }
     return [_transition_of(row) for row in connection.execute(_HISTORY, values).fetchall()]
-
-
-def transition_by_id(connection: sa.Connection, machine: str, id: str, transition_id: str) -> model.Transition | None:
-    """Served by the primary key of transitions: one instance's rows are read. An index of its own would cost each flush."""
-    values = {"k_machine": machine, "k_id": id, "k_transition_id": transition_id}
-    row = connection.execute(_BY_TRANSITION_ID, values).first()
-    return None if row is None else _transition_of(row)
 
 
 def above_statement(partition: int, entry_id: entry.EntryId) -> sa.CompoundSelect[Any]:

@@ -11,6 +11,9 @@ from statecache.core import entry
 Instance = tuple[str, str]
 """``(machine, id)``."""
 
+Committed = tuple[str, str, int | None, str | None]
+"""``(machine, id, version, transition id)`` of a transition that is asked for: by its id where the version is None."""
+
 Row = tuple[object, ...]
 """A row in the column order that the function taking it names."""
 

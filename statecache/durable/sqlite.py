@@ -53,7 +53,7 @@ class Sqlite:
     batch_entries = 10_000  # a page that two entries change is written once, so a larger batch costs less an entry
     lateral = False
 
-    def keys(self) -> sa.FromClause:
+    def keys(self, *, named: bool = False) -> sa.FromClause:
         each = sa.func.json_each(sa.bindparam("keys", type_=sa.Text)).table_valued("key", "value", name="each")
 
         def part(index: int, name: str, type_: sa.types.TypeEngine[Any]) -> sa.Label[Any]:
@@ -65,9 +65,10 @@ class Sqlite:
             part(1, "id", sa.Text()),
             part(2, "version", sa.BigInteger()),
             part(3, "partition", sa.Integer()),
+            *([part(4, "transition_id", sa.Text())] if named else []),
         ).subquery("k")
 
-    def bind_keys(self, keys: Sequence[bulk.Key]) -> dict[str, object]:
+    def bind_keys(self, keys: Sequence[bulk.Key | bulk.NamedKey]) -> dict[str, object]:
         return {"keys": json.dumps(keys)}
 
     def insert_history(

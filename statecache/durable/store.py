@@ -12,9 +12,10 @@ from collections.abc import Iterator, Sequence
 
 import sqlalchemy as sa
 
-from statecache.core import errors, model
+from statecache.core import entry, errors, model
 from statecache.durable import bulk, cold, connecting, engine, faults, flush, forms, letters, queries, schema
 from statecache.durable.rows import (
+    Committed,
     Discard,
     Idle,
     Instance,
@@ -223,27 +224,14 @@ class DurableStore:
         found = self.history(machine, id, version - 1, version)
         return found[0] if found else None
 
-    def transition_by_id(self, machine: str, id: str, transition_id: str) -> model.Transition | None:
-        """Return an instance's transition with this id. Costs one pass over the instance's history."""
-        return self.database.read(lambda connection: queries.transition_by_id(connection, machine, id, transition_id))
+    def committed(self, wanted: Sequence[Committed]) -> list[model.Transition | entry.Entry | None]:
+        """Return the transition that is meant by each ``(machine, id, version or None, transition id or None)``, in order.
 
-    def committed(
-        self, machine: str, id: str, version: int | None, transition_id: str | None
-    ) -> tuple[model.Transition | None, list[Letter]]:
-        """Return an instance's transition of this version, or with this id, if it is in history; and its open letters.
-
-        The letters are read first: what leaves them meanwhile is in history then.
+        As a row of history or, where SQL refused it, as the entry of an open letter; both are looked at in one statement, for
+        what leaves the letters is in history then. Thousands may be asked at once. By a transition id it costs one pass over
+        the instance's history.
         """
-
-        def look(connection: sa.Connection) -> tuple[model.Transition | None, list[Letter]]:
-            waiting = letters.of_instance(connection, machine, id)
-            if version is None:
-                assert transition_id is not None
-                return queries.transition_by_id(connection, machine, id, transition_id), waiting
-            found = queries.history(connection, machine, id, version - 1, version, None)
-            return found[0] if found else None, waiting
-
-        return self.database.read(look)
+        return self.database.read(lambda connection: self.queries.committed(connection, wanted))
 
     def recorded(self, machine: str, id: str) -> tuple[list[model.Transition], list[Letter]]:
         """Return all of an instance's transitions, and its open letters, in one visit.

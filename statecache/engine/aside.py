@@ -25,7 +25,7 @@ Result = TypeVar("Result")
 Done = Callable[[Sequence[Any], float], Sequence[Any]]
 """Answers wishes of one kind, in order, until a deadline; an error is an answer too."""
 
-GATHERED = (flows.Where, flows.Lookup, flows.Hydrate, flows.Admit)
+GATHERED = (flows.Where, flows.Lookup, flows.Hydrate, flows.Admit, flows.Find)
 THREADS = 8
 _TOGETHER_MAX = 500
 _GRACE_SECONDS = 1.0

@@ -11,13 +11,13 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import msgspec
 
-from statecache.core import claims, entry, errors, failpoints, flows, items, model
+from statecache.core import claims, entry, errors, failpoints, flows, fold, items, model
 from statecache.durable.store import DurableStore
 from statecache.engine.admission import Admission
 from statecache.engine.batcher import EXCHANGE_SECONDS_MIN, Batcher
@@ -320,6 +320,8 @@ class Driver:
             if len(asked_under) > 1:  # admitted to another epoch between their look-ups
                 return [self._hydrate([wish.found])[0] for wish in wishes]
             return self._hydrate([wish.found for wish in wishes])
+        if kind is flows.Find:
+            return self._find(wishes, deadline)
         if kind is flows.Admit:
             self.admission.ensure(wishes[0].code, deadline)
             return [None] * len(wishes)
@@ -327,9 +329,9 @@ class Driver:
             if any(wish.why in UNREACHABLE for wish in wishes):
                 self.revive()
             return [self._pause(max(wish.attempt for wish in wishes), deadline)] * len(wishes)
-        return [self._alone(wish, deadline) for wish in wishes]
+        return [self._alone(wish) for wish in wishes]
 
-    def _alone(self, wish: Any, deadline: float) -> Any:
+    def _alone(self, wish: Any) -> Any:
         match wish:
             case flows.Version(partition, machine, id):
                 own = self.hot.own_field(partition, machine, id)
@@ -338,8 +340,6 @@ class Driver:
                 return self.hot.find(partition, machine, id, whole=whole)
             case flows.Recorded(machine, id):
                 return self._recorded(machine, id)
-            case flows.Find():
-                return self._find(wish, deadline)
             case claims.Ask():
                 return hot_claims.ask(self.hot, wish)
             case flows.Unpark(partition, machine, id, found):
@@ -352,38 +352,53 @@ class Driver:
         positions, stamp = self.hot.positions(partitions), self.hot.stamp
         return [_whereabouts(position, stamp) for position in positions]
 
-    def _find(self, wish: flows.Find, deadline: float) -> model.Transition | None:
-        """The log first, then SQL: what leaves the log between the two reads is in SQL by then.
+    def _find(self, wishes: Sequence[flows.Find], deadline: float) -> list[model.Transition | None]:
+        """The logs first, then SQL: what leaves a log between the two reads is in SQL by then.
 
-        Last the log below its watermark: SQL may have gone back since. A log that could not be read says nothing: taken for
-        "not there", a repetition would be applied again.
+        Last the logs below their watermarks: SQL may have gone back since. A log that could not be read says nothing: taken
+        for "not there", a repetition would be applied again.
         """
-        return (
-            self._find_in_log(wish, deadline, whole=False)
-            or self._find_in_sql(wish)
-            or self._find_in_log(wish, deadline, whole=True)
+        found: list[model.Transition | None] = [None] * len(wishes)
+        for look in (
+            lambda left: self._find_in_logs(left, deadline, whole=False),
+            self._find_in_sql,
+            lambda left: self._find_in_logs(left, deadline, whole=True),
+        ):
+            places = [place for place, one in enumerate(found) if one is None]
+            if places:
+                for place, one in zip(places, look([wishes[place] for place in places]), strict=True):
+                    found[place] = one
+        return found
+
+    def _find_in_logs(
+        self, wishes: Sequence[flows.Find], deadline: float, *, whole: bool
+    ) -> list[model.Transition | None]:
+        """Each partition's log is read once."""
+        partitions: dict[int, dict[tuple[str, str], list[str]]] = {}
+        for wish in wishes:
+            part = str(wish.version) if wish.transition_id is None else wish.transition_id
+            wanted = partitions.setdefault(wish.partition, {})
+            wanted.setdefault((wish.machine, wish.id), []).append(part)
+        records = fold.by_instance(
+            record
+            for partition, wanted in partitions.items()
+            for record in self._log_entries(partition, wanted, deadline, whole=whole)
         )
+        return [_meant(wish, records.get((wish.machine, wish.id), ())) for wish in wishes]
 
-    def _find_in_log(self, wish: flows.Find, deadline: float, *, whole: bool) -> model.Transition | None:
+    def _log_entries(
+        self, partition: int, wanted: Mapping[tuple[str, str], Sequence[str]], deadline: float, *, whole: bool
+    ) -> list[entry.Entry]:
         while True:
-            code, entries = self.hot.find(wish.partition, wish.machine, wish.id, whole=whole)
+            code, entries = self.hot.find_many(partition, wanted, whole=whole)
             if code == "OK":
-                break
+                return entries
             self.admission.ensure(code, deadline)
-        for record in entries:
-            if wish.transition_id in (None, record.transition_id) and wish.version in (None, record.version):
-                return flows.transition_of(record)
-        return None
 
-    def _find_in_sql(self, wish: flows.Find) -> model.Transition | None:
+    def _find_in_sql(self, wishes: Sequence[flows.Find]) -> list[model.Transition | None]:
         """In history or, where SQL refused it, among the letters."""
-        found, waiting = self.durable.committed(wish.machine, wish.id, wish.version, wish.transition_id)
-        if found is not None:
-            return found
-        for record in (letter.entry for letter in waiting):
-            if wish.transition_id in (None, record.transition_id) and wish.version in (None, record.version):
-                return flows.transition_of(record)
-        return None
+        found = self.durable.committed([(wish.machine, wish.id, wish.version, wish.transition_id) for wish in wishes])
+        return [flows.transition_of(one) if isinstance(one, entry.Entry) else one for one in found]
 
     def _recorded(self, machine: str, id: str) -> list[model.Transition]:
         """History, and the dead letters that go on from it."""
@@ -412,6 +427,13 @@ class Driver:
             return False
         self.closing.wait(min(left, pause_seconds(attempt) * random.uniform(0.5, 1.0)))
         return True
+
+
+def _meant(wish: flows.Find, records: Sequence[entry.Entry]) -> model.Transition | None:
+    for record in records:
+        if wish.transition_id in (None, record.transition_id) and wish.version in (None, record.version):
+            return flows.transition_of(record)
+    return None
 
 
 def _stamp_of(found: model.Lookup) -> scripts.Stamp | None:

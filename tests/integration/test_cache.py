@@ -469,7 +469,7 @@ def test_repetition_whose_log_was_unreadable_for_a_moment_is_not_applied_again(l
     first = lite.orders.transition("1", "note", transition_id="t")
     for _ in range(9):
         lite.orders.transition("1", "note")
-    with before_call(lite.hot, "find", lambda: lite.client.script_flush("SYNC")):
+    with before_call(lite.hot, "find_many", lambda: lite.client.script_flush("SYNC")):
         _same(first, lite.orders.transition("1", "note", transition_id="t"))
     assert lite.orders.get("1").version == 11
 
@@ -479,7 +479,7 @@ def test_duplicate_whose_log_was_unreadable_for_a_moment_is_answered(lite: World
     lite.start("1")
     first = lite.orders.transition("1", "note", transition_id="t")
     lite.orders.transition("1", "note")
-    with before_call(lite.hot, "find", lambda: lite.client.script_flush("SYNC")):
+    with before_call(lite.hot, "find_many", lambda: lite.client.script_flush("SYNC")):
         _same(first, lite.orders.transition("1", "note", transition_id="t"))
 
 
@@ -489,7 +489,7 @@ def test_duplicate_that_a_recovery_took_away_is_applied(lite: World) -> None:
     lite.start("1")
     lite.flush()
     lite.orders.transition("1", "note", transition_id="t")
-    with before_call(lite.hot, "find", lite.wipe):
+    with before_call(lite.hot, "find_many", lite.wipe):
         receipt = lite.orders.transition("1", "note", transition_id="t")
     assert (receipt.version, receipt.duplicate) == (2, False)
     lite.flush()

@@ -126,7 +126,7 @@ def test_hostile_texts_come_back_as_they_were(store: DurableStore, text: str) ->
     assert found[0].checkpoint is not None
     assert found[0].checkpoint.data == patch
     assert found[1].checkpoint is None
-    assert store.transition_by_id("order", text, text) == first
+    assert store.committed([("order", text, None, text)]) == [first]
 
 
 def test_empty_parts_are_null(store: DurableStore) -> None:

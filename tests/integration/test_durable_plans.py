@@ -96,7 +96,7 @@ def test_history(filled: tuple[DurableStore, Log]) -> None:
         store.history("order", "i00100")
         store.history("order", "i00100", 1, 2, NOW_MS)
         store.transition("order", "i00100", 2)
-        store.transition_by_id("order", "i00100", "t-i00100-1")
+        store.committed([("order", "i00100", None, "t-i00100-1")])
         store.letters("order", "letter00001")
     assert len(plans.explained()) == 3
     assert plans.scans == []

@@ -114,8 +114,8 @@ def test_history(store: DurableStore) -> None:
     assert one is not None
     assert (one.version, one.event, one.from_state, one.to_state, one.durable) == (3, "ship", "paid", "shipped", True)
     assert store.transition("order", "a", 10) is None
-    assert store.transition_by_id("order", "a", "t-a-3") == one
-    assert store.transition_by_id("order", "a", "t-b-3") is None
+    assert store.committed([("order", "a", None, "t-a-3")]) == [one]
+    assert store.committed([("order", "a", 3, None), ("order", "a", None, "t-b-3")]) == [one, None]
 
 
 def test_a_reconciled_row(store: DurableStore) -> None:

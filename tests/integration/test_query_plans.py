@@ -125,6 +125,18 @@ def repeat(world: World, _: Path) -> None:
     assert world.orders.transition(id, "note", transition_id="mine").duplicate
 
 
+def repeat_in_bulk(world: World, _: Path) -> None:
+    ids = PLACED[700:1000]
+    moves = [model.Move(id, "note", transition_id=f"mine-{id}") for id in ids]
+    world.orders.transition_many(moves)
+    for dropped in (False, True):
+        if dropped:
+            world.orders.transition_many([model.Move(id, "note") for id in ids for _ in range(9)])
+            world.flush()
+        again = world.orders.transition_many(moves)
+        assert all(isinstance(one, model.Receipt) and one.duplicate for one in again)
+
+
 def claim(world: World, _: Path) -> None:
     assert world.orders.claim_next("placed") is not None
 
@@ -179,7 +191,7 @@ def observe(world: World, _: Path) -> None:
 PATHS: dict[str, Callable[[World, Path], None]] = {
     walk.__name__: walk
     for walk in (
-        connect, hydrate, hydrate_in_bulk, flush, flush_with_leases, wait_durable, find, history, repeat, claim, evict, warm,
-        park, recover, retain, observe,
+        connect, hydrate, hydrate_in_bulk, flush, flush_with_leases, wait_durable, find, history, repeat, repeat_in_bulk,
+        claim, evict, warm, park, recover, retain, observe,
     )
 }  # fmt: skip

@@ -8,6 +8,7 @@ import sys
 import zipfile
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import redis
@@ -15,6 +16,7 @@ import redis
 from statecache.core import claims, codec, entry, keys
 from statecache.hot import claims as hot_claims
 from statecache.hot import deadlines, scripts, wire
+from statecache.hot import store as store_module
 from statecache.hot.store import HotStore
 from tests.support import servers, worlds
 
@@ -245,6 +247,25 @@ def test_find_reads_behind_the_watermark_only_and_of_one_instance(lab: Any) -> N
     lab.store.flushed([(0, ID(1, 3), entry.ZERO, 1000)])
     code, found = lab.store.find(0, "order", "1")
     assert (code, [one.version for one in found]) == ("OK", [3, 4])
+
+
+def test_find_reads_for_many_at_once(lab: Any) -> None:
+    """Of each instance only what one of its parts names: a version, a transition id; over the pages of a long log."""
+    for id in ("1", "2", "11"):
+        lab.start(id)
+        lab.note(id, times=3)
+    everything = lab.entries()
+    mine = {one.version: one.transition_id for one in everything if one.id == "2"}
+    wanted = {("order", "1"): ["2", "4"], ("order", "2"): [mine[3]], ("order", "3"): ["1"]}
+    with mock.patch.object(store_module, "_FIND_ENTRIES", 5):
+        code, found = lab.store.find_many(0, wanted)
+    assert (code, [(one.id, one.version) for one in found]) == ("OK", [("1", 2), ("1", 4), ("2", 3)])
+    lab.client.xadd(lab.log(), {"e": "order\x1f1\x1f2\x1f"}, id="1-*")
+    lab.client.xadd(lab.log(), {"g": "x"}, id="1-*")
+    assert len(lab.store.find_many(0, wanted)[1]) == 3
+    lab.store.flushed([(0, everything[-1].entry_id, entry.ZERO, 1000)])
+    assert lab.store.find_many(0, wanted) == ("OK", [])
+    assert len(lab.store.find_many(0, wanted, whole=True)[1]) == 3
 
 
 # --- flushed --------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,205 @@
+"""Transition ids of the callers' own on instances whose rings have dropped ids: only the log and SQL can say (P4, H16).
+
+Those of a bulk call, and of calls under way together, are looked up together; each gets the answer that it would get alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from statecache.aio import AsyncStateCache
+from statecache.core import errors, model
+from tests.integration import test_holes
+from tests.support import worlds
+
+RING = 9
+"""So many moves more, and an id is in the ring no more."""
+
+
+@pytest.fixture
+def world(redis_url: str, database_url: str, namespace: str) -> Iterator[worlds.World]:
+    with worlds.World(redis_url, database_url, namespace, call_timeout_seconds=10.0) as made:
+        yield made
+
+
+def advance(world: worlds.World, ids: Sequence[str], times: int = RING) -> None:
+    moved = world.orders.transition_many([model.Move(id, "note") for id in ids for _ in range(times)])
+    assert all(isinstance(one, model.Receipt) for one in moved)
+
+
+def started(world: worlds.World, prefix: str, count: int) -> list[str]:
+    ids = [f"{prefix}{number}" for number in range(count)]
+    world.orders.start_many(ids)
+    return ids
+
+
+def moves(ids: Sequence[str], own: str) -> list[model.Move]:
+    return [model.Move(id, "note", transition_id=f"{own}-{id}") for id in ids]
+
+
+def receipts(found: Sequence[Any]) -> list[model.Receipt]:
+    assert [one for one in found if not isinstance(one, model.Receipt)] == []
+    return list(found)
+
+
+@contextmanager
+def statements(world: worlds.World) -> Iterator[list[str]]:
+    """What SQL is asked of history meanwhile."""
+    asked: list[str] = []
+
+    def note(connection: Any, cursor: Any, statement: str, *_: Any) -> None:
+        if "FROM" in statement and "statecache_transitions" in statement:
+            asked.append(statement)
+
+    engine = world.durable.database.engine
+    sa.event.listen(engine, "before_cursor_execute", note)
+    try:
+        yield asked
+    finally:
+        sa.event.remove(engine, "before_cursor_execute", note)
+
+
+def test_a_bulk_call_asks_sql_once(world: worlds.World) -> None:
+    """500 new ids, then the same call again, and again when the rings have dropped them: one statement each."""
+    ids = started(world, "o", 500)
+    advance(world, ids)
+    world.flush()
+    with statements(world) as asked:
+        first = receipts(world.orders.transition_many(moves(ids, "mine")))
+    assert {(one.version, one.duplicate) for one in first} == {(RING + 2, False)}
+    assert len(asked) == 1
+    world.flush()
+    with statements(world) as asked:
+        again = receipts(world.orders.transition_many(moves(ids, "mine")))
+    assert [(one.entry_id, one.duplicate) for one in again] == [(one.entry_id, True) for one in first]
+    assert len(asked) == 1
+    advance(world, ids)
+    world.flush()
+    with statements(world) as asked:
+        again = receipts(world.orders.transition_many(moves(ids, "mine")))
+    assert [(one.entry_id, one.duplicate) for one in again] == [(one.entry_id, True) for one in first]
+    assert len(asked) == 1
+
+
+def test_tasks_ask_sql_together(world: worlds.World) -> None:
+    """The same of 200 tasks: a statement for those that wait while another is under way."""
+    ids = started(world, "o", 200)
+    advance(world, ids)
+    world.flush()
+
+    async def run() -> tuple[list[model.Receipt], int]:
+        async with AsyncStateCache.connect(
+            world.redis_url, world.database_url, world.namespace, **world.settings
+        ) as cache:
+            orders = await cache.machine(worlds.Order)
+            asked: list[str] = []
+
+            def note(connection: Any, cursor: Any, statement: str, *_: Any) -> None:
+                asked.append(statement)
+
+            sa.event.listen(cache.sync.durable.database.engine, "before_cursor_execute", note)
+            found = await asyncio.gather(*[orders.transition(id, "note", transition_id=f"mine-{id}") for id in ids])
+            return found, len([statement for statement in asked if "statecache_transitions" in statement])
+
+    found, count = asyncio.run(run())
+    assert {(one.version, one.duplicate) for one in found} == {(RING + 2, False)}
+    assert count < 20
+
+
+def test_each_is_found_where_it_is(world: worlds.World) -> None:
+    """One bulk call: ids that are in history, in the log's unflushed tail, in both stores' ends of one instance, and new ones;
+    one that was used for another event."""
+    flushed, tail, fresh = started(world, "f", 5), started(world, "t", 5), started(world, "n", 5)
+    old = receipts(world.orders.transition_many(moves(flushed, "mine")))
+    advance(world, [*flushed, *fresh])
+    world.flush()
+    new = receipts(world.orders.transition_many(moves(tail, "mine")))
+    advance(world, tail)
+    wanted = moves([*flushed, *tail, *fresh], "mine")
+    other = model.Move(flushed[0], "pay", transition_id=f"mine-{flushed[0]}")
+    *found, refused = world.orders.transition_many([*wanted, other])
+    assert isinstance(refused, errors.InvalidDataError)
+    known = [(one.id, one.version, one.entry_id) for one in receipts(found) if one.duplicate]
+    assert known == [(one.id, one.version, one.entry_id) for one in [*old, *new]]
+    assert [(one.id, one.version) for one in receipts(found) if not one.duplicate] == [(id, RING + 2) for id in fresh]
+    world.flush()
+    world.verify()
+
+
+def test_flushed_between_the_two_looks(world: worlds.World) -> None:
+    """The log is read, then a flush commits and trims, then SQL is read: what left the log in between is found there."""
+    ids = started(world, "o", 20)
+    old = receipts(world.orders.transition_many(moves(ids, "mine")))
+    advance(world, ids)
+    world.flush()
+    with worlds.before_call(world.durable, "committed", world.flush):
+        again = receipts(world.orders.transition_many(moves(ids, "mine")))
+    assert [(one.entry_id, one.duplicate) for one in again] == [(one.entry_id, True) for one in old]
+
+
+def test_sql_went_back_before_the_look(redis_url: str, database_url: str, namespace: str) -> None:
+    """SQL is restored from an older copy; ``meta`` has the higher watermark of before. What SQL has no more stands in the log
+    below that watermark, and is found there, not applied again."""
+    with worlds.World(redis_url, database_url, namespace, log_keep_seconds=3600.0) as world:
+        ids = started(world, "o", 20)
+        world.flush()
+        saved = world.sql_copy()
+        old = receipts(world.orders.transition_many(moves(ids, "mine")))
+        advance(world, ids)
+        world.flush()
+        world.sql_back(saved)
+        again = receipts(world.orders.transition_many(moves(ids, "mine")))
+        assert [(one.entry_id, one.duplicate) for one in again] == [(one.entry_id, True) for one in old]
+
+
+@pytest.mark.parametrize("call", [1, 2, 3, 4])
+def test_recovered_between_the_looks(world: worlds.World, call: int) -> None:
+    """Redis loses its tail, and is recovered, before the log of one of the two partitions is read: the first time, or the last
+    time, below the watermark. What the call finds then is of the new epoch: known ids stay known, new ones are applied once."""
+    known, fresh = started(world, "k", 20), started(world, "n", 20)
+    old = receipts(world.orders.transition_many(moves(known, "mine")))
+    advance(world, [*known, *fresh])
+    world.flush()
+    saved = world.redis_copy()
+    advance(world, [*known, *fresh], 1)
+
+    with worlds.before_call(world.cache.hot, "find_many", lambda: world.redis_back(saved), call=call):
+        found = receipts(world.orders.transition_many(moves([*known, *fresh], "mine")))
+    assert [(one.entry_id, one.duplicate) for one in found[:20]] == [(one.entry_id, True) for one in old]
+    assert {(one.version, one.duplicate) for one in found[20:]} == {(RING + 2, False)}
+    world.flush_through()
+    for id in fresh:
+        assert [row.transition_id for row in world.durable.history("order", id)].count(f"mine-{id}") == 1
+    world.verify()
+
+
+def test_one_that_waits_as_a_letter(world: worlds.World) -> None:
+    """SQL refused the entry of an id: it is known, in a bulk call too."""
+    world.start("a")
+    advance(world, ["a"])
+    world.start("spoilt")
+    test_holes._spoil(world, "spoilt", moves=2)
+    world.flush()
+    row = world.durable.letters("order", "spoilt")[0].entry
+    wanted = [
+        ("order", "spoilt", row.version, None),
+        ("order", "spoilt", None, row.transition_id),
+        ("order", "a", None, "?"),
+    ]
+    assert world.durable.committed(wanted) == [row, row, None]
+    assert world.durable.committed(wanted[:1]) == world.durable.committed(wanted[1:2]) == [row]
+
+
+def test_a_strangers_record_is_nobodys(world: worlds.World) -> None:
+    """A record of the log that begins like one of the instance's, and is none, is passed over: no other item fails of it."""
+    ids = started(world, "o", 3)
+    advance(world, ids)
+    world.flush()
+    world.client.xadd(world.keyspace.log(world.partition_of("o0")), {"e": "order\x1fo0\x1fmine-o0\x1f"}, id="1-*")
+    assert [one.duplicate for one in receipts(world.orders.transition_many(moves(ids, "mine")))] == [False] * 3
