@@ -35,13 +35,13 @@ class Folded(msgspec.Struct, gc=False):
     updated_ms: int
     machine_version: int
     recent: str
-    data: dict[str, msgspec.Raw]
+    data: str
 
     @classmethod
     def of_checkpoint(cls, row: model.Checkpoint) -> Folded:
         return cls(
             row.machine, row.id, row.partition, row.state, row.version, row.entry_id, row.created_ms, row.updated_ms,
-            row.machine_version, row.recent, _decode(row.data or "{}"),
+            row.machine_version, row.recent, row.data or "{}",
         )  # fmt: skip
 
     def row(self, finals: Finals) -> tuple[object, ...]:
@@ -50,7 +50,7 @@ class Folded(msgspec.Struct, gc=False):
         return (
             self.machine, self.id, self.partition, self.state, self.version, self.entry_id.epoch, self.entry_id.seq,
             self.created_ms, self.updated_ms, self.machine_version,
-            int(self.state in finals(self.machine, self.machine_version)), self.recent, data_text(self.data),
+            int(self.state in finals(self.machine, self.machine_version)), self.recent, self.data,
         )  # fmt: skip
 
 
@@ -65,7 +65,7 @@ def after(before: Folded | None, records: Sequence[entry.Entry], partition: int)
     """
     first, last = records[0], records[-1]
     version, created_ms, recent = (before.version, before.created_ms, before.recent) if before else (0, first.at_ms, "")
-    data = before.data.copy() if before else {}
+    data = _decode(before.data) if before else {}
     for record in records:
         version += 1
         if record.version != version:
@@ -81,7 +81,7 @@ def after(before: Folded | None, records: Sequence[entry.Entry], partition: int)
         recent += codec.token_of(record.transition_id)
     return Folded(
         first.machine, first.id, partition, last.to_state, version, last.entry_id, created_ms, last.at_ms,
-        last.machine_version, recent[-codec.RING_BYTES :], data,
+        last.machine_version, recent[-codec.RING_BYTES :], data_text(data),
     )  # fmt: skip
 
 
@@ -186,6 +186,6 @@ def after_letters(before: Folded | None, records: Sequence[entry.Entry], partiti
     base = Folded(
         first.machine, first.id, partition, first.to_state, first.version, first.entry_id,
         before.created_ms if before else first.at_ms, first.at_ms, first.machine_version,
-        before.recent if before else "", data,
+        before.recent if before else "", data_text(data),
     )  # fmt: skip
     return after(base, records[1:], partition) if len(records) > 1 else base

@@ -131,7 +131,8 @@ def _before(
     updated = later[0].at_ms if later else hot.updated_ms if hot else created
     machine_version = later[0].machine_version if later else hot.machine_version if hot else 1
     entry_id = min(hot.entry_id, watermark) if hot and not later else watermark
-    return fold.Folded(machine, id, partition, state, version, entry_id, created, updated, machine_version, ring, data)
+    text = fold.data_text(data)
+    return fold.Folded(machine, id, partition, state, version, entry_id, created, updated, machine_version, ring, text)
 
 
 _ENTRY_COLUMNS = ("partition", "epoch", "seq", *entry.PARTS)
@@ -143,7 +144,7 @@ def _reconciled(now: fold.Folded, sql: Known, transition_id: str, *, complete: b
         now.partition, now.entry_id.epoch, now.entry_id.seq, now.machine, now.id, now.version, entry.EVENT_RECONCILED,
         sql.checkpoint.state if sql.checkpoint else None, now.state, now.updated_ms, transition_id, None,
         "SQL was restored from an older copy" if complete else "SQL was restored from an older copy; the data is not known",
-        None, fold.data_text(now.data), None, None, now.machine_version, sql.version + 1, complete,
+        None, now.data, None, None, now.machine_version, sql.version + 1, complete,
     )  # fmt: skip
 
 
