@@ -7,6 +7,8 @@ PostgreSQL as it is.
 
 from __future__ import annotations
 
+from sys import intern
+
 import msgspec
 
 from statecache.core import errors
@@ -97,6 +99,8 @@ class Entry(msgspec.Struct, frozen=True, gc=False):
 def parse_line(line: str) -> Entry:
     """Read ``<id>\\x1f<text>``, an entry as the scripts give it.
 
+    Names that many entries share are one text for all of them: what a flush costs is mostly memory that it has to touch.
+
     Raises ``IntegrityError`` for a record that this protocol did not write.
     """
     try:
@@ -104,8 +108,8 @@ def parse_line(line: str) -> Entry:
          increments, machine_version) = line.split(SEPARATOR)  # fmt: skip
         epoch, seq = entry_id.split("-")
         return Entry(
-            EntryId(int(epoch), int(seq)), machine, id, int(version), event, source, target, int(at), transition_id, actor,
-            reason, occurred, patch, unset, increments, int(machine_version),
+            EntryId(int(epoch), int(seq)), intern(machine), id, int(version), intern(event), intern(source),
+            intern(target), int(at), transition_id, actor, reason, occurred, patch, unset, increments, int(machine_version),
         )  # fmt: skip
     except ValueError as error:
         entry_id, *parts = line.split(SEPARATOR)

@@ -58,14 +58,9 @@ def data_text(data: Mapping[str, msgspec.Raw]) -> str:
     return _encode(data).decode()
 
 
-def after(before: Folded | None, records: Sequence[entry.Entry], partition: int) -> Folded:
-    """Fold an instance's entries, oldest first, onto what is before them (None: the first entry is a start).
-
-    Raises ``IntegrityError`` unless the versions go on one by one.
-    """
-    first, last = records[0], records[-1]
-    version, created_ms, recent = (before.version, before.created_ms, before.recent) if before else (0, first.at_ms, "")
-    data = _decode(before.data) if before else {}
+def require_next(before: Folded | None, records: Sequence[entry.Entry]) -> None:
+    """Raise ``IntegrityError`` unless an instance's versions go on one by one from what is before them."""
+    version = before.version if before else 0
     for record in records:
         version += 1
         if record.version != version:
@@ -73,6 +68,17 @@ def after(before: Folded | None, records: Sequence[entry.Entry], partition: int)
                 f"{record.machine}:{record.id}: the log goes on with version {record.version} where {version} is due "
                 f"(entry {record.entry_id}): versions were lost or written twice; run 'statecache recover'"
             )
+
+
+def after(before: Folded | None, records: Sequence[entry.Entry], partition: int) -> Folded:
+    """Fold an instance's entries, oldest first, onto what is before them (None: the first entry is a start).
+
+    The versions must go on one by one (``require_next``). Raises ``msgspec.DecodeError`` for data that is no JSON.
+    """
+    first, last = records[0], records[-1]
+    created_ms, recent = (before.created_ms, before.recent) if before else (first.at_ms, "")
+    data = _decode(before.data) if before else {}
+    for record in records:
         if record.increments or record.unset:
             apply_patch(data, record)
         elif record.patch:
@@ -80,7 +86,7 @@ def after(before: Folded | None, records: Sequence[entry.Entry], partition: int)
     for record in records if len(records) == 1 else records[-codec.RING_LENGTH :]:
         recent += codec.token_of(record.transition_id)
     return Folded(
-        first.machine, first.id, partition, last.to_state, version, last.entry_id, created_ms, last.at_ms,
+        first.machine, first.id, partition, last.to_state, last.version, last.entry_id, created_ms, last.at_ms,
         last.machine_version, recent[-codec.RING_BYTES :], data_text(data),
     )  # fmt: skip
 
@@ -180,6 +186,7 @@ def after_letters(before: Folded | None, records: Sequence[entry.Entry], partiti
     """Fold dead letters, oldest first. A ``@reconciled`` one stands for the versions up to its own and holds all data known."""
     first = records[0]
     if first.event != entry.EVENT_RECONCILED:
+        require_next(before, records)
         return after(before, records, partition)
     data: dict[str, msgspec.Raw] = {}
     apply_patch(data, first)
@@ -188,4 +195,5 @@ def after_letters(before: Folded | None, records: Sequence[entry.Entry], partiti
         before.created_ms if before else first.at_ms, first.at_ms, first.machine_version,
         before.recent if before else "", data_text(data),
     )  # fmt: skip
+    require_next(base, records[1:])
     return after(base, records[1:], partition) if len(records) > 1 else base

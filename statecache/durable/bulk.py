@@ -48,7 +48,11 @@ class Forms(Protocol):
     def bind_keys(self, keys: Sequence[Key | NamedKey]) -> dict[str, object]: ...
 
     def insert_history(
-        self, connection: sa.Connection, lines: Sequence[str], rows: Callable[[], Sequence[Row]]
+        self,
+        connection: sa.Connection,
+        lines: Sequence[str],
+        rows: Callable[[], Sequence[Row]],
+        meanwhile: Callable[[], None],
     ) -> None:
         """``FlushTransaction.insert_history``: an empty part, in lines and in rows, is NULL where the column allows it."""
         ...

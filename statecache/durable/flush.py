@@ -114,19 +114,26 @@ class FlushTransaction:
         with self._guarded():
             return self._queries.checkpoints(self._connection, instances)
 
-    def insert_history(self, lines: Sequence[str], rows: Callable[[], Sequence[Row]] | None = None) -> None:
+    def insert_history(
+        self,
+        lines: Sequence[str],
+        rows: Callable[[], Sequence[Row]] | None = None,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> None:
         """Insert new transitions. Raises ``KeyHit`` if one of the versions is there already.
 
         ``lines`` are the log's packed texts with ``partition\\x1fepoch\\x1fseq\\x1f`` before them, best in the log's
         order (the entry index of PostgreSQL feeds on it). ``rows`` makes the same as tuples in ``schema.ENTRY_COLUMNS``
         order, an empty text or None for an empty part; it is called where the database cannot take the lines, and may be
-        left out.
+        left out. ``meanwhile`` is called once, where the database works by itself while it does; the transaction is not
+        to be used in it.
         """
         if not lines:
+            meanwhile()
             return
         with self._guarded():
             make = rows or (lambda: [history_row(line) for line in lines])
-            self._forms.insert_history(self._connection, lines, make)
+            self._forms.insert_history(self._connection, lines, make, meanwhile)
 
     def insert_transitions(self, rows: Sequence[Row]) -> None:
         """Insert history rows with all columns of ``schema.transitions``, as recovery's ``@reconciled`` rows are."""

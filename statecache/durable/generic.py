@@ -58,7 +58,11 @@ class Generic:
         return dict(zip(names, keys[0], strict=False))
 
     def insert_history(
-        self, connection: sa.Connection, lines: Sequence[str], rows: Callable[[], Sequence[Row]]
+        self,
+        connection: sa.Connection,
+        lines: Sequence[str],
+        rows: Callable[[], Sequence[Row]],
+        meanwhile: Callable[[], None],
     ) -> None:
         names = schema.ENTRY_COLUMNS
         numbers = [names.index(name) for name in names if isinstance(schema.transitions.c[name].type, sa.Integer)]
@@ -69,6 +73,7 @@ class Generic:
                 parts[index] = None if parts[index] in (None, "") else int(parts[index])  # type: ignore[call-overload]
             values.append(dict(zip(names, [None if part == "" else part for part in parts], strict=True)))
         connection.execute(sa.insert(schema.transitions), values)
+        meanwhile()
 
     def insert_checkpoints(self, connection: sa.Connection, rows: Sequence[Row]) -> None:
         names = schema.CHECKPOINT_COLUMNS

@@ -84,9 +84,13 @@ class Postgresql:
         return dict(zip(names, map(list, zip(*keys, strict=True)), strict=False))
 
     def insert_history(
-        self, connection: sa.Connection, lines: Sequence[str], rows: Callable[[], Sequence[Row]]
+        self,
+        connection: sa.Connection,
+        lines: Sequence[str],
+        rows: Callable[[], Sequence[Row]],
+        meanwhile: Callable[[], None],
     ) -> None:
-        _copy(connection, _COPY_HISTORY, lines)
+        _copy(connection, _COPY_HISTORY, lines, meanwhile)
 
     def insert_checkpoints(self, connection: sa.Connection, rows: Sequence[Row]) -> None:
         _copy(connection, _COPY_CHECKPOINTS, [_CHECKPOINT_LINE % row for row in rows])
@@ -109,12 +113,15 @@ class Postgresql:
         connection.execute(sa.select(sa.func.brin_summarize_new_values("statecache_transitions_entry")))
 
 
-def _copy(connection: sa.Connection, statement: str, lines: Iterable[str]) -> None:
+def _copy(
+    connection: sa.Connection, statement: str, lines: Iterable[str], meanwhile: Callable[[], None] = lambda: None
+) -> None:
     raw: Any = connection.connection.dbapi_connection
     text = "\n".join(lines).encode() + b"\n"
     try:
         with raw.cursor() as cursor, cursor.copy(statement) as copy:
             copy.write(text)
+            meanwhile()
     finally:
         if raw.closed:  # SQLAlchemy did not see this statement: tell it that the connection is gone
             connection.invalidate()

@@ -72,11 +72,16 @@ class Sqlite:
         return {"keys": json.dumps(keys)}
 
     def insert_history(
-        self, connection: sa.Connection, lines: Sequence[str], rows: Callable[[], Sequence[Row]]
+        self,
+        connection: sa.Connection,
+        lines: Sequence[str],
+        rows: Callable[[], Sequence[Row]],
+        meanwhile: Callable[[], None],
     ) -> None:
         # Sorting is stable, so an instance's rows stay in the order of their versions.
         by_key = sorted(sorted(rows(), key=_id_of), key=_machine_of)
         connection.exec_driver_sql(_INSERT_HISTORY, by_key)
+        meanwhile()
 
     def insert_checkpoints(self, connection: sa.Connection, rows: Sequence[Row]) -> None:
         connection.exec_driver_sql(_INSERT_CHECKPOINTS, list(rows))

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from statecache.core import entry, errors, fold, model
+from statecache.durable.faults import Refused
 from statecache.durable.rows import Advance, PartitionRow
 from statecache.hot.store import parse_any
 
@@ -93,6 +94,7 @@ class Plan:
         self._batches = batches
         self._groups = {batch.row.partition: fold.by_instance(batch.records) for batch in batches}
         self._aside: set[fold.Instance] = set()
+        self._before: dict[fold.Instance, fold.Folded] = {}
         self.parked: set[fold.Instance] = set()
         self.moved: list[tuple[fold.Folded | None, fold.Folded]] = []
         self.folds: dict[fold.Instance, fold.Folded] = {}
@@ -125,16 +127,16 @@ class Plan:
                     why = "waits behind a dead letter" if behind else error
                     self.letters.append(Letter(fold.entry_row(partition, record), why, behind))
 
-    def fold(
+    def place(
         self,
         cache: Mapping[fold.Instance, fold.Folded],
         load: Callable[[Sequence[fold.Instance]], Mapping[fold.Instance, model.Checkpoint]],
     ) -> None:
-        """Fold every instance onto what is before it: from the last folds, or from SQL where those do not lead up to it.
+        """Find what is before every instance: in the last folds, or in SQL where those do not lead up to it.
 
         An instance whose versions do not go on is put aside: what is in the log contradicts SQL.
         """
-        before: dict[fold.Instance, fold.Folded] = {}
+        before = self._before
         wanted: list[fold.Instance] = []
         for groups in self._groups.values():
             for instance, records in groups.items():
@@ -145,18 +147,26 @@ class Plan:
                     wanted.append(instance)
         for instance, row in load(wanted).items() if wanted else ():
             before[instance] = fold.Folded.of_checkpoint(row)
+        for groups in self._groups.values():
+            for instance, records in groups.items():
+                try:
+                    fold.require_next(before.get(instance), records)
+                except errors.IntegrityError as error:
+                    self.put_aside([instance], str(error))
+
+    def fold(self) -> None:
+        """Fold every instance that was not put aside onto what is before it. Raises ``Refused`` for data that is no JSON."""
         for partition, groups in self._groups.items():
             for instance, records in groups.items():
                 if instance in self._aside:
                     continue
-                old = before.get(instance)
+                old = self._before.get(instance)
                 try:
                     now = fold.after(old, records, partition)
-                except (errors.IntegrityError, msgspec.DecodeError) as error:
-                    self.put_aside([instance], str(error))
-                else:
-                    self.moved.append((old, now))
-                    self.folds[instance] = now
+                except msgspec.DecodeError as error:
+                    raise Refused(f"the data of {':'.join(instance)} is no JSON: {error}") from error
+                self.moved.append((old, now))
+                self.folds[instance] = now
 
     def lines(self) -> list[str]:
         """The history lines of everything that was not put aside."""

@@ -263,10 +263,13 @@ class Flusher:
         last = {batch.row.partition: batch.last for batch in batches}
         behind = [msgspec.structs.replace(row, watermark=last.get(row.partition, row.watermark)) for row in rows]
         self._ahead = _Ahead(functools.partial(self._look, self._in_turn(behind), size, pair), pair)
-        with contextlib.suppress(
-            RuntimeError
-        ):  # no thread to be had (limits, the interpreter's end): the next step looks
-            self._ahead.start()
+
+    def _start_ahead(self) -> None:
+        """Let the look begin that was put off until SQL has something to do."""
+        if self._ahead is not None and not self._ahead.ident:
+            # No thread to be had (limits, the interpreter's end): the next step looks.
+            with contextlib.suppress(RuntimeError):
+                self._ahead.start()
 
     def _foreseen(self, rows: Sequence[PartitionRow], pair: scripts.Stamp) -> _Look | None:
         """What was found ahead, if SQL stands where it was looked for and nothing stood in the way."""
@@ -371,8 +374,9 @@ class Flusher:
             plan.put_aside(transaction.parked(plan.instances), "waits behind a dead letter", waiting=True)
             for instance, why in refused.items():
                 plan.put_aside([instance], why)
-            plan.fold(self._cache, transaction.checkpoints)
-            transaction.insert_history(plan.lines(), plan.rows)
+            plan.place(self._cache, transaction.checkpoints)
+            transaction.insert_history(plan.lines(), plan.rows, meanwhile=plan.fold)
+            self._start_ahead()
             transaction.upsert_checkpoints(
                 [now.row(self.finals) for old, now in plan.moved if old is not None],
                 new=[now.row(self.finals) for old, now in plan.moved if old is None],
