@@ -6,7 +6,8 @@ from the temporary table (an UPDATE ... FROM with an INSERT of what is missing d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -21,6 +22,8 @@ _FORMAT = "FORMAT csv, DELIMITER E'\\x1f', QUOTE E'\\x1e', ENCODING 'UTF8'"
 _CHECKPOINT_COLUMNS = ", ".join(schema.CHECKPOINT_COLUMNS)
 _CHECKPOINT_LINE = entry.SEPARATOR.join(["%s"] * len(schema.CHECKPOINT_COLUMNS))
 _CHECKPOINT_FORMAT = f"{_FORMAT}, FORCE_NOT_NULL (recent, data)"
+
+_LINES = 500
 
 _COPY_HISTORY = f"COPY statecache_transitions ({', '.join(schema.ENTRY_COLUMNS)}) FROM STDIN ({_FORMAT})"
 _COPY_CHECKPOINTS = f"COPY statecache_checkpoints ({_CHECKPOINT_COLUMNS}) FROM STDIN ({_CHECKPOINT_FORMAT})"
@@ -90,14 +93,14 @@ class Postgresql:
         rows: Callable[[], Sequence[Row]],
         meanwhile: Callable[[], None],
     ) -> None:
-        _copy(connection, _COPY_HISTORY, lines, meanwhile)
+        _copy(connection, _COPY_HISTORY, iter(lines), meanwhile)
 
     def insert_checkpoints(self, connection: sa.Connection, rows: Sequence[Row]) -> None:
-        _copy(connection, _COPY_CHECKPOINTS, [_CHECKPOINT_LINE % row for row in rows])
+        _copy(connection, _COPY_CHECKPOINTS, map(_CHECKPOINT_LINE.__mod__, rows))
 
     def upsert_checkpoints(self, connection: sa.Connection, rows: Sequence[Row]) -> int:
         connection.exec_driver_sql(_MAKE_STAGE)
-        _copy(connection, _COPY_STAGE, [_CHECKPOINT_LINE % row for row in rows])
+        _copy(connection, _COPY_STAGE, map(_CHECKPOINT_LINE.__mod__, rows))
         written = connection.exec_driver_sql(_UPDATE).rowcount
         if written < len(rows):
             written += connection.exec_driver_sql(_INSERT_MISSING).rowcount
@@ -114,13 +117,13 @@ class Postgresql:
 
 
 def _copy(
-    connection: sa.Connection, statement: str, lines: Iterable[str], meanwhile: Callable[[], None] = lambda: None
+    connection: sa.Connection, statement: str, lines: Iterator[str], meanwhile: Callable[[], None] = lambda: None
 ) -> None:
     raw: Any = connection.connection.dbapi_connection
-    text = "\n".join(lines).encode() + b"\n"
     try:
         with raw.cursor() as cursor, cursor.copy(statement) as copy:
-            copy.write(text)
+            while some := list(itertools.islice(lines, _LINES)):  # the server works on these while the next are made
+                copy.write("\n".join(some).encode() + b"\n")
             meanwhile()
     finally:
         if raw.closed:  # SQLAlchemy did not see this statement: tell it that the connection is gone

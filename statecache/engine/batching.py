@@ -9,7 +9,7 @@ import msgspec
 
 from statecache.core import entry, errors, fold, model
 from statecache.durable.faults import Refused
-from statecache.durable.rows import Advance, PartitionRow
+from statecache.durable.rows import Advance, PartitionRow, Row
 from statecache.hot.store import parse_any
 
 
@@ -96,8 +96,10 @@ class Plan:
         self._aside: set[fold.Instance] = set()
         self._before: dict[fold.Instance, fold.Folded] = {}
         self.parked: set[fold.Instance] = set()
-        self.moved: list[tuple[fold.Folded | None, fold.Folded]] = []
         self.folds: dict[fold.Instance, fold.Folded] = {}
+        self.changed: list[Row] = []
+        self.begun: list[Row] = []
+        self.deltas: dict[tuple[int, str, str], int] = {}
         self.letters = [
             Letter(
                 fold.entry_row(batch.row.partition, one), "this record of the log was not written by statecache", False
@@ -154,8 +156,10 @@ class Plan:
                 except errors.IntegrityError as error:
                     self.put_aside([instance], str(error))
 
-    def fold(self) -> None:
-        """Fold every instance that was not put aside onto what is before it. Raises ``Refused`` for data that is no JSON."""
+    def fold(self, finals: fold.Finals) -> None:
+        """Fold every instance that was not put aside onto what is before it: into rows of checkpoints, those that change and
+        those that begin, and what becomes of the counts. Raises ``Refused`` for data that is no JSON."""
+        moved: list[tuple[fold.Folded | None, fold.Folded]] = []
         for partition, groups in self._groups.items():
             for instance, records in groups.items():
                 if instance in self._aside:
@@ -165,8 +169,10 @@ class Plan:
                     now = fold.after(old, records, partition)
                 except msgspec.DecodeError as error:
                     raise Refused(f"the data of {':'.join(instance)} is no JSON: {error}") from error
-                self.moved.append((old, now))
+                moved.append((old, now))
                 self.folds[instance] = now
+                (self.changed if old else self.begun).append(now.row(finals))
+        self.deltas = fold.count_deltas(moved)
 
     def lines(self) -> list[str]:
         """The history lines of everything that was not put aside."""

@@ -375,18 +375,15 @@ class Flusher:
             for instance, why in refused.items():
                 plan.put_aside([instance], why)
             plan.place(self._cache, transaction.checkpoints)
-            transaction.insert_history(plan.lines(), plan.rows, meanwhile=plan.fold)
+            transaction.insert_history(plan.lines(), plan.rows, meanwhile=lambda: plan.fold(self.finals))
             self._start_ahead()
-            transaction.upsert_checkpoints(
-                [now.row(self.finals) for old, now in plan.moved if old is not None],
-                new=[now.row(self.finals) for old, now in plan.moved if old is None],
-            )
-            transaction.adjust_counts(fold.count_deltas(plan.moved))
+            transaction.upsert_checkpoints(plan.changed, new=plan.begun)
+            transaction.adjust_counts(plan.deltas)
             for letter in plan.letters:
                 transaction.insert_letters([letter.row], letter.error, letter.waiting, now_ms)
             failpoints.hit("flusher.written")
         failpoints.hit("flusher.committed")
-        if len(self._cache) + len(plan.moved) > CACHE_INSTANCES_MAX:
+        if len(self._cache) + len(plan.folds) > CACHE_INSTANCES_MAX:
             self._cache.clear()
         self._cache.update(plan.folds)
         return plan.parked
