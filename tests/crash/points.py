@@ -19,7 +19,21 @@ from unittest import mock
 from statecache import StateCache
 from statecache.durable import flush, recoveries
 
-HOT = ("admit", "drop", "evict", "fence", "find", "flushed", "hashes", "park", "position", "probe", "read", "ready")
+HOT = (
+    "admit",
+    "drop",
+    "evict",
+    "fence",
+    "find",
+    "find_many",
+    "flushed",
+    "hashes",
+    "park",
+    "position",
+    "probe",
+    "read",
+    "ready",
+)
 DURABLE = ("checkpoints", "history", "identity", "letters", "lookup", "partitions", "standing", "transition")
 TRANSACTION = (
     "adjust_counts", "advance", "checkpoints", "hold", "insert_history", "insert_letters", "insert_transitions", "parked",

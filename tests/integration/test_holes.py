@@ -69,10 +69,10 @@ def test_h1_recovery_waits_for_an_open_flush_and_counts_it(postgres_world: World
     advanced, go_on = threading.Event(), threading.Event()
     original = FlushTransaction.insert_history
 
-    def paused(self: FlushTransaction, *arguments: Any) -> None:
+    def paused(self: FlushTransaction, *arguments: Any, **named: Any) -> None:
         advanced.set()
         assert go_on.wait(20)
-        original(self, *arguments)
+        original(self, *arguments, **named)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FlushTransaction, "insert_history", paused)

@@ -19,14 +19,10 @@ def record(version: int, event: str = "note", *, seq: int = 0, id: str = "1", **
     return Entry(EntryId(1, seq or version), **values)
 
 
-def data(folded: fold.Folded) -> str:
-    return fold.data_text(folded.data)
-
-
 def test_first_entry_makes_an_instance() -> None:
     now = fold.after(None, [record(1, "@start", patch='{"x":1}')], 3)
     assert (now.machine, now.id, now.partition, now.state, now.version) == ("order", "1", 3, "b", 1)
-    assert (now.created_ms, now.updated_ms, now.entry_id, data(now)) == (1001, 1001, EntryId(1, 1), '{"x":1}')
+    assert (now.created_ms, now.updated_ms, now.entry_id, now.data) == (1001, 1001, EntryId(1, 1), '{"x":1}')
 
 
 def test_entries_are_folded_in_order() -> None:
@@ -41,20 +37,32 @@ def test_entries_are_folded_in_order() -> None:
         0,
     )
     assert (now.version, now.state, now.created_ms, now.updated_ms) == (4, "c", 1001, 1004)
-    assert data(now) == '{"x":[1, {"deep":  true}],"n":4,"y":"again"}'
-    assert data(before) == '{"x":1,"y":2}'
+    assert now.data == '{"x":[1, {"deep":  true}],"n":4,"y":"again"}'
+    assert before.data == '{"x":1,"y":2}'
 
 
 def test_values_pass_unread() -> None:
     """Numbers too big for a float, odd spacing, escapes: the texts are those of the entry."""
     text = '{"big":12345678901234567890,"e":1e400,"s":"\\u00fc\\u0001"}'
-    assert data(fold.after(None, [record(1, patch=text)], 0)) == text
+    assert fold.after(None, [record(1, patch=text)], 0).data == text
 
 
 @pytest.mark.parametrize("versions", [[2], [1, 3], [1, 1], [1, 2, 2]])
 def test_versions_must_go_on_one_by_one(versions: list[int]) -> None:
+    records = [record(version, seq=number + 1) for number, version in enumerate(versions)]
     with pytest.raises(errors.IntegrityError, match="the log goes on with version"):
-        fold.after(None, [record(version, seq=number + 1) for number, version in enumerate(versions)], 0)
+        fold.require_next(None, records)
+    before = fold.after(None, [record(1)], 0)
+    later = [record(one.version + 1) for one in records]
+    with pytest.raises(errors.IntegrityError, match="the log goes on with version"):
+        fold.require_next(before, later)
+    with pytest.raises(errors.IntegrityError, match="the log goes on with version"):
+        fold.after_letters(before, later, 0)
+
+
+def test_versions_that_go_on() -> None:
+    fold.require_next(None, [record(1), record(2)])
+    fold.require_next(fold.after(None, [record(1), record(2)], 0), [record(3)])
 
 
 def test_ring_is_folded_too() -> None:
@@ -116,7 +124,7 @@ def test_entry_survives_its_row() -> None:
 
 def test_letters_are_folded_onto_what_is_before_them() -> None:
     before = fold.after(None, [record(1, patch='{"x":1}')], 0)
-    assert data(fold.after_letters(before, [record(2, patch='{"y":2}')], 0)) == '{"x":1,"y":2}'
+    assert fold.after_letters(before, [record(2, patch='{"y":2}')], 0).data == '{"x":1,"y":2}'
     jump = record(4, entry.EVENT_RECONCILED, patch='{"z":3}', to_state="q")
     now = fold.after_letters(before, [jump, record(5, patch='{"w":4}', to_state="r")], 0)
-    assert (now.version, now.state, data(now), now.created_ms) == (5, "r", '{"z":3,"w":4}', 1001)
+    assert (now.version, now.state, now.data, now.created_ms) == (5, "r", '{"z":3,"w":4}', 1001)
