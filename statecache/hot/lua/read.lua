@@ -9,7 +9,7 @@
 -- Reply  one string. For each partition a line, then its entries:
 --   OK n last_id        n lines `<id>\31<text>` follow; a record that is not ours has the text `?`
 --   EPOCH | RECOVERING | IDENTITY   not admitted; nothing follows
--- Cost   0.4 us an entry.
+-- Cost   5 us an entry: 0.4 are XRANGE, the rest is making its reply a table and that a text.
 --@include identity
 --@include ids
 --@include ready_or_fenced
