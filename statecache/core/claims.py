@@ -70,7 +70,7 @@ class Held(msgspec.Struct, frozen=True):
 
 def parse(machine: str, id: str, text: bytes) -> Held | None:
     """Read the field ``@c``; None for one that statecache did not write."""
-    words = text.decode().split(" ")
+    words = text.decode(errors="replace").split(" ")
     return Held(machine, id, words[3], words[0], int(words[1])) if len(words) == 4 and words[1].isdigit() else None
 
 

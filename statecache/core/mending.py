@@ -37,14 +37,17 @@ class Hash(msgspec.Struct, frozen=True):
     @classmethod
     def parse(cls, fields: Mapping[bytes, bytes]) -> Hash | None:
         """Read a hash; None for one that statecache did not write."""
-        words = fields.get(b"@", b"").decode().split(" ")
-        if len(words) < 6:
+        try:
+            words = fields.get(b"@", b"").decode().split(" ")
+            if len(words) < 6:
+                return None
+            data = {name.decode(): text.decode() for name, text in fields.items() if name not in (b"@", b"@r", b"@c")}
+            return cls(
+                words[0], int(words[1]), entry.EntryId.parse(words[2]), int(words[3]), int(words[4]), int(words[5]),
+                fields.get(b"@r", b"").decode(), data,
+            )  # fmt: skip
+        except ValueError:  # no number, no UTF-8
             return None
-        data = {name.decode(): text.decode() for name, text in fields.items() if name not in (b"@", b"@r", b"@c")}
-        return cls(
-            words[0], int(words[1]), entry.EntryId.parse(words[2]), int(words[3]), int(words[4]), int(words[5]),
-            fields.get(b"@r", b"").decode(), data,
-        )  # fmt: skip
 
 
 class Known(msgspec.Struct, frozen=True):

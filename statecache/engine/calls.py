@@ -121,17 +121,17 @@ class Calls:
 
     def snapshot(self, id: str, fields: Mapping[bytes, bytes], source: str) -> model.Snapshot:
         """An instance from the fields of its hash."""
-        own = fields.get(b"@")
-        if own is None:
+        definition = self.definition
+        try:
+            state, version, entry_id, created, machine_version, updated, *flags = fields[b"@"].decode().split(" ")
+            return model.Snapshot(
+                self.name, id, state, int(version), fields, entry_id, int(created), int(updated), int(machine_version),
+                state in definition.finals, definition.available_events(state), source, bool(flags) and "p" in flags[0],
+            )  # fmt: skip
+        except (KeyError, ValueError):
             raise errors.IntegrityError(
                 f"{self.name}:{id}: its key in Redis holds something that statecache did not write; run 'statecache verify'"
-            )
-        state, version, entry_id, created, machine_version, updated, *flags = own.decode().split(" ")
-        definition = self.definition
-        return model.Snapshot(
-            self.name, id, state, int(version), fields, entry_id, int(created), int(updated), int(machine_version),
-            state in definition.finals, definition.available_events(state), source, bool(flags) and "p" in flags[0],
-        )  # fmt: skip
+            ) from None
 
     def _folded(self, rows: Sequence[model.Transition]) -> model.Snapshot:
         data: dict[str, Any] = {}

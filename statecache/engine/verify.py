@@ -265,12 +265,17 @@ def _hot_problem(cache: StateCache, machine: str, id: str) -> Problem:
 def _difference(fields: Mapping[bytes, bytes], expected: _Folded) -> Problem:
     if not fields:
         return None
-    state, version, *_ = [*fields.get(b"@", b"").decode().split(" "), "0"]
+    state, version, *_ = [*fields.get(b"@", b"").decode(errors="backslashreplace").split(" "), "0"]
     if not version.isdigit() or (state, int(version)) != (expected.state, expected.version):
         return "hot", f"Redis has {state!r} at {version}, SQL and log have {expected.state!r} at {expected.version}"
-    data = {
-        name.decode(): msgspec.json.decode(text) for name, text in fields.items() if name not in (b"@", b"@r", b"@c")
-    }
+    try:
+        data = {
+            name.decode(): msgspec.json.decode(text)
+            for name, text in fields.items()
+            if name not in (b"@", b"@r", b"@c")
+        }
+    except (UnicodeDecodeError, msgspec.DecodeError) as error:
+        return "hot", f"the data in Redis is not what statecache wrote: {error}"
     if data != expected.data:
         return "hot", f"the data in Redis is {data}, that of SQL and log {expected.data}"
     return None

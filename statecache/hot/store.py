@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -321,8 +322,9 @@ class HotStore:
             reply = line.call(resp.command("SCAN", cursor, "MATCH", pattern, "COUNT", 1000))
         found = []
         for key in reply[1]:
-            owner, _, id = key.decode().partition("}:i:")[2].partition(":")
-            found.append((owner, id))
+            with suppress(UnicodeDecodeError):  # a stranger's: no instance has such a name
+                owner, _, id = key.decode().partition("}:i:")[2].partition(":")
+                found.append((owner, id))
         return reply[0].decode() if isinstance(reply[0], bytes) else str(reply[0]), found
 
     def find(self, partition: int, machine: str, id: str, *, whole: bool = False) -> tuple[str, list[entry.Entry]]:
@@ -621,7 +623,7 @@ class HotStore:
                 reply: bytes = line.call(packed)
             except redis.exceptions.NoScriptError:
                 return "NOSCRIPT"
-            return reply.decode()
+            return reply.decode(errors="backslashreplace")  # a stranger's record may be anything
 
 
 def strictest(chunk: Sequence[items.Item]) -> items.Confirm | None:

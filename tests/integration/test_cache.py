@@ -14,7 +14,7 @@ import pytest
 
 from statecache import Move, State, StateCache, StateMachine
 from statecache.core import errors, flows, items, model
-from statecache.engine import letters
+from statecache.engine import letters, verify
 from tests.support import servers, waiting
 from tests.support.worlds import Order, World, after_call, before_call, together
 
@@ -746,6 +746,38 @@ def test_strangers_key_among_many_reads_fails_one_item_only(lite: World) -> None
     assert [one.data["me"] for index, one in enumerate(results) if index != 7] == [id for id in ids if id != "m7"]
     assert [one.data["me"] for one in lite.orders.get_many(ids[10:20])] == ids[10:20]
     assert lite.orders.get("m42").data == {"me": "m42"}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"@": b"\xff"},
+        {"@": "paid two 1-1 1 1 1"},
+        {"@": "paid 2 1-1 1"},
+        {"@": "placed 1 1-1 1 1 1", "x": b"\xff"},
+        {"@": "placed 1 1-1 1 1 1", b"\xff": "1"},
+    ],
+)
+def test_a_hash_that_is_not_ours(lite: World, fields: dict[Any, Any]) -> None:
+    """Somebody wrote over one instance: reading it says so, verification finds it, the others and a recovery go on. A key that
+    has no name of ours is nobody's."""
+    for id in ("1", "2"):
+        lite.start(id)
+    lite.flush()
+    key = lite.keyspace.instance(lite.partition_of("1"), "order", "1")
+    lite.client.delete(key)
+    lite.client.hset(key, mapping=fields)
+    lite.client.hset(key.encode() + b"\xff", mapping=fields)
+    found = lite.orders.get_many(["1", "2"])
+    assert isinstance(found[1], model.Snapshot)
+    if len(fields) == 1:
+        assert isinstance(found[0], errors.IntegrityError)
+        with pytest.raises(errors.IntegrityError, match="statecache verify"):
+            lite.orders.get("1")
+    assert [finding.kind for finding in verify.verify(lite.cache).findings] == ["hot"]
+    lite.disown()
+    assert lite.cache.recover().kinds
+    assert lite.orders.transition("2", "pay").version == 2
 
 
 # --- durability -----------------------------------------------------------------------------------------------------------

@@ -521,6 +521,21 @@ def test_strangers_record_stops_nobody(lite: World) -> None:
     lite.verify()
 
 
+@pytest.mark.parametrize("text", [b"\xff\xfe", b"\xed\xa0\x80", b"a\x00b", b"order\x1f1\x1f\x00\x1f", b"x\ry", b"\x1e"])
+def test_strangers_bytes_stop_nobody(world: World, text: bytes) -> None:
+    """The same of a record that is no UTF-8, or has what SQL or COPY would not take: for the flusher and for a recovery."""
+    world.start("1", ["pay"])
+    for begun_by in (world.flush, world.disown):
+        last = _last(world, world.partition_of("1"))
+        place = f"{last.epoch}-{last.seq + 1}"
+        world.client.xadd(world.keyspace.log(world.partition_of("1")), {"e": text}, id=place)
+        begun_by()
+        world.orders.transition("1", "note")
+        world.flush()
+        assert len(world.durable.letters("@foreign", f"{world.partition_of('1')}:{place}")) == 1
+    assert world.versions("1") == [1, 2, 3, 4]
+
+
 def test_sql_that_went_back_is_flushed_again_from_the_kept_tail(world: World) -> None:
     """The log is kept for the age of the oldest backup. SQL is restored; nobody recovers, nobody is told: the flusher begins at
     SQL's watermark, which is all it trusts, and brings everything back, letter for letter."""
