@@ -37,6 +37,15 @@ class Batch(msgspec.Struct, frozen=True):
         """For log records."""
         return {"partition": self.row.partition, "epoch": self.row.epoch}
 
+    def estranged(self) -> Batch:
+        """The same with all records as what statecache did not write: each kept under its own entry id."""
+        texts = [line.split(entry.SEPARATOR, 3)[3] for line in self.lines]
+        foreign = [
+            entry.foreign(self.row.partition, record.entry_id, text)
+            for record, text in zip(self.records, texts, strict=True)
+        ]
+        return msgspec.structs.replace(self, lines=[], records=[], foreign=[*self.foreign, *foreign])
+
     def halves(self) -> tuple[Batch, Batch]:
         """Two batches, the second beginning where the first ends."""
         middle = len(self.records) // 2
@@ -102,7 +111,9 @@ class Plan:
         self.deltas: dict[tuple[int, str, str], int] = {}
         self.letters = [
             Letter(
-                fold.entry_row(batch.row.partition, one), "this record of the log was not written by statecache", False
+                fold.entry_row(batch.row.partition, one),
+                "this record of the log is none that statecache writes there",
+                False,
             )
             for batch in batches
             for one in batch.foreign

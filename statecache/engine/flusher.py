@@ -355,7 +355,10 @@ class Flusher:
                 _log.error("entry %s is in SQL already: not written twice", record.entry_id, extra=place)
                 return self._transaction([batch], {}, replayed=instance)
         _log.error("dead letter: %s:%s, entry %s: %s", *instance, record.entry_id, error, extra=place)
-        return self._transaction([batch], {instance: str(error)})
+        try:
+            return self._transaction([batch], {instance: str(error)})
+        except KeyHit:  # another letter has its version: keep it under its entry id
+            return self._transaction([batch.estranged()], {})
 
     def _transaction(
         self,

@@ -521,6 +521,36 @@ def test_strangers_record_stops_nobody(lite: World) -> None:
     lite.verify()
 
 
+@pytest.mark.parametrize("version", [b"2", b"9", b"4"])
+def test_versions_that_do_not_go_on_are_put_aside(world: World, version: bytes) -> None:
+    """P10. An entry's version is not the one that is due behind SQL's (it was written twice, or one is lost): none of the
+    instance's entries gets into history, the reason says which, and the others are flushed. Of two with one version the second
+    is kept as a stranger's: letters are told apart by their versions."""
+    here, other = world.id(0), world.id(0, 1)
+    world.start(here, ["pay"])
+    world.start(other)
+    world.flush()
+    for id in (here, other, here):
+        world.orders.transition(id, "note")
+    log = world.keyspace.log(0)
+    records: Any = world.client.xrange(log)
+    world.client.delete(log)
+    for name, fields in records:
+        parts = fields[b"e"].split(b"\x1f")
+        if parts[1:3] == [here.encode(), b"3"]:
+            parts[2] = version
+        world.client.xadd(log, {"e": b"\x1f".join(parts)}, id=name)
+    world.flush()
+    assert world.versions(here) == [1, 2]
+    assert world.versions(other) == [1, 2]
+    kept = world.durable.letters("order", here)
+    assert [letter.entry.version for letter in kept] == sorted({int(version), 4})
+    assert any(f"goes on with version {int(version)} where 3 is due" in letter.error for letter in kept)
+    foreign = world.durable.letters("@foreign", f"0:{records[-1][0].decode()}")
+    assert len(kept) + len(foreign) == 2
+    assert all("note" in letter.entry.patch.split("\x1f") for letter in foreign)
+
+
 @pytest.mark.parametrize("text", [b"\xff\xfe", b"\xed\xa0\x80", b"a\x00b", b"order\x1f1\x1f\x00\x1f", b"x\ry", b"\x1e"])
 def test_strangers_bytes_stop_nobody(world: World, text: bytes) -> None:
     """The same of a record that is no UTF-8, or has what SQL or COPY would not take: for the flusher and for a recovery."""

@@ -316,6 +316,17 @@ MUTANTS = [
         (f"{_FLUSHER}test_hole_stops_its_partition_and_the_others_go_on",),
     ),
     Mutant(
+        "versions that do not go on get into history",
+        (
+            Patch(
+                "statecache/engine/batching.py",
+                "                    fold.require_next(before.get(instance), records)\n",
+                "                    pass\n",
+            ),
+        ),
+        (f"{_FLUSHER}test_versions_that_do_not_go_on_are_put_aside[sqlite-2]",),
+    ),
+    Mutant(
         "trim including the witness",
         (
             Patch(

@@ -244,7 +244,9 @@ def test_the_short_form_of_a_plain_patch_says_what_the_thorough_one_says(data: d
 ANY_PATCH = st.one_of(
     st.none(),
     st.just(MappingProxyType({"a": 1})),
-    st.dictionaries(st.sampled_from(["a", "b", "c.d", "_e"]), PLAIN_VALUES | st.text("aü日😀\n\"\\\0\x1f", max_size=9), max_size=4),
+    st.dictionaries(
+        st.sampled_from(["a", "b", "c.d", "_e"]), PLAIN_VALUES | st.text('aü日😀\n"\\\0\x1f', max_size=9), max_size=4
+    ),
 )
 PLAIN_PATCH = st.dictionaries(
     st.sampled_from(["a", "b", "c.d", "_e"]),
