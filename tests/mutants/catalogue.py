@@ -121,7 +121,7 @@ MUTANTS = [
                 "VALUES ({', '.join(_ENTRY_VALUES)}) ON CONFLICT DO NOTHING\"",
             ),
         ),
-        (f"{_LETTERS}test_a_row_that_is_in_history_already_is_not_swallowed[sqlite]",),
+        (f"{_LETTERS}test_a_row_that_is_in_history_already_is_not_swallowed[sqlite sync]",),
     ),
     Mutant(
         "trim before commit",
@@ -357,7 +357,7 @@ MUTANTS = [
                 "            plan.put_aside(set(),",
             ),
         ),
-        (f"{_LETTERS}test_moves_that_come_before_the_flag[sqlite]",),
+        (f"{_LETTERS}test_moves_that_come_before_the_flag[sqlite sync]",),
     ),
     Mutant(
         "waiting entries are not kept",
@@ -368,7 +368,7 @@ MUTANTS = [
                 "            for letter in [one for one in plan.letters if not one.waiting]:\n",
             ),
         ),
-        (f"{_LETTERS}test_one_refused_entry_stops_only_its_own_instance[sqlite]",),
+        (f"{_LETTERS}test_one_refused_entry_stops_only_its_own_instance[sqlite sync]",),
     ),
     Mutant(
         "a refused entry stops its partition",
@@ -379,7 +379,7 @@ MUTANTS = [
                 "                raise\n",
             ),
         ),
-        (f"{_LETTERS}test_one_refused_entry_stops_only_its_own_instance[sqlite]",),
+        (f"{_LETTERS}test_one_refused_entry_stops_only_its_own_instance[sqlite sync]",),
     ),
     Mutant(
         "checkpoints may go back",
@@ -466,7 +466,7 @@ MUTANTS = [
     Mutant(
         "parked instances go on",
         (Patch(_ITEM, "    if find(flags, 'p', 1, true) then return 'PARKED' end\n", ""),),
-        (*_codes("apply", "PARKED"), f"{_LETTERS}test_who_waits_for_it_is_told[sqlite]"),
+        (*_codes("apply", "PARKED"), f"{_LETTERS}test_who_waits_for_it_is_told[sqlite sync]"),
     ),
     Mutant(
         "a ring that dropped ids is believed",
@@ -635,7 +635,7 @@ MUTANTS = [
     Mutant(
         "hydrated instances forget that they are parked",
         (Patch("statecache/core/flows.py", '    if found.letters:\n        own += " p"\n', ""),),
-        (f"{_LETTERS}test_a_parked_instance_is_not_evicted_and_comes_back_parked[sqlite]",),
+        (f"{_LETTERS}test_a_parked_instance_is_not_evicted_and_comes_back_parked[sqlite sync]",),
     ),
     # --- recovery --------------------------------------------------------------------------------------------------------
     Mutant(
