@@ -68,7 +68,7 @@ class Stretch:
 
 def _together(bench: Bench, in_a_row: int, offered: float, target: Any) -> Iterator[Measure]:
     count = bench.pick(1000, 50_000, 200_000)
-    seconds = bench.pick(1.5, 10.0, 60.0)
+    seconds = bench.pick(1.5, 20.0, 60.0)
     servers = bench.servers
     url = servers.postgres_database()
     fleet = Fleet(servers.cache(url), count)
