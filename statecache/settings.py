@@ -288,6 +288,11 @@ def systemd_variables() -> tuple[str | None, float | None]:
     return os.environ.get("NOTIFY_SOCKET") or None, int(microseconds) / 1e6 if wanted else None
 
 
+def child_environment(**defaults: str) -> dict[str, str]:
+    """This process' environment, for a child, with defaults for what it does not hold."""
+    return defaults | os.environ
+
+
 def refuse_unknown_variables(environment: Mapping[str, str]) -> None:
     """Raise ``ConfigurationError`` if a variable begins with ``STATECACHE_`` but is none that anything here reads."""
     known = {ENV_PREFIX + name.upper() for name in Settings.model_fields}

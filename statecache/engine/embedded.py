@@ -51,6 +51,7 @@ from typing import Self
 
 from statecache.core import errors
 from statecache.engine import lifeline, lockfile
+from statecache.settings import child_environment
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +74,16 @@ SERVER_SETTINGS = {
 }
 """What does not depend on the folder. ``config/redis/redis.conf`` tells why each is as it is."""
 
+SERVER_TUNABLES = "glibc.malloc.tcache_count=2000"
+"""``GLIBC_TUNABLES`` of the server: the wheel's has the C library's allocator, which otherwise merges and splits the small
+pieces that each script takes and gives back. An eighth to a fifth less of the server's time a transition."""
+
 _DAMAGED = re.compile(r"reading the append only file|RDB preamble|rdb file reading|AOF manifest", re.IGNORECASE)
+
+
+def server_environment() -> dict[str, str]:
+    """The environment of a server from a wheel; the caller's own tunables go before ours."""
+    return child_environment(GLIBC_TUNABLES=SERVER_TUNABLES)
 
 
 class EmbeddedServer:
@@ -219,8 +229,9 @@ class EmbeddedServer:
         with _pipe() as (death, inherited), self._log.open("ab") as log:
             self._log_offset = log.tell()
             subprocess.run(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=(inherited.fileno(),), check=False
-            )
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=(inherited.fileno(),), check=False,
+                env=server_environment(),
+            )  # fmt: skip
             inherited.close()
             while time.monotonic() < deadline:
                 line = lifeline.connect(self._socket)

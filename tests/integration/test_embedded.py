@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import redis
 import sqlalchemy
@@ -164,6 +165,20 @@ def test_runs_as_recommended_in_a_session_of_its_own(embed: Embed, data_folder: 
     differing = {name for name, value in recommended.items() if running[name] != value}
     assert differing <= of_a_network
     assert os.getsid(running_pid(server)) != os.getsid(0)
+
+
+@pytest.mark.parametrize("own", [None, "glibc.malloc.tcache_count=7"])
+def test_the_allocator_is_tuned_unless_the_user_did(
+    embed: Embed, data_folder: Path, monkeypatch: pytest.MonkeyPatch, own: str | None
+) -> None:
+    if own is None:
+        monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    else:
+        monkeypatch.setenv("GLIBC_TUNABLES", own)
+    server = embed(data_folder)
+    server.start()
+    assert server.pid is not None
+    assert psutil.Process(server.pid).environ()["GLIBC_TUNABLES"] == (own or embedded.SERVER_TUNABLES)
 
 
 def test_only_our_user_may_enter(embed: Embed, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from statecache.engine import embedded
 from tests.support import processes, waiting
 
 START_TIMEOUT_SECONDS = 60.0
@@ -74,7 +75,7 @@ class ValkeyServer:
     """One Valkey or Redis. Its files (``data/``, ``server.log``) are in ``folder`` and stay there when it ends.
 
     ``args`` are further settings, by their names in the server's configuration file. By default it persists like the
-    embedded server: append-only file with ``everysec``, no snapshots.
+    embedded server: append-only file with ``everysec``, no snapshots. It has that one's environment too.
     """
 
     def __init__(
@@ -172,7 +173,7 @@ class ValkeyServer:
         settings = {**self._args, "port": str(self.port), "dir": str(self.data), "logfile": str(self.log)}
         command = [str(self.binary), *(word for name, value in settings.items() for word in (f"--{name}", value))]
         log_offset = self.log.stat().st_size if self.log.exists() else 0
-        self._process = processes.Process(command, self.log)
+        self._process = processes.Process(command, self.log, env=embedded.server_environment())
         with self.client(socket_timeout=5.0) as client:
             try:
                 waiting.wait_until(
