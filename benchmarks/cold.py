@@ -12,10 +12,11 @@ from collections.abc import Iterator
 
 from benchmarks import hot
 from benchmarks.flush import committer
-from benchmarks.harness import Bench, Cost, Measure, own_at_most, percentile, row
+from benchmarks.harness import Bench, Cost, Measure, own_at_least, own_at_most, percentile, row
 from benchmarks.peers_sql import Committer
 from benchmarks.workload import Fleet, number_of
 from statecache import Move
+from statecache.engine import warming
 
 
 @row("cold.after-wipe", "the first transition after Redis was wiped, and cold ones after it")
@@ -64,6 +65,35 @@ def bulk(bench: Bench) -> Iterator[Measure]:
         fleet.flush()
     bench.note = f"{count:,} checkpoints in PostgreSQL, {size:,} random ones moved in calls of 1,000; 5 fields"
     yield hot.rate(cold, warm, "the same, hot")
+
+
+@row("cold.warming", "the hot set brought back from SQL after a wipe, rings of transition ids with it")
+def warm(bench: Bench) -> Iterator[Measure]:
+    count = bench.pick(500, 50_000, 1_000_000)
+    servers = bench.servers
+    fleet = Fleet(servers.cache(servers.postgres_database()), count)
+    for _ in range(8):  # until the rings are full
+        for _ in range(0, count, 50_000):
+            fleet.write(fleet.moves(min(count, 50_000)))
+            fleet.flush()
+    samples: list[Cost] = []
+    for turn in range(bench.rounds(2, 5, 5)):
+        bench.progress(f"wipe {turn + 1}")
+        _wipe(bench)
+        fleet.cache.recover()
+        samples.append(bench.cost(lambda: _warmed(fleet, count)))
+    bench.note = f"{count:,} checkpoints in PostgreSQL, five fields, nine transitions each; one process"
+    yield Measure("rate", "/s", [one.rate for one in samples], targets=(own_at_least(70_000),))
+    yield Measure("client CPU", "us/item", [one.us("client") for one in samples])
+    yield Measure("Valkey CPU", "us/item", [one.us("server") for one in samples])
+    yield Measure("PostgreSQL CPU", "us/item", [one.us("sql") for one in samples])
+
+
+def _warmed(fleet: Fleet, count: int) -> int:
+    report = warming.warm(fleet.cache)
+    if report.warmed != count:
+        raise RuntimeError(f"{report.warmed} of {count} instances were warmed")
+    return report.warmed
 
 
 def _bulk(bench: Bench, fleet: Fleet, moves: list[Move]) -> Cost:

@@ -253,7 +253,7 @@ def test_every_kind_of_call_is_a_point(redis_url: str, tmp_path: Path) -> None:
         folder.mkdir()
         frozen = Frozen(redis_url, folder, f"points{number}", scenario)
         names |= set(frozen.die(frozen.thaw(), None).names)
-    expected = {f"hot.{name}" for name in points.HOT} - {"hot.find"}
+    expected = {f"hot.{name}" for name in points.HOT} - {"hot.find", "hot.find_many"}
     expected |= {f"transaction.{name}" for name in points.TRANSACTION}
     expected |= {f"recoveries.{name}" for name in points.RECOVERIES} - {"recoveries.heartbeat"}
     assert expected - names == set()
