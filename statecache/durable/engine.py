@@ -2,7 +2,7 @@
 
 One ``Database`` has three faces of one pool. ``reader`` runs single statements outside a transaction: each is its own
 snapshot and costs one round trip. ``writer`` opens a transaction that takes its locks at once. ``engine`` is the plain
-one, for migrations and streams.
+one, for migrations, streams and pages.
 
 - SQLite: pysqlite's own transaction control is off (it would leave a SELECT outside the transaction); a write transaction
   begins with BEGIN IMMEDIATE, because a deferred one that turns into a writer fails without waiting. WAL with
@@ -38,6 +38,7 @@ POOL_TIMEOUT_SECONDS = 10.0
 BUSY_TIMEOUT_SECONDS = 15.0
 _SQLITE_BEGIN = "statecache_sqlite_begin"
 _POSTGRESQL_LIMITS = "SET LOCAL lock_timeout = '30s'; SET LOCAL idle_in_transaction_session_timeout = '15s'"
+_POSTGRESQL_ALONG_INDEXES = "SET LOCAL enable_sort = off"
 _POSTGRESQL_17_LIMITS = "; SET LOCAL transaction_timeout = '120s'"
 
 # Pools of the parent process, kept alive in a child: closing a SQLite or TLS connection here would disturb the parent's.
@@ -70,16 +71,35 @@ class Database:
         """Run ``work``, which reads only, on a connection where each statement is a snapshot of its own."""
         return self.alone(work)
 
+    def pages(self, work: Callable[[sa.Connection], T]) -> T:
+        """Run ``work``, which reads pages along an index, each statement a snapshot of its own.
+
+        Statistics lag behind: a state that was rare when they were gathered and holds a million instances now looks like one
+        row, which PostgreSQL would then sort, all of them for each page. So it may not: the index has the order.
+        """
+        if self.dialect.name != "postgresql":
+            return self.read(work)
+
+        def unsorted(connection: sa.Connection) -> T:
+            connection.exec_driver_sql(_POSTGRESQL_ALONG_INDEXES)
+            return work(connection)
+
+        return self._once_more(self.engine, unsorted)
+
     def alone(self, work: Callable[[sa.Connection], T]) -> T:
         """Run ``work``, each statement of which commits by itself. It may be run twice, so repeating it must do no harm."""
+        return self._once_more(self.reader, work)
+
+    def _once_more(self, engine: sa.Engine, work: Callable[[sa.Connection], T]) -> T:
+        """Run ``work``, on a fresh connection if the pool's has died."""
         with self.translated():
             try:
-                with self.reader.connect() as connection:
+                with engine.connect() as connection:
                     return work(connection)
             except sa.exc.DBAPIError as error:
                 if not error.connection_invalidated:
                     raise
-            with self.reader.connect() as connection:
+            with engine.connect() as connection:
                 return work(connection)
 
     @contextlib.contextmanager

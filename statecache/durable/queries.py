@@ -406,4 +406,4 @@ def iterate_transitions(
 
 
 def _fetch(database: engine.Database, statement: sa.Select[Any]) -> Sequence[Any]:
-    return database.read(lambda connection: connection.execute(statement).fetchall())
+    return database.pages(lambda connection: connection.execute(statement).fetchall())

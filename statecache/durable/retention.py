@@ -99,7 +99,7 @@ def ended(
         .order_by(_checkpoints.updated_ms, _checkpoints.id)
         .limit(limit)
     )
-    rows = store.database.read(lambda connection: connection.execute(asked).fetchall())
+    rows = store.database.pages(lambda connection: connection.execute(asked).fetchall())
     return [Ended(machine, *row) for row in rows]
 
 

@@ -166,7 +166,7 @@ class DurableStore:
 
         The oldest first. As of the watermark. ``after`` is the ``(updated_ms, id)`` of the last one of the page before.
         """
-        return self.database.read(
+        return self.database.pages(
             lambda connection: queries.find(connection, machine, state, after, older_than_ms, limit)
         )
 
@@ -175,11 +175,11 @@ class DurableStore:
 
         ``after`` is the ``(updated_ms, id)`` of the last one of the page before, ``(0, "")`` at first.
         """
-        return self.database.read(lambda connection: cold.idle(connection, machine, state, after, until_ms, limit))
+        return self.database.pages(lambda connection: cold.idle(connection, machine, state, after, until_ms, limit))
 
     def beginning_with(self, machine: str, prefix: str, limit: int) -> list[model.Checkpoint]:
         """Return up to ``limit`` instances whose id begins with ``prefix``, by id. As of the watermark."""
-        return self.database.read(lambda connection: queries.beginning_with(connection, machine, prefix, limit))
+        return self.database.pages(lambda connection: queries.beginning_with(connection, machine, prefix, limit))
 
     def recent(
         self, machine: str, state: str, before: tuple[int, str], limit: int = 1000, partition: int | None = None
@@ -188,7 +188,7 @@ class DurableStore:
 
         ``before`` is the ``(updated_ms, id)`` of the last one of the page before, ``(2**62, "")`` at first.
         """
-        return self.database.read(lambda connection: cold.recent(connection, machine, state, before, limit, partition))
+        return self.database.pages(lambda connection: cold.recent(connection, machine, state, before, limit, partition))
 
     def count_idle(self, machine: str, machine_version: int, state: str, until_ms: int) -> int:
         """Return how many instances that this machine version moved last are in ``state``, changed last up to ``until_ms``."""

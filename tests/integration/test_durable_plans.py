@@ -11,7 +11,7 @@ import pytest
 import sqlalchemy as sa
 
 from statecache.core import entry
-from statecache.durable import recoveries
+from statecache.durable import recoveries, retention, schema
 from statecache.durable.store import DurableStore
 from tests.support import servers
 from tests.support.batches import NOW_MS, Log, flushed, ids, partition_of
@@ -114,6 +114,25 @@ def test_find_counts_and_what_may_be_evicted(filled: tuple[DurableStore, Log]) -
         assert len(store.find("order")) == 100
         assert store.counts("m7") == {"a": 16, "b": 16}
     assert plans.scans == []
+
+
+def test_pages_are_not_sorted_when_the_statistics_are_old(filled: tuple[DurableStore, Log]) -> None:
+    """All of a state's instances have moved on since the last ANALYZE, as a pipeline of few stages does every minute."""
+    store, _ = filled
+    moved = sa.update(schema.checkpoints).where(schema.checkpoints.c.state == "placed").values(state="unheard of")
+    with store.database.transaction() as connection:
+        assert connection.execute(moved).rowcount > INSTANCES / 4
+    with Plans(store.database.engine) as plans:
+        assert len(store.find("order", "unheard of", limit=50)) == 50
+        assert len(store.idle("order", "unheard of", (NOW_MS + 2, "i1"), NOW_MS + 1500, limit=50)) == 50
+        assert len(store.recent("order", "unheard of", (NOW_MS + 1500, "i1"), limit=50)) == 50
+        assert retention.ended(store, "order", "unheard of", NOW_MS, (0, ""), 50) == []
+    with store.database.transaction() as connection:
+        connection.execute(
+            sa.update(schema.checkpoints).where(schema.checkpoints.c.state == "unheard of").values(state="placed")
+        )
+    assert plans.scans == []
+    assert plans.sorts == []
 
 
 def test_ids_that_begin_alike(filled: tuple[DurableStore, Log]) -> None:
