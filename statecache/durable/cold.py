@@ -1,23 +1,24 @@
 """The cold tier's pages: what an evictor asks, oldest first, and what a warmer asks, newest first.
 
 Both walk ranges of the find index (machine, state, updated_ms), page by page from where the last one ended, so a page costs
-its rows and nothing else, however many instances there are. A page is one statement, hence one snapshot: the watermark of
-each row's partition is of the same moment as the row (protocol holes H8, H9).
+its rows and nothing else, however many instances there are. A page is of one snapshot: the watermark of each row's partition
+is of the same moment as the row (protocol holes H8, H9).
 """
 
 from __future__ import annotations
 
+import functools
+import operator
 from typing import Any
 
 import sqlalchemy as sa
 
 from statecache.core import entry
-from statecache.durable import schema
-from statecache.durable.rows import Idle, Recent
+from statecache.durable import queries, schema
+from statecache.durable.rows import Idle, Recents
 
 _checkpoints = schema.checkpoints.c
 _partitions = schema.partitions.c
-_letters = schema.dead_letters.c
 
 # A left join keeps the order of the index: SQLite would turn an inner one round, and sort.
 _LOCATED = schema.checkpoints.outerjoin(schema.partitions, _partitions.partition == _checkpoints.partition)
@@ -38,21 +39,22 @@ _IDLE = (
     .limit(_PAGE)
 )
 
-# No EXISTS: for that PostgreSQL may read all letters first, into a hash table.
-_A_LETTER = (
-    sa.select(sa.literal_column("1"))
-    .where(_letters.machine == _checkpoints.machine, _letters.id == _checkpoints.id)
-    .limit(sa.literal_column("1"))
-    .scalar_subquery()
-)
+
+def _text(*parts: sa.ColumnElement[Any] | str) -> sa.ColumnElement[str]:
+    """The parts' texts as one: a page of thousands is made where its columns are, and read by one name."""
+    texts = [sa.literal(part) if isinstance(part, str) else sa.cast(part, sa.Text) for part in parts]
+    return functools.reduce(operator.add, texts)
+
+
 _RECENT = (
     sa.select(
-        _checkpoints.id, _checkpoints.partition, _checkpoints.state, _checkpoints.version, _checkpoints.epoch,
-        _checkpoints.seq, _checkpoints.created_ms, _at, _checkpoints.machine_version, _checkpoints.recent,
-        _checkpoints.data, *_WATERMARK,
-        _A_LETTER,
+        _at, _checkpoints.id, _checkpoints.partition,
+        _text(
+            _checkpoints.state, " ", _checkpoints.version, " ", _checkpoints.epoch, "-", _checkpoints.seq, " ",
+            _checkpoints.created_ms, " ", _checkpoints.machine_version, " ", _at,
+        ),
+        _checkpoints.recent, _checkpoints.data,
     )
-    .select_from(_LOCATED)
     .where(*_IN_STATE)
     .where(_at <= _after_ms, (_at < _after_ms) | (_checkpoints.id < _after_id))
     .order_by(_at.desc(), _checkpoints.id.desc())
@@ -63,27 +65,27 @@ _RECENT_IN_PARTITION = _RECENT.where(_checkpoints.partition == sa.bindparam("k_p
 
 def recent(
     connection: sa.Connection,
+    keyed: queries.Queries,
     machine: str,
     state: str,
     before: tuple[int, str],
     limit: int,
     partition: int | None = None,
-) -> list[Recent]:
-    """The next checkpoints of a state (in one partition), newest first, as the hashes that they are hydrated to."""
+) -> Recents:
+    """The next checkpoints of a state (in one partition), newest first, as the hashes that they are hydrated to.
+
+    Three statements: the connection is to be one snapshot.
+    """
     values = {
         "k_machine": machine, "k_state": state, "after_ms": before[0], "after_id": before[1], "page": limit,
     }  # fmt: skip
     asked = _RECENT
     if partition is not None:
         asked, values["k_partition"] = _RECENT_IN_PARTITION, partition
-    return [
-        Recent(
-            id, partition, at, f"{state_} {version} {epoch}-{seq} {created} {machine_version} {at}", ring, data,
-            f"{watermark_epoch or 0}-{watermark_seq or 0}", bool(parked),
-        )
-        for id, partition, state_, version, epoch, seq, created, at, machine_version, ring, data, watermark_epoch,
-            watermark_seq, parked in connection.execute(asked, values).fetchall()
-    ]  # fmt: skip
+    rows = connection.execute(asked, values).fetchall()
+    parked = keyed.parked(connection, [(machine, row[1]) for row in rows])
+    watermarks = {row.partition: str(row.watermark) for row in queries.partitions(connection, None)}
+    return Recents(rows, watermarks, {id for _, id in parked})
 
 
 def idle(

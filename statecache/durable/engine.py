@@ -38,7 +38,7 @@ POOL_TIMEOUT_SECONDS = 10.0
 BUSY_TIMEOUT_SECONDS = 15.0
 _SQLITE_BEGIN = "statecache_sqlite_begin"
 _POSTGRESQL_LIMITS = "SET LOCAL lock_timeout = '30s'; SET LOCAL idle_in_transaction_session_timeout = '15s'"
-_POSTGRESQL_ALONG_INDEXES = "SET LOCAL enable_sort = off"
+_POSTGRESQL_ALONG_INDEXES = "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY; SET LOCAL enable_sort = off"
 _POSTGRESQL_17_LIMITS = "; SET LOCAL transaction_timeout = '120s'"
 
 # Pools of the parent process, kept alive in a child: closing a SQLite or TLS connection here would disturb the parent's.
@@ -54,9 +54,10 @@ class Database:
         if engine.dialect.name == "sqlite":
             self.reader: sa.Engine = engine
             self.writer: sa.Engine = engine.execution_options(**{_SQLITE_BEGIN: "BEGIN IMMEDIATE"})
+            self._snapshots: sa.Engine = engine.execution_options(**{_SQLITE_BEGIN: "BEGIN"})
         else:
             self.reader = engine.execution_options(isolation_level="AUTOCOMMIT")
-            self.writer = engine
+            self.writer = self._snapshots = engine
         _forget_after_fork(engine)
 
     @property
@@ -72,19 +73,18 @@ class Database:
         return self.alone(work)
 
     def pages(self, work: Callable[[sa.Connection], T]) -> T:
-        """Run ``work``, which reads pages along an index, each statement a snapshot of its own.
+        """Run ``work``, which reads pages along an index, in one snapshot.
 
         Statistics lag behind: a state that was rare when they were gathered and holds a million instances now looks like one
         row, which PostgreSQL would then sort, all of them for each page. So it may not: the index has the order.
         """
-        if self.dialect.name != "postgresql":
-            return self.read(work)
 
         def unsorted(connection: sa.Connection) -> T:
-            connection.exec_driver_sql(_POSTGRESQL_ALONG_INDEXES)
+            if self.dialect.name == "postgresql":
+                connection.exec_driver_sql(_POSTGRESQL_ALONG_INDEXES)
             return work(connection)
 
-        return self._once_more(self.engine, unsorted)
+        return self._once_more(self._snapshots, unsorted)
 
     def alone(self, work: Callable[[sa.Connection], T]) -> T:
         """Run ``work``, each statement of which commits by itself. It may be run twice, so repeating it must do no harm."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence, Set
 from typing import NamedTuple
 
 import msgspec
@@ -120,18 +121,15 @@ class Idle(NamedTuple):
     watermark: entry.EntryId
 
 
-class Recent(NamedTuple):
-    """A checkpoint as a warmer wants it: ``own`` is the text of the hash' field ``@``, ``ring`` of ``@r``, ``data`` a JSON
-    object; with its partition's watermark, and whether it has open letters, of the same snapshot (protocol holes H9, H12)."""
+class Recents(NamedTuple):
+    """A page of a state's checkpoints, newest first, as a warmer wants it; all of one snapshot (protocol holes H9, H12)."""
 
-    id: str
-    partition: int
-    updated_ms: int
-    own: str
-    ring: str
-    data: str
-    watermark: str
-    parked: bool
+    rows: Sequence[tuple[int, str, int, str, str, str]]
+    """(updated_ms, id, partition, text of the hash' field ``@``, text of ``@r``, data as a JSON object)."""
+    watermarks: Mapping[int, str]
+    """By partition; of those that were ever flushed."""
+    parked: Set[str]
+    """The ids of those that have open letters."""
 
 
 class Above(NamedTuple):

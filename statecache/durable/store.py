@@ -22,7 +22,7 @@ from statecache.durable.rows import (
     Letter,
     MachineRow,
     PartitionRow,
-    Recent,
+    Recents,
     Standing,
     StoreRow,
 )
@@ -183,12 +183,14 @@ class DurableStore:
 
     def recent(
         self, machine: str, state: str, before: tuple[int, str], limit: int = 1000, partition: int | None = None
-    ) -> list[Recent]:
+    ) -> Recents:
         """Return the next instances in ``state``, those that changed last first, for warming; of one partition if wanted.
 
         ``before`` is the ``(updated_ms, id)`` of the last one of the page before, ``(2**62, "")`` at first.
         """
-        return self.database.pages(lambda connection: cold.recent(connection, machine, state, before, limit, partition))
+        return self.database.pages(
+            lambda connection: cold.recent(connection, self.queries, machine, state, before, limit, partition)
+        )
 
     def count_idle(self, machine: str, machine_version: int, state: str, until_ms: int) -> int:
         """Return how many instances that this machine version moved last are in ``state``, changed last up to ``until_ms``."""

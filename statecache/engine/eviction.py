@@ -298,19 +298,24 @@ def evict(
     )
 
 
-def above(cache: StateCache) -> int:
-    """By how many instances Redis is beyond its bounds (0: it is within them); an estimate where memory is the bound."""
+def room(cache: StateCache) -> float:
+    """How many more instances Redis takes within its bounds; below 0: by how many it is beyond them. An estimate where memory
+    is the bound."""
     settings = cache.settings
-    if not settings.hot_instances_max and not settings.hot_memory_share:
-        return 0
-    fill = cache.hot.fill()
-    count = 0
-    if settings.hot_instances_max:
-        count = fill.keys - 2 * settings.partition_count - settings.hot_instances_max
-    over = fill.used_bytes - fill.max_bytes * settings.hot_memory_share
-    if fill.max_bytes and settings.hot_memory_share and over > 0:
-        count = max(count, math.ceil(over * fill.keys / fill.used_bytes))
-    return max(0, count)
+    rooms = [math.inf]
+    if settings.hot_instances_max or settings.hot_memory_share:
+        fill = cache.hot.fill()
+        if settings.hot_instances_max:
+            rooms.append(settings.hot_instances_max - (fill.keys - 2 * settings.partition_count))
+        if fill.max_bytes and settings.hot_memory_share:
+            left = fill.max_bytes * settings.hot_memory_share - fill.used_bytes
+            rooms.append(math.floor(left * max(fill.keys, 1) / fill.used_bytes))
+    return min(rooms)
+
+
+def above(cache: StateCache) -> int:
+    """By how many instances Redis is beyond its bounds (0: it is within them)."""
+    return int(max(0.0, -room(cache)))
 
 
 def ranges(cache: StateCache) -> list[Range]:

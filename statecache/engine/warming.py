@@ -4,41 +4,48 @@ Nothing needs it: after a recovery every call brings back what it wants. Warming
 look-up. Those that were moved last come first, non-final ones only unless asked, until all are hot, a limit is reached or
 Redis is at its bounds (``hot_instances_max``, ``hot_memory_share``, ``maxmemory``).
 
-Each page is one statement: checkpoints with their rings, their partitions' watermarks and whether they have open letters, of
-one snapshot. hydrate.lua writes what is still absent, if that watermark is at or above what Redis has dropped (H9), under the
+Each page is of one snapshot: checkpoints with their rings, their partitions' watermarks, and which have open letters.
+hydrate.lua writes what is still absent, if that watermark is at or above what Redis has dropped (H9), under the
 stamp of before the look (H10). Instances with letters are left cold: a call brings them back parked (H12). So warming may run
 beside writers, evictors and other warmers, and may die anywhere. A report's ``position`` tells where to go on.
 
-Pages are read and packed in a thread while the server takes the last ones.
+While Redis takes the last batches, a thread reads the next page.
 
 One partition alone can be warmed, as the background jobs do (one job each, so that workers share the work): see ``shares``.
 """
 
 from __future__ import annotations
 
-import heapq
 import math
 import time
+from bisect import bisect_right
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from concurrent.futures import Future, ThreadPoolExecutor
+from operator import itemgetter
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from statecache.core import errors, flows, items
-from statecache.durable.rows import Recent
+from statecache.core import entry, errors, flows, items
+from statecache.durable.rows import Recents
 from statecache.engine import eviction
-from statecache.hot import scripts
+from statecache.hot import scripts, store
 
 if TYPE_CHECKING:
     from statecache.engine.cache import StateCache
 
 BATCH = 250
-"""Instances of one script call: it holds the server for a millisecond and a half."""
-_CHUNK = 1000
+"""Instances of one script call: it holds the server for two or three milliseconds."""
 _PAGE_FIRST, _PAGE_MAX = 250, 4000
+_TAKEN_MAX = 1000
+"""So many of a page are packed at once: Redis is not to wait for it."""
+_LOOK_EVERY = 20_000
+"""After so many instances Redis is asked how full it is; sooner where its bounds are near."""
 _NEWEST = (2**62, "")
+_BEGINNING = str(entry.EntryId(0, 0))
+_Row = tuple[int, str, str, store.Cold | None]
+"""(updated_ms, ``machine:state``, id, what to bring back: None if it is parked)."""
 Position = Mapping[str, tuple[int, str]]
 """By ``machine:state`` the (updated_ms, id) of the last instance that was looked at. Plain JSON."""
 Progress = Callable[["Report"], None]
@@ -64,21 +71,12 @@ class Report(msgspec.Struct):
     position: dict[str, tuple[int, str]] = {}
 
 
-class _Row(NamedTuple):
-    """An instance of a page, packed for hydrate.lua (None: it is not hydrated)."""
+class _Batch(NamedTuple):
+    """What is on its way to Redis: how many, how many of these are parked, and where it ends."""
 
-    key: str
-    updated_ms: int
-    id: str
-    packed: tuple[int, str, str, str, str, list[str]] | None
-
-
-class _RefusedError(Exception):
-    """Redis is of another epoch than the look at SQL was, or not true. Carries the code."""
-
-
-class _EnoughError(Exception):
-    """The limit is reached, Redis is full or time is up."""
+    size: int
+    parked: int
+    position: Position
 
 
 def warm(
@@ -158,6 +156,9 @@ class _Warmer:
         if finals:
             self._ranges.append([one for one in every if one.final])
         self.report = Report(dry_run, position=dict(position))
+        self._in_flight: deque[_Batch] = deque()
+        self._under_way = 0
+        self._ended = False
         counts = {name: self._counts(name) for name in {one.machine for one in every}}
         wanted = [one for group in self._ranges for one in group]
         self.report.candidates = sum(counts[one.machine].get(one.state, 0) for one in wanted)
@@ -171,76 +172,42 @@ class _Warmer:
     def run(self, seconds_max: float, stopping: Callable[[], bool], progress: Progress) -> Report:
         report, started = self.report, time.monotonic()
 
-        def check() -> None:
+        def goes_on() -> bool:
             report.seconds = time.monotonic() - started
             progress(report)
-            if stopping() or report.seconds > seconds_max:
-                report.more = True
-                raise _EnoughError
-            if report.warmed + report.hot_already >= self._limit:
-                raise _EnoughError
-            if eviction.above(self._cache):
-                report.full = True
-                raise _EnoughError
+            report.more = stopping() or report.seconds > seconds_max
+            return not (report.more or report.full) and self._counted() < self._limit
 
-        try:
-            while not report.dry_run and not self._has_run(check):
-                pass
-        except _EnoughError:
-            pass
+        while not report.dry_run and not self._ended and goes_on():
+            self._pass(goes_on)
         report.seconds = time.monotonic() - started
         progress(report)
         return report
 
-    def _has_run(self, check: Callable[[], None]) -> bool:
-        """Warm from the position on; False if a recovery came between: then under its epoch again."""
+    def _counted(self) -> int:
+        return self.report.warmed + self.report.hot_already
+
+    def _pass(self, goes_on: Callable[[], bool]) -> None:
+        """Warm from the position on, until all is hot, until the limit could be reached, or a recovery comes between."""
         if self._cache.hot.stamp == scripts.NEVER:
             self._cache.admission.ensure("EPOCH", self._cache.deadline(None))
         stamp = self._cache.hot.stamp
-        rows = self._newest_first()
-        try:
-            with ThreadPoolExecutor(1, "statecache-warming") as pool:
-                check()
-                chunk = pool.submit(lambda: list(islice(rows, _CHUNK)))
-                while found := chunk.result():
-                    chunk = pool.submit(lambda: list(islice(rows, _CHUNK)))
-                    for first in range(0, len(found), BATCH):
-                        self._hydrate(found[first : first + BATCH], stamp)
-                    check()
-        except _RefusedError as refused:
-            check()
-            self._cache.admission.ensure(str(refused), self._cache.deadline(None))
-            return False
-        return True
+        self._in_flight.clear()
+        self._under_way = 0
+        with ThreadPoolExecutor(1, "statecache-warming") as pool:
+            for codes in self._cache.hot.hydrate_stream(self._batches(goes_on, pool), stamp):
+                if refused := self._count(self._in_flight.popleft(), codes):
+                    self._cache.admission.ensure(refused, self._cache.deadline(None))
+                    self._ended = False
+                    return
 
-    # --- pages -------------------------------------------------------------------------------------------------------
-
-    def _newest_first(self) -> Iterator[_Row]:
-        """The rows of all ranges, those moved last first; of final states behind all others."""
-        for group in self._ranges:
-            walks = [self._walk(one) for one in group]
-            yield from heapq.merge(*walks, key=lambda row: row.updated_ms, reverse=True)
-
-    def _walk(self, one: eviction.Range) -> Iterator[_Row]:
-        key = f"{one.machine}:{one.state}"
-        at, id = self.report.position.get(key, _NEWEST)
-        size = _PAGE_FIRST
-        while True:
-            page = self._cache.durable.recent(one.machine, one.state, (at, id), size, self._partition)
-            for row in page:
-                yield _Row(key, row.updated_ms, row.id, None if row.parked else _packed(one.machine, row))
-            if len(page) < size:
-                return
-            at, id, size = page[-1].updated_ms, page[-1].id, min(2 * size, _PAGE_MAX)
-
-    def _hydrate(self, rows: Sequence[_Row], stamp: scripts.Stamp) -> None:
+    def _count(self, batch: _Batch, codes: Sequence[str]) -> str | None:
+        """Report what became of a batch; the code if it was refused."""
         report = self.report
-        rows = rows[: int(min(len(rows), self._limit - report.warmed - report.hot_already))]
-        packed = [row.packed for row in rows if row.packed is not None]
-        codes = self._cache.hot.hydrate(packed, stamp) if packed else []
+        self._under_way -= batch.size
         refused = next((code for code in codes if code in items.ADMISSION_CODES), None)
         if refused:
-            raise _RefusedError(refused)
+            return refused
         warmed = codes.count("OK")
         self._cache.metrics.add("statecache_hydrations_total", warmed)
         report.warmed += warmed
@@ -248,10 +215,102 @@ class _Warmer:
         report.stale += sum(code.startswith("STALE") for code in codes)
         if "OOM" in codes:
             report.full = True
-            raise _EnoughError
-        report.parked += len(rows) - len(packed)
-        report.position.update((row.key, (row.updated_ms, row.id)) for row in rows)
+        elif not report.full:
+            report.parked += batch.parked
+            report.position.update(batch.position)
+        return None
+
+    # --- pages -------------------------------------------------------------------------------------------------------
+
+    def _batches(self, goes_on: Callable[[], bool], pool: ThreadPoolExecutor) -> Iterator[list[store.Cold]]:
+        """What goes to Redis, a script call each. Ends early where the limit could be reached by what is under way."""
+        room = 0
+        for group in self._ranges:
+            walks = [_Walk(self._cache, one, self._partition, self.report.position, pool) for one in group]
+            for page in _newest_first(walks):
+                if not goes_on():
+                    return
+                while page:
+                    room = room or self._room()
+                    size = int(min(BATCH, len(page), room, self._limit - self._counted() - self._under_way))
+                    if size <= 0:
+                        return
+                    rows, page = page[:size], page[size:]
+                    packed = [cold for _, _, _, cold in rows if cold]
+                    last = {row[1]: row for row in rows}
+                    position = {key: (updated_ms, id) for key, (updated_ms, _, id, _) in last.items()}
+                    self._in_flight.append(_Batch(size, size - len(packed), position))
+                    self._under_way += size
+                    room -= size
+                    yield packed
+        self._ended = True
+
+    def _room(self) -> int:
+        """So many may be sent before Redis is asked again how full it is."""
+        room = eviction.room(self._cache)
+        self.report.full = room <= 0
+        return 0 if self.report.full else int(min(max(room - self._under_way, BATCH), _LOOK_EVERY))
 
 
-def _packed(machine: str, row: Recent) -> tuple[int, str, str, str, str, list[str]]:
-    return row.partition, f"{machine}:{row.id}", row.own, row.ring, row.watermark, flows.pairs_of(row.data)
+class _Walk:
+    """A range's checkpoints, newest first; while a page of them is taken, the next one is read."""
+
+    def __init__(
+        self,
+        cache: StateCache,
+        one: eviction.Range,
+        partition: int | None,
+        position: Position,
+        pool: ThreadPoolExecutor,
+    ) -> None:
+        self._cache = cache
+        self._range = one
+        self._key = f"{one.machine}:{one.state}"
+        self._partition = partition
+        self._pool = pool
+        self._size = _PAGE_FIRST
+        self._page = Recents((), {}, set())
+        self._first = 0
+        self._next: Future[Recents] | None = self._ask(position.get(self._key, _NEWEST))
+
+    def _ask(self, before: tuple[int, str]) -> Future[Recents]:
+        one, recent = self._range, self._cache.durable.recent
+        return self._pool.submit(recent, one.machine, one.state, before, self._size, self._partition)
+
+    def horizon(self) -> int:
+        """Since when all are at hand that moved since; reads on if none are at hand."""
+        if self._next and self._first == len(self._page.rows):
+            self._page, self._first = self._next.result(), 0
+            if len(self._page.rows) < self._size:
+                self._next = None
+            else:
+                self._size = min(2 * self._size, _PAGE_MAX)
+                self._next = self._ask(self._page.rows[-1][:2])
+        rows = self._page.rows
+        end = min(self._first + _TAKEN_MAX, len(rows))
+        return rows[end - 1][0] if self._next or end < len(rows) else 0
+
+    def take(self, since_ms: int) -> list[_Row]:
+        """Those that moved since then."""
+        (every, watermarks, parked), first = self._page, self._first
+        self._first = bisect_right(every, -since_ms, first, key=lambda row: -row[0])
+        key, machine = self._key, self._range.machine
+        return [
+            (updated_ms, key, id, None)
+            if id in parked
+            else (
+                updated_ms, key, id,
+                (partition, f"{machine}:{id}", own, ring, watermarks.get(partition, _BEGINNING), flows.pairs_of(data)),
+            )
+            for updated_ms, id, partition, own, ring, data in every[first : self._first]
+        ]  # fmt: skip
+
+
+def _newest_first(walks: Sequence[_Walk]) -> Iterator[list[_Row]]:
+    """The rows of all walks in pages, those moved last first."""
+    while True:
+        since_ms = max((walk.horizon() for walk in walks), default=0)
+        page = [row for walk in walks for row in walk.take(since_ms)]
+        if not page:
+            return
+        yield sorted(page, key=itemgetter(0), reverse=True)

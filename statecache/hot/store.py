@@ -28,9 +28,12 @@ _NUMBERS = [resp.bulk(number) for number in range(4096)]
 _HGETALL = b"*2\r\n$7\r\nHGETALL\r\n$%d\r\n%b\r\n"
 _HEADERS = [b"*%d\r\n" % number for number in range(4096)]
 CHUNKS_IN_FLIGHT = 2
+HYDRATIONS_IN_FLIGHT = 4
 BATCH_ITEMS_MAX = 250
 BATCH_BYTES_MAX = 1_000_000
 """What calls that are batched by themselves (threads, tasks) put into one script call at most."""
+Cold = tuple[int, str, str, str, str, Sequence[str]]
+"""An instance to bring back: (partition, "machine:id", text of ``@``, ring, SQL's watermark, [name, text, ...])."""
 Answered = tuple[Sequence[items.Item], list[items.Outcome]]
 
 
@@ -371,17 +374,33 @@ class HotStore:
 
     # --- cold tier ---------------------------------------------------------------------------------------------------
 
-    def hydrate(
-        self, rows: Sequence[tuple[int, str, str, str, str, list[str]]], under: scripts.Stamp | None = None
-    ) -> list[str]:
-        """Bring instances back: (partition, "machine:id", text of @, ring, watermark, [name, text, ...]); a code for each.
+    def hydrate(self, rows: Sequence[Cold], under: scripts.Stamp | None = None) -> list[str]:
+        """Bring instances back in one script call; a code for each. ``OOM`` for all when Redis has no memory for them."""
+        return next(self.hydrate_stream([rows], under))
 
-        ``OOM`` for all when Redis has no memory for them.
-        """
-        try:
-            return self._by_partition("hydrate", rows, under=under)
-        except errors.BackpressureError:
-            return ["OOM"] * len(rows)
+    def hydrate_stream(
+        self, batches: Iterable[Sequence[Cold]], under: scripts.Stamp | None = None
+    ) -> Iterator[list[str]]:
+        """``hydrate`` batch after batch; while the server takes some, the next one is made. Codes come in their order."""
+        in_flight: deque[int] = deque()
+        with self._exchange("hydrate") as line:
+            for rows in batches:
+                line.send(self._packed_hydrate(rows, under or self.stamp))
+                in_flight.append(len(rows))
+                if len(in_flight) >= HYDRATIONS_IN_FLIGHT:
+                    yield _hydrated(line, in_flight.popleft())
+            while in_flight:
+                yield _hydrated(line, in_flight.popleft())
+
+    def _packed_hydrate(self, rows: Sequence[Cold], under: scripts.Stamp) -> bytes:
+        looks: dict[tuple[int, str], int] = {}
+        places, packed = [], []
+        for partition, name, own, ring, watermark, pairs in rows:
+            places.append(looks.setdefault((partition, watermark), len(looks) + 1))
+            packed.append([name, "@", own, "@r", ring, *pairs])
+        request = self._pack(([watermark for _, watermark in looks], places, packed))
+        metas = [self._meta_keys[partition] for partition, _ in looks]
+        return _packed_call(scripts.stamped("hydrate", under, self.emulated).call, metas, len(metas), request)
 
     def evict(
         self,
@@ -609,21 +628,37 @@ class HotStore:
         """
         script = scripts.stamped(name, stamp or under or self.stamp, self.emulated)
         start = resp.bulk("EVAL") + resp.bulk(script.text) if stamp else script.call
-        packed = b"".join(
-            [
-                b"*%d\r\n" % (3 + key_count + len(arguments)),
-                start,
-                resp.bulk(key_count),
-                *key_parts,
-                *[resp.bulk(argument) for argument in arguments],
-            ]
-        )
+        packed = _packed_call(start, key_parts, key_count, *arguments)
         with self._exchange(name) as line:
             try:
                 reply: bytes = line.call(packed)
             except redis.exceptions.NoScriptError:
                 return "NOSCRIPT"
             return reply.decode(errors="backslashreplace")  # a stranger's record may be anything
+
+
+def _packed_call(start: bytes, key_parts: Sequence[bytes], key_count: int, *arguments: Any) -> bytes:
+    return b"".join(
+        [
+            b"*%d\r\n" % (3 + key_count + len(arguments)),
+            start,
+            resp.bulk(key_count),
+            *key_parts,
+            *[resp.bulk(argument) for argument in arguments],
+        ]
+    )
+
+
+def _hydrated(line: wire.Wire, count: int) -> list[str]:
+    """The codes of one script call; an error reply that is one code for all of them is told as such."""
+    reply = line.read_many(1)[0]
+    if isinstance(reply, redis.ResponseError):
+        code = failures.code_of(reply, sent=True)
+        if code not in ("NOSCRIPT", "OOM"):
+            raise failures.translated(reply, "hydrate")
+        return [code] * count
+    codes: list[str] = reply.decode().split("\n")
+    return codes
 
 
 def strictest(chunk: Sequence[items.Item]) -> items.Confirm | None:

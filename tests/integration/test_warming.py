@@ -69,7 +69,7 @@ def test_the_last_moved_first_final_ones_last(world: World) -> None:
 
 
 def test_it_goes_on_at_its_position(world: World) -> None:
-    """Stopped after each chunk, and begun again with the position, as JSON keeps it: everything comes back, each once."""
+    """Stopped in the midst, and begun again with the position, as JSON keeps it: everything comes back, each once."""
     world.orders.start_many([f"o{number}" for number in range(2300)])
     world.flush()
     wiped(world)
@@ -88,7 +88,8 @@ def test_it_goes_on_at_its_position(world: World) -> None:
         warmed += report.warmed
         looks += report.hot_already
         runs += 1
-    assert (warmed, looks, runs) == (2300, 0, 4)
+    assert (warmed, looks) == (2300, 0)
+    assert runs > 1
     assert len(hot(world)) == 2300
 
 
@@ -98,7 +99,7 @@ def test_it_ends_where_redis_is_full(world: World) -> None:
     wiped(world)
     report = warming.warm(world.more(hot_instances_max=500))
     assert report.full
-    assert 500 < report.warmed <= 1000 + 500
+    assert 500 <= report.warmed <= 1000
     world.client.config_set("maxmemory", 1)
     try:
         report = warming.warm(world.more(hot_memory_share=0.0))
@@ -131,7 +132,7 @@ def test_moved_between_the_look_and_the_hydration(world: World) -> None:
     started(world, 3)
     wiped(world)
     other = world.more().machine(Order)
-    with before_call(world.hot, "hydrate", lambda: other.transition("o001", "pay")):
+    with before_call(world.hot, "_packed_hydrate", lambda: other.transition("o001", "pay")):
         report = warming.warm(world.cache)
     assert (report.warmed, report.hot_already) == (2, 1)
     assert world.orders.transition("o001", "ship").version == 3
@@ -142,20 +143,32 @@ def test_moved_between_the_look_and_the_hydration(world: World) -> None:
 def test_moved_flushed_and_evicted_between_the_look_and_the_hydration(world: World) -> None:
     """The same, and version 2 was flushed and evicted: what Redis has dropped is above the page's watermark (H9)."""
     ids = started(world, 3)
-    ids = [id for id in ids if world.partition_of(id) == world.partition_of(ids[0])]
     wiped(world)
-    other = world.more()
-
-    def move_and_evict() -> None:
-        other.machine(Order).transition(ids[0], "pay")
-        other.flush()
-        assert eviction.evict(other, idle_seconds=0).evicted == 1
-
-    with before_call(world.hot, "hydrate", move_and_evict):
+    with before_call(world.hot, "_packed_hydrate", lambda: _move_and_evict(world, ids[0])):
         report = warming.warm(world.cache)
+    _nothing_stale_came_back(world, ids[0], report)
+
+
+def test_moved_flushed_and_evicted_within_the_look(world: World) -> None:
+    """The same, between a page's checkpoints and its watermarks: were they not of one snapshot, version 1 would come back
+    under the watermark of version 2 (H9). A later page has version 2."""
+    ids = started(world, 3)
+    wiped(world)
+    with before_call(world.durable.queries, "parked", lambda: _move_and_evict(world, ids[0])):
+        report = warming.warm(world.cache)
+    _nothing_stale_came_back(world, ids[0], report)
+
+
+def _move_and_evict(world: World, id: str) -> None:
+    other = world.more()
+    other.machine(Order).transition(id, "pay")
+    other.flush()
+    assert eviction.evict(other, idle_seconds=0).evicted == 1
+
+
+def _nothing_stale_came_back(world: World, id: str, report: warming.Report) -> None:
     assert report.stale >= 1
-    assert not world.is_hot(ids[0])
-    assert world.orders.transition(ids[0], "ship").version == 3
+    assert world.orders.transition(id, "ship").version == 3
     world.flush()
     world.verify()
 
@@ -164,7 +177,7 @@ def test_recovery_between_the_look_and_the_hydration(world: World) -> None:
     """The hydration is of the old epoch: refused; pages are read again under the new one."""
     started(world, 3)
     wiped(world)
-    with before_call(world.hot, "hydrate", world.more().recover):
+    with before_call(world.hot, "_packed_hydrate", world.more().recover):
         assert warming.warm(world.cache).warmed == 3
     world.verify()
 
@@ -172,7 +185,7 @@ def test_recovery_between_the_look_and_the_hydration(world: World) -> None:
 def test_wiped_again_between_the_look_and_the_hydration(world: World) -> None:
     started(world, 3)
     wiped(world)
-    with before_call(world.hot, "hydrate", world.wipe):
+    with before_call(world.hot, "_packed_hydrate", world.wipe):
         assert warming.warm(world.cache).warmed == 3
     world.verify()
 
@@ -220,7 +233,7 @@ def test_letters_are_retried_between_the_look_and_the_hydration(world: World) ->
 def test_warmers_and_evictors_side_by_side(world: World) -> None:
     """Dropped behind the look, and brought back: whoever is last decides whether it is hot, nobody what it is."""
     started(world, 5)
-    with before_call(world.hot, "hydrate", lambda: eviction.evict(world.more(), idle_seconds=0)):
+    with before_call(world.hot, "_packed_hydrate", lambda: eviction.evict(world.more(), idle_seconds=0)):
         report = warming.warm(world.cache)
     assert report.warmed == 5
     world.verify()

@@ -289,7 +289,7 @@ MUTANTS = [
     ),
     Mutant(
         "hydrate that overwrites",
-        (Patch(f"{_LUA}/hydrate.lua", "  elseif redis.call('EXISTS', key) == 1 then\n", "  elseif false then\n"),),
+        (Patch(f"{_LUA}/hydrate.lua", "  elseif call('EXISTS', item[1]) == 1 then\n", "  elseif false then\n"),),
         (f"{_HOLES}test_h10_slow_hydrator_overwrites_nothing", *_codes("hydrate", "EXISTS")),
     ),
     Mutant(
@@ -615,8 +615,20 @@ MUTANTS = [
     ),
     Mutant(
         "`evicted_to` not compared by hydrate",
-        (Patch(f"{_LUA}/hydrate.lua", "  elseif id_above(evicted[p], item[5]) then\n", "  elseif false then\n"),),
+        (Patch(f"{_LUA}/hydrate.lua", "  elseif stale[p] then\n", "  elseif false then\n"),),
         (*_codes("hydrate", "STALE"), f"{_HOLES}test_h9_evicted_again_behind_the_look_up"),
+    ),
+    Mutant(
+        "a warmer's watermark is of after its page",
+        (
+            Patch(
+                "statecache/durable/engine.py",
+                "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY; SET LOCAL",
+                "SET LOCAL",
+            ),
+            Patch("statecache/durable/engine.py", '{_SQLITE_BEGIN: "BEGIN"}', "{}"),
+        ),
+        ("tests/integration/test_warming.py::test_moved_flushed_and_evicted_within_the_look",),
     ),
     Mutant(
         "`evicted_to` not compared by the flow",
