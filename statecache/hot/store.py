@@ -376,7 +376,8 @@ class HotStore:
 
     def hydrate(self, rows: Sequence[Cold], under: scripts.Stamp | None = None) -> list[str]:
         """Bring instances back in one script call; a code for each. ``OOM`` for all when Redis has no memory for them."""
-        return next(self.hydrate_stream([rows], under))
+        (codes,) = self.hydrate_stream([rows], under)  # to its end: an exchange that is left open costs its connection
+        return codes
 
     def hydrate_stream(
         self, batches: Iterable[Sequence[Cold]], under: scripts.Stamp | None = None

@@ -36,7 +36,8 @@ def world(redis_url: str, database_and_client: tuple[str, str], namespace: str) 
 
 @contextmanager
 def counted(world: World) -> Iterator[Counter[str]]:
-    """How often each command ran in Redis (inside scripts too), and as ``SQL`` the statements that SQL was sent."""
+    """How often each command ran in Redis (inside scripts too), as ``SQL`` the statements that SQL was sent, as ``connections``
+    those that were opened to Redis."""
     found: Counter[str] = Counter()
 
     def note(*_: Any) -> None:
@@ -51,6 +52,7 @@ def counted(world: World) -> Iterator[Counter[str]]:
         sa.event.remove(engine, "before_cursor_execute", note)
     for name, told in world.client.info("commandstats").items():
         found[name.removeprefix("cmdstat_")] += told["calls"]
+    found["connections"] = world.client.info("stats")["total_connections_received"]
 
 
 def versions(results: list[Any]) -> list[int]:
@@ -83,6 +85,16 @@ def test_moving_many(world: World) -> None:
     assert (found["SQL"], found["evalsha"], found["xadd"]) == (1, 10, COUNT)
     world.flush()
     world.verify()
+
+
+def test_bringing_back_opens_no_connection(world: World) -> None:
+    world.orders.transition(IDS[0], "pay")  # the first one of a client may open some
+    with counted(world) as found:
+        for id in IDS[1:6]:
+            assert world.orders.transition(id, "pay").version == 2
+        assert versions(world.orders.transition_many([model.Move(id, "pay") for id in IDS[6:]])) == [2] * (COUNT - 6)
+    assert found["hset"] >= 2 * (COUNT - 1), "they were not brought back"
+    assert found["connections"] == 0
 
 
 def test_several_moves_of_each(world: World) -> None:
