@@ -33,13 +33,14 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import msgspec
 
 from statecache.core import entry, errors, failpoints, fold, mending
 from statecache.durable import recoveries
 from statecache.durable.faults import CommitUnknown, Superseded
-from statecache.durable.rows import Advance, Discard, PartitionRow
+from statecache.durable.rows import Above, Advance, Discard, PartitionRow
 from statecache.durable.store import DurableStore
 from statecache.engine import admission, processes
 from statecache.hot import scripts
@@ -204,6 +205,7 @@ class _Attempt:
         self.rewritten: list[PartitionReport] = []
         self.strays: dict[int, list[str]] | None = None
         self.discarded: dict[int, dict[fold.Instance, list[Discard]]] = {}
+        self.indexed = dry_run
 
     def run(self) -> Report:
         self.row = self.durable.identity()
@@ -412,8 +414,18 @@ class _Attempt:
         later = {(one.machine, one.id) for one in entries if not one.is_mark}
         if not later:
             return False
-        pages = recoveries.instances_above(self.durable, row.partition, mark.prev)
+        pages = self._instances_above(row.partition, mark.prev)
         return any((one.machine, one.id) in later for page in pages for one in page)
+
+    def _instances_above(self, partition: int, last: entry.EntryId) -> Iterator[list[Above]]:
+        if not self.indexed:  # not before it is wanted: a wipe is served again without, however much was just flushed
+            with ThreadPoolExecutor(1, "statecache-index") as thread:
+                completed = thread.submit(recoveries.complete_index, self.durable)
+                while wait([completed], timeout=1.0).not_done:
+                    self._beat()
+                completed.result()
+            self.indexed = True
+        return recoveries.instances_above(self.durable, partition, last)
 
     def _strange(self, fenced: Fenced) -> bool:
         """Was the epoch found in Redis made by a recovery that SQL does not know?"""
@@ -423,7 +435,7 @@ class _Attempt:
         """Drop every hash that SQL knows better, and mark the partition cold even when there is none (H3)."""
         dropped = 0
         self._drop(row.partition, fenced, row.watermark, [])
-        for page in recoveries.instances_above(self.durable, row.partition, last):
+        for page in self._instances_above(row.partition, last):
             self._drop(row.partition, fenced, row.watermark, [f"{one.machine}:{one.id}" for one in page])
             dropped += len(page)
             self._beat()

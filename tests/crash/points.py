@@ -39,7 +39,7 @@ TRANSACTION = (
     "adjust_counts", "advance", "checkpoints", "hold", "insert_history", "insert_letters", "insert_transitions", "parked",
     "take_letters", "upsert_checkpoints",
 )  # fmt: skip
-RECOVERIES = ("finish", "heartbeat", "instances_above", "recovery", "take")
+RECOVERIES = ("complete_index", "finish", "heartbeat", "instances_above", "recovery", "take")
 
 
 class Died(BaseException):

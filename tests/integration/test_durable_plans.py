@@ -172,6 +172,7 @@ def test_what_lies_above_an_entry(filled: tuple[DurableStore, Log]) -> None:
     epoch, owner = store.identity().epoch, store.identity().owner
     recoveries.take(store, (epoch, owner), epoch + 1, "me", 5)
     log.epoch, log.owner = epoch + 1, "me"
+    recoveries.complete_index(store)
     bound = entry.EntryId(log.watermarks[5].epoch, log.watermarks[5].seq - 50)
     with Plans(store.database.engine) as plans:
         found = [row for page in recoveries.instances_above(store, 5, bound) for row in page]

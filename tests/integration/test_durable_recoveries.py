@@ -155,6 +155,7 @@ def test_a_role_that_does_not_own_the_tables_may_recover(
     flushed(store, log.batch(ids(20)))
     flushed(store, log.batch(ids(20)))
     recoveries.take(store, (0, ""), 1, "me", 5)
+    recoveries.complete_index(store)
     assert (
         sum(len(page) for number in range(16) for page in recoveries.instances_above(store, number, entry.ZERO)) == 20
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import signal
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ import sqlalchemy as sa
 from statecache.core import errors, model
 from statecache.durable import recoveries, schema
 from statecache.durable.faults import CommitUnknown
+from statecache.durable.store import DurableStore
 from statecache.engine import admission, letters, processes, recovery
 from tests.acceptance import command
 from tests.support.worlds import Order, World, after_call, before_call, together
@@ -215,6 +217,33 @@ def test_recovered_twice_with_writes_between_and_no_flush(lite: World, name: str
     assert report.kinds == {"intact": 2}
     assert sum(part.parked for part in report.partitions) == 0
     _check_afterwards(lite, damage._replace(versions={id: version + 1 for id, version in damage.versions.items()}))
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_the_index_of_entries_is_completed_when_it_is_wanted(
+    world: World, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PostgreSQL takes seconds for it where much was flushed a moment ago, and a wiped Redis is to serve at once: only what
+    asks for instances above an entry waits for it, once. Signs of life are given meanwhile, or others would take over."""
+    damage = DAMAGES[name](world)
+    beats: list[float] = []
+    beat = recoveries.heartbeat
+    monkeypatch.setattr(recoveries, "heartbeat", lambda *told: (beats.append(time.monotonic()), beat(*told)))
+    done: list[float] = []
+
+    def slow(store: DurableStore) -> None:
+        time.sleep(2.5)
+        complete(store)
+        done.append(time.monotonic())
+
+    complete = recoveries.complete_index
+    monkeypatch.setattr(recoveries, "complete_index", slow)
+    world.cache.recover(dry_run=True)
+    assert done == []
+    world.cache.recover()
+    assert len(done) == (1 if name == "tail lost" else 0)
+    assert not done or min(beats) < done[0]
+    _check_afterwards(world, damage)
 
 
 def test_false_alarm_costs_nothing_but_an_epoch(world: World) -> None:
