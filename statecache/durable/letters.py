@@ -63,10 +63,10 @@ def note_discards(connection: sa.Connection, rows: Sequence[Row], discarded_ms: 
     connection.execute(sa.insert(schema.discards), values)
 
 
-def discards(connection: sa.Connection, partition: int) -> list[Discard]:
-    """Return everything that was ever discarded of a partition."""
+def discards(connection: sa.Connection) -> list[Discard]:
+    """Return everything that was ever discarded."""
     c = schema.discards.c
-    asked = sa.select(c.machine, c.id, c.epoch, c.seq, c.version, c.transition_id).where(c.partition == partition)
+    asked = sa.select(c.machine, c.id, c.epoch, c.seq, c.version, c.transition_id)
     return [
         Discard(row.machine, row.id, entry.EntryId(row.epoch, row.seq), row.version, row.transition_id)
         for row in connection.execute(asked)

@@ -251,9 +251,9 @@ class DurableStore:
         """Return an instance's open letters, oldest first. Any means that it is parked."""
         return self.database.read(lambda connection: letters.of_instance(connection, machine, id))
 
-    def discards(self, partition: int) -> list[Discard]:
-        """Return everything that was ever discarded of a partition."""
-        return self.database.read(lambda connection: letters.discards(connection, partition))
+    def discards(self) -> list[Discard]:
+        """Return everything that was ever discarded."""
+        return self.database.read(letters.discards)
 
     def parked_instances(self, limit: int = 1000, after: Instance | None = None) -> list[Instance]:
         """Return up to ``limit`` instances that have open letters, by machine and id, behind ``after``."""

@@ -92,6 +92,7 @@ def _quiet(cache: StateCache, machine: str, id: str) -> PartitionRow:
         raise errors.NotFoundError(f"{machine}:{id} has no dead letters")
     deadline = cache.deadline(None)
     while True:
+        stamp = cache.hot.stamp
         code, _, last = cache.hot.park([(partition, f"{machine}:{id}")])[0].partition(" ")
         if code == "TYPE":
             raise errors.IntegrityError(
@@ -101,9 +102,12 @@ def _quiet(cache: StateCache, machine: str, id: str) -> PartitionRow:
             cache.admission.ensure(code, deadline)
             continue
         row = cache.durable.partitions([partition])[0]
-        if code == "GONE" or entry.EntryId.parse(last) <= row.watermark:
+        if scripts.Stamp(row.epoch, row.owner) != stamp:  # a recovery has begun: it counts on what SQL has now
+            cache.admission.ensure("EPOCH", deadline)
+        elif code == "GONE" or entry.EntryId.parse(last) <= row.watermark:
             return row
-        cache.flush()
+        else:
+            cache.flush()
 
 
 def _drop_hash(cache: StateCache, machine: str, id: str, partition: int) -> None:

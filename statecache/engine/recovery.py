@@ -204,7 +204,7 @@ class _Attempt:
         self.stamp = scripts.NEVER
         self.rewritten: list[PartitionReport] = []
         self.strays: dict[int, list[str]] | None = None
-        self.discarded: dict[int, dict[fold.Instance, list[Discard]]] = {}
+        self.discarded: dict[int, dict[fold.Instance, list[Discard]]] | None = None
         self.indexed = dry_run
 
     def run(self) -> Report:
@@ -371,8 +371,8 @@ class _Attempt:
         if record.is_mark:
             return recoveries.recovery(self.durable, record.entry_id.epoch, record.transition_id) is not None
         if record.machine == entry.FOREIGN:
-            instance = (record.machine, record.id)  # it has nothing else to tell it by
-            return bool(self._letters(instance)) or instance in self._discards(self._partition_of(instance))
+            instance = (record.machine, record.id)  # it has nothing else to tell it by, and may be discarded meanwhile
+            return bool(self._letters(instance)) or instance in self._discards(self._partition_of(instance), fresh=True)
         return (record.machine, record.id, record.version, record.transition_id) in set(
             self._in_sql([(record.machine, record.id)])
         )
@@ -461,14 +461,16 @@ class _Attempt:
         machine, id = instance
         return int(id.partition(":")[0]) if machine == entry.FOREIGN else self.hot.keyspace.partition_of(machine, id)
 
-    def _discards(self, partition: int) -> dict[fold.Instance, list[Discard]]:
-        """What operators ever discarded of a partition, by instance."""
-        if partition not in self.discarded:
-            found: dict[fold.Instance, list[Discard]] = {}
-            for one in self.durable.discards(partition):
-                found.setdefault((one.machine, one.id), []).append(one)
-            self.discarded[partition] = found
-        return self.discarded[partition]
+    def _discards(self, partition: int, *, fresh: bool = False) -> dict[fold.Instance, list[Discard]]:
+        """What operators ever discarded of a partition, by instance. All is read at once: during a recovery nobody discards
+        anything but strangers' records."""
+        if self.discarded is None or fresh:
+            self.discarded = {}
+            for one in self.durable.discards():
+                instance = (one.machine, one.id)
+                of_partition = self.discarded.setdefault(self._partition_of(instance), {})
+                of_partition.setdefault(instance, []).append(one)
+        return self.discarded.get(partition, {})
 
     def _drop_discarded(self, row: PartitionRow, fenced: Fenced) -> int:
         """Drop every hash whose newest entry was discarded: an older copy of Redis has brought it back."""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
 from statecache.core import errors
+from statecache.durable import recoveries
 from statecache.engine import letters
 from tests.support import refusing, servers, worlds
+from tests.support.worlds import before_call
 
 
 @pytest.fixture
@@ -118,6 +121,24 @@ def test_discard_goes_on_from_the_checkpoint(world: worlds.World) -> None:
     assert world.orders.transition("bad", "ship").version == 3
     world.flush()
     assert [row.event for row in world.orders.history("bad")] == ["@start", "pay", "ship"]
+
+
+@pytest.mark.parametrize("act", [letters.discard, letters.retry])
+def test_a_recovery_begins_between_the_flag_and_the_letters(world: worlds.World, act: Callable[..., int]) -> None:
+    """It counts on the letters that it finds: none is taken from under it, until Redis is found true again."""
+    refused(world)
+    refusing.accept(world.durable)
+
+    def take() -> None:
+        row = world.durable.identity()
+        recoveries.take(world.durable, (row.epoch, row.owner), row.epoch + 1, "other", int(time.time() * 1000))
+
+    client = world.more(call_timeout_seconds=1.0)
+    with before_call(client.durable, "partitions", take), pytest.raises(errors.RecoveringError):
+        act(client, "order", "bad")
+    assert waiting_ones(world) == [(3, False), (4, True), (5, True)]
+    world.cache.recover()
+    assert act(world.cache, "order", "bad") == 3
 
 
 def test_a_start_that_sql_refuses(world: worlds.World) -> None:
