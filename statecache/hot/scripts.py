@@ -24,8 +24,8 @@ NAMES = (
     "admit", "apply", "claim", "drop", "due", "evict", "fence", "find", "flushed", "hydrate", "park", "probe", "read", "ready",
     "remind",
 )  # fmt: skip
-CLIENT_NAMES = ("apply", "hydrate", "evict", "park", "read", "find", "flushed", "claim", "due", "remind")
-"""Those that admission loads; the others are a recovery's."""
+CLIENT_NAMES = ("due", "remind", "evict", "park", "find", "read", "flushed", "claim", "hydrate", "apply")
+"""Those that admission loads, in this order: what a caller most likely waits for is loaded last. The others are a recovery's."""
 NEEDS_MEMORY = ("apply", "claim", "hydrate")
 """Refused when memory is full. The others read or relieve (flush, evict, recover): refused, they would block the relief."""
 EMULATED = ("identity", "unpacked")
