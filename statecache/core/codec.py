@@ -83,10 +83,15 @@ def _error_of(what: str, value: object, length_max: int) -> errors.InvalidDataEr
     return None
 
 
+_begin_hash = hashlib.blake2b(digest_size=6).copy  # a copy costs half of what a new one does
+_base64_of = binascii.b2a_base64
+
+
 def token_of(transition_id: str) -> str:
     """The ring's token of a transition id: 48 bits of its BLAKE2b hash as 8 base64 characters."""
-    digest = hashlib.blake2b(transition_id.encode(), digest_size=6).digest()
-    return binascii.b2a_base64(digest, newline=False).decode()
+    hashed = _begin_hash()
+    hashed.update(transition_id.encode())
+    return _base64_of(hashed.digest(), newline=False).decode()
 
 
 _forks = 0
@@ -192,8 +197,8 @@ def check_field_name(name: object) -> str:
     return name
 
 
-Encoded = tuple[list[str], str]
-"""A patch as ``[name, text, name, text, ...]``, and the JSON object text of the same."""
+Encoded = tuple[tuple[str, ...], list[str], str]
+"""The names of a patch's fields, their JSON texts, and the JSON object text of the whole."""
 
 
 def encode_patch(data: Mapping[str, Any], limits: Limits) -> Encoded:
@@ -211,20 +216,21 @@ def encode_patch(data: Mapping[str, Any], limits: Limits) -> Encoded:
         raise errors.InvalidDataError(
             f"data is refused: it has {len(data)} fields, at most {limits.patch_fields_max} are allowed in a patch"
         )
-    pairs: list[str] = []
+    texts: list[str] = []
     size = 0
     for name, value in data.items():
         if name not in _seen_names:
             _remember_name(check_field_name(name))
         text = encode_value(name, value)
         size += len(name) + (len(text) if text.isascii() else len(text.encode()))
-        pairs += (name, text)
+        texts.append(text)
     if size > limits.patch_bytes_max:
         raise errors.InvalidDataError(
             f"data is refused: it takes {size} bytes, at most {limits.patch_bytes_max} are allowed in a patch; "
             "keep large documents elsewhere and store their address here"
         )
-    return pairs, patch_text(pairs)
+    names = tuple(data)
+    return names, texts, patch_text(names, texts)
 
 
 _PLAIN = frozenset({str, bool, int, float, type(None)})
@@ -249,7 +255,9 @@ def _encode_plain_patch(data: dict[str, Any], limits: Limits) -> Encoded | None:
         return None
     if b"\\u0000" in lines or len(lines) + 64 * len(data) > limits.patch_bytes_max:
         return None
-    return list(_chained(zip(data, lines.decode().split("\n"), strict=False))), _encode_json(data).decode()
+    texts = lines.decode().split("\n")
+    texts.pop()  # empty: a line break ends the last one
+    return tuple(data), texts, _encode_json(data).decode()
 
 
 def encode_patches(patches: Sequence[object], limits: Limits) -> list[Encoded | None]:
@@ -259,10 +267,10 @@ def encode_patches(patches: Sequence[object], limits: Limits) -> list[Encoded | 
     plain: list[dict[str, Any]] = [data for data in patches if type(data) is dict and data]
     if not plain or max(map(len, plain)) > limits.patch_fields_max:
         return encoded
-    names = list(_chained(plain))
+    shapes = list(map(tuple, plain))
     values = list(_chained(map(dict.values, plain)))
     kinds = set(map(type, values))
-    if not (_seen_names.issuperset(names) and _PLAIN.issuperset(kinds)):
+    if not (_seen_names.issuperset(_chained(set(shapes))) and _PLAIN.issuperset(kinds)):
         return encoded
     if not _NUMBERS.isdisjoint(kinds):
         numbers = [value for value in values if type(value) in _NUMBERS]
@@ -277,15 +285,14 @@ def encode_patches(patches: Sequence[object], limits: Limits) -> list[Encoded | 
         return encoded
     if len(objects) > limits.patch_bytes_max and max(map(len, objects.split(b"\n"))) > limits.patch_bytes_max:
         return encoded
-    pairs = [""] * (2 * len(names))
-    pairs[::2] = names
-    pairs[1::2] = lines.decode().split("\n")[:-1]
+    texts = lines.decode().split("\n")
     begin = 0
-    texts = iter(objects.decode().split("\n"))
+    each = zip(shapes, objects.decode().split("\n"), strict=False)  # a line break ends the last object
     for index, data in enumerate(patches):
         if type(data) is dict and data:
-            end = begin + 2 * len(data)
-            encoded[index] = pairs[begin:end], next(texts)
+            names, text = next(each)
+            end = begin + len(names)
+            encoded[index] = names, texts[begin:end], text
             begin = end
     return encoded
 
@@ -299,11 +306,11 @@ def _remember_name(name: str) -> None:
         _seen_names.add(name)
 
 
-def patch_text(pairs: Sequence[str]) -> str:
-    """The JSON object text of ``[name, text, ...]``: names need no escaping, texts are JSON already."""
-    if not pairs:
+def patch_text(names: Sequence[str], texts: Sequence[str]) -> str:
+    """The JSON object text of a patch: names need no escaping, texts are JSON already."""
+    if not names:
         return ""
-    return "{" + ",".join([f'"{pairs[i]}":{pairs[i + 1]}' for i in range(0, len(pairs), 2)]) + "}"
+    return "{" + ",".join([f'"{name}":{text}' for name, text in zip(names, texts, strict=True)]) + "}"
 
 
 def encode_increments(increments: Mapping[str, int | float]) -> list[list[str]]:

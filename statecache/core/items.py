@@ -49,7 +49,7 @@ class Confirm(msgspec.Struct, frozen=True):
 class Item(msgspec.Struct, gc=False):
     """One transition to be applied.
 
-    ``tail`` is the entry's text from the transition id to the unset names, ``pairs`` the patch as ``[name, text, ...]``.
+    ``tail`` is the entry's text from the transition id to the unset names, ``names`` and ``texts`` are the patch.
     Mutable on purpose: a flow sends the same item again with ``retry``, ``expected`` or ``absent`` changed.
     """
 
@@ -59,7 +59,8 @@ class Item(msgspec.Struct, gc=False):
     expected: int
     token: str
     tail: str
-    pairs: list[str]
+    names: tuple[str, ...]
+    texts: list[str]
     transition_id: str
     retry: bool = False
     absent: str = ""
@@ -72,15 +73,14 @@ class Item(msgspec.Struct, gc=False):
     claim: str = ""
     """The fencing token of the claim under which it is sent."""
 
-    def pack_into(self, flat: list[object], partition_index: int, move_index: int) -> None:
+    def pack_into(self, flat: list[object], partition_index: int, move_index: int, shape_index: int) -> None:
         """Append what ``apply.lua`` reads of an item."""
-        extras: object = False
-        if self.retry or self.absent or self.unset or self.increments or self.claim:
-            own = (1 if self.retry else 0, self.absent, self.unset, self.increments)
-            extras = (*own, self.claim) if self.claim else own
-        pairs = self.pairs
-        flat += (partition_index, self.id, move_index, self.expected, self.token, self.tail, extras, len(pairs))
-        flat += pairs
+        if self.expected or self.retry or self.absent or self.unset or self.increments or self.claim:
+            extras = (1 if self.retry else 0, self.absent, self.unset, self.increments, self.claim)
+            flat += (partition_index, self.id, move_index, self.token, self.tail, -shape_index, self.expected, extras)
+        else:
+            flat += (partition_index, self.id, move_index, self.token, self.tail, shape_index)
+        flat += self.texts
 
 
 class Outcome(msgspec.Struct, frozen=True, gc=False):

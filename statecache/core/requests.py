@@ -114,15 +114,15 @@ class Door:
         limits = self._limits
         codec.check_text("id", id, limits.id_length_max)
         if encoded is not None:
-            pairs, text = encoded
+            names, texts, text = encoded
         elif data or data not in (None, {}):
-            pairs, text = codec.encode_patch(self._validate_patch(data), limits)
+            names, texts, text = codec.encode_patch(self._validate_patch(data), limits)
         else:
-            pairs, text = [], ""
+            names, texts, text = (), [], ""
         dropped = codec.encode_unset(unset) if unset else []
         increments = codec.encode_increments(increment) if increment else []
         if dropped or increments:
-            _check_disjoint(pairs[::2], dropped, [name for name, *_ in increments], limits)
+            _check_disjoint(names, dropped, [name for name, *_ in increments], limits)
         own_id = transition_id is not None
         made_id = codec.check_text("transition_id", transition_id, limits.id_length_max) if own_id else self._ids.next()
         if expect_version is not None:
@@ -138,7 +138,9 @@ class Door:
         )
         address = f"{spec.machine}:{id}"
         partition = keys.partition_of_address(address, self._partition_count)
-        item = items.Item(partition, id, spec, expect_version or 0, codec.token_of(made_id), tail, pairs, made_id)
+        item = items.Item(
+            partition, id, spec, expect_version or 0, codec.token_of(made_id), tail, names, texts, made_id
+        )
         if dropped or increments:
             item.unset, item.increments = dropped, increments
         return flows.Request(item, address, own_id, self.definition.available_events, expect_version, guard)

@@ -298,12 +298,15 @@ class _Walk:
         return [
             (updated_ms, key, id, None)
             if id in parked
-            else (
-                updated_ms, key, id,
-                (partition, f"{machine}:{id}", own, ring, watermarks.get(partition, _BEGINNING), flows.pairs_of(data)),
-            )
+            else (updated_ms, key, id, _cold(partition, f"{machine}:{id}", own, ring, watermarks, data))
             for updated_ms, id, partition, own, ring, data in every[first : self._first]
         ]  # fmt: skip
+
+
+def _cold(partition: int, address: str, own: str, ring: str, watermarks: Mapping[int, str], data: str) -> store.Cold:
+    pairs = flows.pairs_of(data)
+    flag = flows.wide(pairs)
+    return partition, address, f"{own} {flag}" if flag else own, ring, watermarks.get(partition, _BEGINNING), pairs
 
 
 def _newest_first(walks: Sequence[_Walk]) -> Iterator[list[_Row]]:

@@ -29,7 +29,8 @@ claims         how many claims this epoch has given: the second half of their to
 ``{ns:pp}:i:<machine>:<id>``, a hash per instance:
 
 =====  ============================================================================
-@      ``state version entry_id created machine_version updated[ flags]``; flags: ``p`` parked, ``c`` claimed
+@      ``state version entry_id created machine_version updated[ flags]``; flags: ``p`` parked, ``c`` claimed,
+       ``w`` wide: more than 64 data fields
 @r     the last 8 transition ids as tokens of 8 characters, newest last
 @c     ``token end nonce worker`` of a claim, there when ``@`` says so; the end in ms
 name   the JSON text of a data field

@@ -25,7 +25,7 @@ NAMES = (
     "remind",
 )  # fmt: skip
 CLIENT_NAMES = ("due", "remind", "evict", "park", "find", "read", "flushed", "claim", "hydrate", "apply")
-"""Those that admission loads, in this order: what a caller most likely waits for is loaded last. The others are a recovery's."""
+"""Those that admission loads, in this order: last, what a caller most likely waits for. The others are a recovery's."""
 NEEDS_MEMORY = ("apply", "claim", "hydrate")
 """Refused when memory is full. The others read or relieve (flush, evict, recover): refused, they would block the relief."""
 EMULATED = ("identity", "unpacked")

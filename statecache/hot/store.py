@@ -229,6 +229,7 @@ class HotStore:
         """The bytes of one script call. Notes that this call compares the identity, if it is time to."""
         partitions: dict[int, int] = {}
         moves: dict[items.MoveSpec, int] = {}
+        shapes: dict[tuple[str, ...], int] = {}
         flat: list[object] = []
         stamp = self.stamp
         asked_under = (stamp.epoch, stamp.owner)
@@ -239,9 +240,12 @@ class HotStore:
             move = moves.get(item.move)
             if move is None:
                 move = moves[item.move] = len(moves) + 1
+            shape = shapes.get(item.names)
+            if shape is None:
+                shape = shapes[item.names] = len(shapes) + 1
             if item.asked_under not in (None, asked_under):
                 item.absent = ""  # SQL was asked in another epoch
-            item.pack_into(flat, partition, move)
+            item.pack_into(flat, partition, move, shape)
         key_count = 2 * len(partitions)
         due = self.wires.identity_due(line, self.identity_interval_seconds)
         confirm = strictest(chunk)
@@ -251,7 +255,7 @@ class HotStore:
                 scripts.stamped("apply", stamp, self.emulated).call,
                 _NUMBERS[key_count],
                 *[self._pair_keys[partition] for partition in partitions],
-                resp.bulk(self._pack((flat, [move.row for move in moves]))),
+                resp.bulk(self._pack((flat, [move.row for move in moves], list(shapes)))),
                 b"$1\r\n1\r\n" if due else b"$1\r\n0\r\n",
                 self._fields_max,
                 _confirm_command(confirm) if confirm is not None else b"",

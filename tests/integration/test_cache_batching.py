@@ -41,7 +41,7 @@ class Server:
 
 
 def item(id: str) -> items.Item:
-    return items.Item(0, id, items.MoveSpec("order", "pay", {}, 1), 0, "", "", [], id)
+    return items.Item(0, id, items.MoveSpec("order", "pay", {}, 1), 0, "", "", (), [], id)
 
 
 class Call(threading.Thread):

@@ -13,6 +13,7 @@ import pytest
 from statecache import Move
 from statecache.aio import AsyncStateCache
 from statecache.core import errors, model
+from statecache.engine import warming
 from statecache.hot.store import HotStore
 from tests.support import waiting, worlds
 
@@ -64,6 +65,38 @@ def test_a_claim_leaves_no_trace_in_data_and_hash(world: worlds.World) -> None:
     fields = world.client.hgetall(key)
     assert set(fields) == {b"@", b"@r", b"amount"}
     assert len(fields[b"@"].split(b" ")) == 6
+
+
+def test_an_instance_of_many_fields_stays_marked(world: worlds.World) -> None:
+    """Its fields are counted before each patch, because a flag says so: claims, evictions and warmings keep that flag."""
+    many = {f"f{number}": number for number in range(64)}
+    world.start("1", **many)
+    world.orders.transition("1", "note", data={f"g{number}": number for number in range(64)})
+    key = world.keyspace.instance(world.partition_of("1"), "order", "1")
+
+    def flags() -> set[str]:
+        return set(world.client.hget(key, "@").decode().split(" ", 6)[6:][0])
+
+    assert flags() == {"w"}
+    claim = world.orders.claim("1")
+    assert flags() == {"w", "c"}
+    claim.transition("note", {f"h{number}": number for number in range(64)})
+    assert flags() == {"w", "c"}
+    expire(world, claim)
+    world.orders.transition("1", "note", {f"i{number}": number for number in range(64)})
+    assert flags() == {"w"}
+    with world.orders.claim("1"):
+        world.flush()
+        world.verify()
+        assert world.evict("1") == "KEPT"
+    assert flags() == {"w"}
+    for come_back in (lambda: warming.warm(world.cache), lambda: world.orders.transition("1", "note")):
+        world.flush()
+        assert world.evict("1") == "OK"
+        come_back()
+        assert flags() == {"w"}
+        with pytest.raises(errors.InvalidDataError, match="257"):
+            world.orders.transition("1", "note", {"one_more": 1})
 
 
 def test_the_late_holder_is_refused_though_nobody_else_has_come(world: worlds.World) -> None:

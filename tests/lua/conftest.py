@@ -93,10 +93,10 @@ class Lab:
         token: str = "",
     ) -> items.Item:
         transition_id = transition_id or f"{move.event}-{id}-{next(_numbers)}"
-        tail = "\x1f".join([transition_id, "", "", "", codec.patch_text(list(pairs)), " ".join(unset)])
+        tail = "\x1f".join([transition_id, "", "", "", codec.patch_text(pairs[::2], pairs[1::2]), " ".join(unset)])
         return items.Item(
-            partition, id, move, expected, token or codec.token_of(transition_id), tail, list(pairs), transition_id,
-            retry=retry, absent=absent, unset=list(unset), increments=[list(one) for one in increments],
+            partition, id, move, expected, token or codec.token_of(transition_id), tail, tuple(pairs[::2]), list(pairs[1::2]),
+            transition_id, retry=retry, absent=absent, unset=list(unset), increments=[list(one) for one in increments],
         )  # fmt: skip
 
     def apply(self, *batch: items.Item) -> list[str]:

@@ -263,6 +263,36 @@ def test_transition_without_data_passes_where_the_limit_was_lowered(lab: Any) ->
     assert lab.apply(lab.item(lab.NOTE, unset=["a"]))[0].startswith("OK 2 ")
 
 
+def _fields(begin: int, end: int) -> list[str]:
+    return [part for number in range(begin, end) for part in (f"f{number}", "1")]
+
+
+def test_the_limit_holds_to_the_field_however_it_is_come_to(lab: Any) -> None:
+    """Fields are counted only where an instance may have too many: it is marked (flag ``w``) when it has more than 64."""
+    lab.start(pairs=_fields(0, 60))
+    for first in range(60, 252, 32):
+        assert lab.apply(lab.item(lab.NOTE, pairs=_fields(first, first + 32)))[0].startswith("OK ")
+        assert lab.hash("1")["@"].split(" ")[6:] == ["w"]
+    assert lab.apply(lab.item(lab.NOTE, pairs=_fields(250, 257))) == ["DATA fields 257"]
+    assert lab.apply(lab.item(lab.NOTE, pairs=_fields(250, 256)))[0].startswith("OK ")
+    assert lab.apply(lab.item(lab.NOTE, increments=[["one_more", "1", "i"]])) == ["DATA fields 257"]
+    assert lab.apply(lab.item(lab.NOTE, pairs=_fields(0, 64)))[0].startswith("OK ")
+
+
+def test_an_instance_becomes_wide_with_its_65th_field(lab: Any) -> None:
+    lab.start("1", pairs=_fields(0, 63))
+    for first, flags in ((63, []), (63, []), (64, ["w"]), (0, ["w"])):
+        assert lab.apply(lab.item(lab.NOTE, pairs=_fields(first, first + 1)))[0].startswith("OK ")
+        assert lab.hash("1")["@"].split(" ")[6:] == flags
+    lab.start("2", pairs=_fields(0, 65))
+    assert lab.hash("2")["@"].split(" ")[6:] == ["w"]
+    lab.start("3", pairs=_fields(0, 64))
+    assert lab.apply(lab.item(lab.NOTE, "3", increments=[["n", "1", "i"]], unset=["f0"]))[0].startswith("OK ")
+    assert lab.hash("3")["@"].split(" ")[6:] == []
+    assert lab.apply(lab.item(lab.NOTE, "3", increments=[["m", "1", "i"]]))[0].startswith("OK ")
+    assert lab.hash("3")["@"].split(" ")[6:] == ["w"]
+
+
 # --- order, several items, several partitions -----------------------------------------------------------------------------
 
 

@@ -371,6 +371,13 @@ def test_parking_twice_is_parking_once(lab: Any) -> None:
     assert lab.dump() == before
 
 
+def test_parking_keeps_the_other_flags(lab: Any) -> None:
+    lab.start(pairs=[part for number in range(65) for part in (f"f{number}", "1")])
+    for _ in range(2):
+        assert lab.store.park([(0, "order:1")]) == ["OK 1-1"]
+        assert sorted(lab.hash("1")["@"].split(" ")[6]) == ["p", "w"]
+
+
 def test_unparking_leaves_a_hash_that_is_not_parked(lab: Any) -> None:
     lab.start()
     assert lab.store.evict([(0, "order:1", 7, "1-1", 1)]) == ["KEPT moved"]

@@ -160,7 +160,7 @@ MUTANTS = [
     ),
     Mutant(
         "a duplicate writes nothing",
-        (Patch(_ITEM, "    call('HSET', key, '@r', ring) -- a WAIT after this call speaks of this write\n", ""),),
+        (Patch(_ITEM, "      call('HSET', key, '@r', ring) -- a WAIT after this call speaks of this write\n", ""),),
         (f"{_DURABILITY}test_a_repetition_waits_for_a_write_of_its_own",),
     ),
     Mutant(
@@ -190,7 +190,7 @@ MUTANTS = [
     Mutant(
         "duplicate check outside the script",
         (
-            Patch(_ITEM, "  if place then\n", "  if false then\n"),
+            Patch(_ITEM, "    if place then\n", "    if false then\n"),
             Patch(
                 "statecache/core/flows.py",
                 "                outcome = yield item\n",
@@ -430,8 +430,8 @@ MUTANTS = [
         (
             Patch(
                 _ITEM,
-                "  if rooms[p] <= 0 and not (rare or rarely()).has_room(p) then return 'FULL' end\n  if expected ~= 0",
-                "  if expected ~= 0",
+                "    if rooms[p] <= 0 and not (rare or rarely()).has_room(p) then return 'FULL' end\n    if expected ~= 0",
+                "    if expected ~= 0",
             ),
         ),
         (*_codes("apply", "FULL"), f"{_APPLY}test_backlog_limit_counts_within_one_call"),
@@ -441,15 +441,15 @@ MUTANTS = [
         (
             Patch(
                 _ITEM,
-                "    if rooms[p] <= 0 and not (rare or rarely()).has_room(p) then return 'FULL' end\n    local count",
-                "    local count",
+                "    if rooms[p] <= 0 and not (rare or rarely()).has_room(p) then return 'FULL' end\n    if fields",
+                "    if fields",
             ),
         ),
         ("tests/integration/test_backpressure.py::test_the_bound_holds_for_starts",),
     ),
     Mutant(
         "expected version not compared",
-        (Patch(_ITEM, "  if expected ~= 0 and expected ~= version then", "  if false then"),),
+        (Patch(_ITEM, "  if expected ~= 0 and expected ~= version + 0 then", "  if false then"),),
         _codes("apply", "VERSION"),
     ),
     Mutant(
@@ -457,7 +457,7 @@ MUTANTS = [
         (
             Patch(
                 _ITEM,
-                "  if not to then return 'STATE ' .. state .. ' ' .. version end\n",
+                "    if not to then return 'STATE ' .. from .. ' ' .. version end\n",
                 "  if not to then for _, one in pairs(move[3]) do to = one end end\n",
             ),
         ),
@@ -465,12 +465,18 @@ MUTANTS = [
     ),
     Mutant(
         "parked instances go on",
-        (Patch(_ITEM, "    if find(flags, 'p', 1, true) then return 'PARKED' end\n", ""),),
+        (Patch(_ITEM, "      if find(flags, 'p', 1, true) then return 'PARKED' end\n", ""),),
         (*_codes("apply", "PARKED"), f"{_LETTERS}test_who_waits_for_it_is_told[sqlite sync]"),
     ),
     Mutant(
         "a ring that dropped ids is believed",
-        (Patch(_ITEM, "  if extras and extras[1] == 1 and version > #ring / 8", "  if false and version > #ring / 8"),),
+        (
+            Patch(
+                _ITEM,
+                "  if extras and extras[1] == 1 and version + 0 > #ring / 8",
+                "  if false and version + 0 > #ring / 8",
+            ),
+        ),
         (*_codes("apply", "OLD"), f"{_CLIENT}test_an_id_that_the_ring_has_dropped"),
     ),
     Mutant(

@@ -255,7 +255,7 @@ async def in_flight_together(orders: AsyncMachineHandle, wanted: Sequence[Named]
     packed_apply = hot.packed_apply
 
     def packed(batch: Sequence[items.Item], line: Any) -> bytes:
-        marks = [dict(zip(item.pairs[::2], item.pairs[1::2], strict=True)).get(MARK, "") for item in batch]
+        marks = [dict(zip(item.names, item.texts, strict=True)).get(MARK, "") for item in batch]
         for task in [on_its_way.pop(mark) for mark in marks if mark in on_its_way]:
             loop.call_soon(task.cancel)  # before the loop can look for a reply
         return packed_apply(batch, line)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from statecache import Move
@@ -253,6 +254,13 @@ def test_hash_of_a_checkpoint_with_letters_is_parked() -> None:
     own, ring, pairs = flows.hash_texts(model.Lookup(W, KEPT, ("BBBBBBBB",)))
     assert (own, ring, pairs) == ("placed 2 1-5 10 1 20 p", "AAAAAAAA", ["a", "1"])
     assert flows.hash_texts(model.Lookup(W, KEPT))[0] == "placed 2 1-5 10 1 20"
+
+
+def test_hash_of_a_checkpoint_with_many_fields_says_so() -> None:
+    many = msgspec.json.encode({f"f{number}": number for number in range(65)}).decode()
+    kept = msgspec.structs.replace(KEPT, data=many)
+    assert flows.hash_texts(model.Lookup(W, kept))[0] == "placed 2 1-5 10 1 20 w"
+    assert flows.hash_texts(model.Lookup(W, kept, ("BBBBBBBB",)))[0] == "placed 2 1-5 10 1 20 pw"
 
 
 def test_parked_hash_without_letters_is_dropped() -> None:

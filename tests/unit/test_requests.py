@@ -31,7 +31,8 @@ def test_transition_as_an_item() -> None:
     assert item.partition == keys.partition_of("order", "1", 16)
     assert (item.id, item.expected, item.token, item.transition_id) == ("1", 3, codec.token_of("t"), "t")
     assert item.tail.split("\x1f") == ["t", "me", "why", "1767225600000", '{"a":1,"b":"x"}', "c"]
-    assert (item.pairs, item.unset, item.increments) == (["a", "1", "b", '"x"'], ["c"], [["n", "2", "i"]])
+    assert (item.names, item.texts) == (("a", "b"), ["1", '"x"'])
+    assert (item.unset, item.increments) == (["c"], [["n", "2", "i"]])
     assert (item.move.event, item.move.targets, request.own_id, request.address) == (
         "pay",
         {"placed": "paid"},
@@ -39,16 +40,16 @@ def test_transition_as_an_item() -> None:
         "order:1",
     )
     flat: list[object] = []
-    item.pack_into(flat, 2, 5)
-    extras = (0, "", ["c"], [["n", "2", "i"]])
-    assert flat == [2, "1", 5, 3, item.token, item.tail, extras, 4, "a", "1", "b", '"x"']
+    item.pack_into(flat, 2, 5, 7)
+    extras = (0, "", ["c"], [["n", "2", "i"]], "")
+    assert flat == [2, "1", 5, item.token, item.tail, -7, 3, extras, "1", '"x"']
 
 
 def test_plain_item_is_packed_without_extras() -> None:
     request = DOOR.transition(Move("1", "pay"))
     flat: list[object] = []
-    request.item.pack_into(flat, 1, 1)
-    assert flat[6:] == [False, 0]
+    request.item.pack_into(flat, 1, 1, 4)
+    assert flat[5:] == [4]
     assert not request.own_id
     assert DOOR.transition(Move("1", "pay")).item.transition_id != request.item.transition_id
 

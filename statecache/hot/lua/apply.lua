@@ -3,12 +3,13 @@
 -- KEYS   the meta and the log of each partition touched, in pairs. Instance keys are built from the meta's prefix, so
 --        they lie in the same slot; declaring each costs 16 % (measured). So is the key of the deadlines (due), a sorted
 --        set of "machine:id" by ms, which machines without timeouts never touch.
--- ARGV 1 [items, moves] in MessagePack. Items are one flat array (a table for each item would cost 1 us of it): for each
---        partition index, id, move index, expected version or 0, token, tail, extras, fields, field, text, field, text ...
---        The tail is the entry's text from transition id to unset; extras are false or [retry 0|1, watermark at which SQL
---        had no such instance or "", [unset field, ...], [[field, delta, i|f], ...], token of a claim or ""]; fields is the
---        number of what follows. Moves are arrays of [machine, event, {from: to}, machine version (text), {state: ms that it
---        may last} or absent]; a start's from is ""
+-- ARGV 1 [items, moves, shapes] in MessagePack. Items are one flat array (a table for each item would cost 1 us of it): for
+--        each partition index, id, move index, token, tail, shape index, then the texts of the shape's fields. A shape is an
+--        array of field names: most items of a call have one in common. A negative shape index is followed by two parts more,
+--        before the texts: expected version or 0, and [retry 0|1, watermark at which SQL had no such instance or "",
+--        [unset field, ...], [[field, delta, i|f], ...], token of a claim or ""].
+--        The tail is the entry's text from transition id to unset. Moves are arrays of [machine, event, {from: to}, machine
+--        version (text), {state: ms that it may last} or absent]; a start's from is ""
 --      2 '1': compare the server's identity first
 --      3 data fields that an instance may have
 --
@@ -29,18 +30,24 @@
 --   DATA rule field                 an increment or the number of fields breaks a rule. Nothing written
 --   TYPE                            the instance's key is not a hash of ours. Nothing written
 --   EPOCH | RECOVERING | IDENTITY   not admitted. Nothing written
--- Cost   8-10 us of server time an item in batches: HMGET, HLEN, XADD, HSET.
+-- Cost   8-10 us of server time an item in batches: HMGET, XADD, HSET.
 --@include identity
 --@include unpacked
 local call, pcall_, find, sub, match = redis.call, redis.pcall, string.find, string.sub, string.match
 local packed = unpacked(ARGV[1])
-local items, moves = packed[1], packed[2]
+local items, moves, shapes = packed[1], packed[2], packed[3]
 local here = ARGV[2] == '1' and identity()
 local time = call('TIME')
 local at = time[1] .. string.format('%03d', math.floor(time[2] / 1000))
 
 local timed = false
-for n = 1, #moves do timed = timed or moves[n][5] end
+for n = 1, #moves do
+  local move = moves[n]
+  timed = timed or move[5]
+  -- Texts that all items of a move have in common, and those of a move from one state (see `spelled`).
+  move.address, move.begin, move.ending = move[1] .. ':', move[1] .. '\31', '\31\31' .. move[4]
+  move.since, move.spelled = ' ' .. move[4] .. ' ' .. at, {}
+end
 -- Only what every call needs is read at once; what a refusal depends on (brake, cold) is read when it comes to that.
 local refused, metas, logs, prefixes, rooms = {}, {}, {}, {}, {}
 for p = 1, #KEYS / 2 do
@@ -54,11 +61,9 @@ for p = 1, #KEYS / 2 do
 end
 
 --@include apply_item
-local lines, i, last = { at }, 1, #items
-while i < last do
-  local first = i + 8
-  local behind = first + items[i + 7]
-  lines[#lines + 1] = refused[items[i]] or apply(i, first, behind - 1)
-  i = behind
+local lines, count, last = { at }, 1, #items
+while behind < last do
+  count = count + 1
+  lines[count] = apply(behind)
 end
 return table.concat(lines, '\n')

@@ -61,15 +61,15 @@ local function answer(item)
   if not same and find(flags, 'p', 1, true) then return 'PARKED' end
   if not same and wanted ~= '' and wanted ~= state then return 'STATE ' .. state .. ' ' .. version end
 
-  local parked = find(flags, 'p', 1, true) and 'p' or ''
+  local others = string.gsub(flags, 'c', '')
   local ending = string.format('%.0f', now + ttl)
   if ttl == 0 then
-    call('HSET', key, '@', plain .. (parked == '' and '' or ' p'))
+    call('HSET', key, '@', plain .. (others == '' and '' or ' ' .. others))
     call('HDEL', key, '@c')
     call('ZREM', indexes[p], name)
   else
     held = same and held or (EPOCH .. '-' .. call('HINCRBY', KEYS[p], 'claims', 1))
-    call('HSET', key, '@', plain .. ' ' .. parked .. 'c',
+    call('HSET', key, '@', plain .. ' ' .. others .. 'c',
       '@c', held .. ' ' .. ending .. ' ' .. (same and own_nonce or nonce) .. ' ' .. (same and holder or worker))
     call('ZREMRANGEBYSCORE', indexes[p], '-inf', now_text)
     call('ZADD', indexes[p], ending, name)

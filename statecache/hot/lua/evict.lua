@@ -48,7 +48,7 @@ for n = 1, #items do
     lines[n] = 'KEPT moved'
   elseif id_above(entry_id, watermark) then
     lines[n] = 'KEPT unflushed'
-  elseif flags == 'c' and claimed(key) then
+  elseif match(flags, 'c') and claimed(key) then
     lines[n] = 'KEPT claimed'
   else
     if not dry then

@@ -28,7 +28,8 @@ for n, item in ipairs(cjson.decode(ARGV[1])) do
   elseif not kept then
     lines[n] = 'TYPE'
   else
-    redis.call('HSET', key, '@', kept .. ' p' .. (string.find(own, ' p?c$') and 'c' or ''))
+    local others = string.gsub(string.sub(own, #kept + 2), 'p', '')
+    redis.call('HSET', key, '@', kept .. ' p' .. others)
     lines[n] = 'OK ' .. entry_id
   end
 end
