@@ -466,21 +466,34 @@ def _sendable(lane: Sequence[Running], items_max: int) -> list[Running]:
 
 
 def _chunks(ids: Sequence[Any], items_max: int) -> Iterator[Sequence[int]]:
-    """Groups of about ``CHUNK_ITEMS`` indexes; those of one instance stand in one group, in their order. The first of several
-    is small, so that the server soon has something to do."""
+    """Groups of about ``CHUNK_ITEMS`` indexes; those of one instance stand in one group, in their order.
+
+    The first groups of several are smaller, growing, so that the server soon has something to do and has it until the next
+    one is made; the last one too, so that little is left to do when its answer comes.
+    """
     texts = {id for id in ids if isinstance(id, str)}
-    size = min(CHUNK_ITEMS, items_max)
     if len(texts) == len(ids):
-        first = size // 4 if len(ids) > size >= 4 else 0
-        if first:
-            yield range(first)
-        for start in range(first, len(ids), size):
-            yield range(start, min(start + size, len(ids)))
+        yield from _tapered(len(ids), min(CHUNK_ITEMS, items_max))
         return
     lanes: dict[Any, list[int]] = {}
     for index, id in enumerate(ids):
         lanes.setdefault(id if isinstance(id, str) else index, []).append(index)
     yield from _joined(lanes.values(), items_max)
+
+
+def _tapered(count: int, size: int) -> Iterator[range]:
+    """The numbers below ``count`` in ranges of ``size`` at most: of a quarter of it, a half, three quarters, and then whole
+    ones, the last two being halves of what is left."""
+    several = count > size
+    start, quarters = 0, 1 if several else 4
+    while start < count:
+        left = count - start
+        length = -(-size * quarters // 4)
+        if several and size // 2 < left <= length:
+            length = -(-left // 2)
+        yield range(start, min(start + length, count))
+        start += length
+        quarters = min(quarters + 1, 4)
 
 
 def _joined(lanes: Iterable[list[Any]], items_max: int) -> Iterator[list[Any]]:
