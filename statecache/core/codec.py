@@ -94,6 +94,17 @@ def token_of(transition_id: str) -> str:
     return _base64_of(hashed.digest(), newline=False).decode()
 
 
+def tokens_of(transition_ids: Sequence[str]) -> list[str]:
+    """``token_of`` each of them."""
+    digests = []
+    for transition_id in transition_ids:
+        hashed = _begin_hash()
+        hashed.update(transition_id.encode())
+        digests.append(hashed.digest())
+    texts = _base64_of(b"".join(digests), newline=False).decode()  # six bytes are eight characters: none is split
+    return [texts[begin : begin + TOKEN_LENGTH] for begin in range(0, len(texts), TOKEN_LENGTH)]
+
+
 _forks = 0
 
 
@@ -115,11 +126,20 @@ class TransitionIds:
         self._forks = -1
 
     def next(self) -> str:
+        self._begin()
+        return f"{self._prefix}{next(self._counter):x}"
+
+    def take(self, count: int) -> list[str]:
+        """So many of them."""
+        self._begin()
+        prefix = self._prefix
+        return [f"{prefix}{number:x}" for number in itertools.islice(self._counter, count)]
+
+    def _begin(self) -> None:
         if _forks != self._forks:
             self._prefix = base64.urlsafe_b64encode(os.urandom(9)).decode()
             self._counter = itertools.count()
             self._forks = _forks
-        return f"{self._prefix}{next(self._counter):x}"
 
 
 def _check_value(field: str, value: object, depth: int) -> None:

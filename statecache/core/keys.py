@@ -30,6 +30,12 @@ def partition_of_address(address: str, partition_count: int) -> Partition:
     return Partition(zlib.crc32(address.encode()) % partition_count)
 
 
+def partitions_of(machine: str, ids: Iterable[str], partition_count: int) -> list[Partition]:
+    """``partition_of`` each of many instances of one machine."""
+    begun = zlib.crc32(f"{machine}:".encode())  # the rest of an address goes on from it
+    return [Partition(zlib.crc32(id.encode(), begun) % partition_count) for id in ids]
+
+
 @dataclass(frozen=True, slots=True)
 class Keyspace:
     """The keys of one namespace."""

@@ -10,6 +10,8 @@ from statecache.core import claims, codec, entry, errors, flows, items, keys, mo
 from statecache.core.definition import Definition, Guard
 
 _SEPARATOR = entry.SEPARATOR
+_NOTHING_BETWEEN = 3 * _SEPARATOR  # between actor and patch: no reason, no time of the caller's
+_NO_PATCH: codec.Encoded = ((), [], "")
 
 
 class Door:
@@ -60,19 +62,93 @@ class Door:
         occurred_at: datetime | None = None,
         encoded: codec.Encoded | None = None,
     ) -> flows.Request:
-        """A start as a request. ``encoded`` is what ``patches`` made of its data."""
+        """A start as a request. ``encoded`` is its data, if that was encoded already."""
         return self._request(
             self._start, id, data, (), None, actor, reason, None, transition_id, occurred_at, None, encoded
         )
 
-    def patches(self, many: Sequence[object]) -> Sequence[codec.Encoded | None]:
+    def starts(self, starts: Sequence[object], actor: str | None) -> list[flows.Request | errors.StateCacheError]:
+        """Many starts as requests, or the error of each that is refused. ``actor`` is that of those that name none."""
+
+        def one(start: Any, encoded: codec.Encoded | None) -> flows.Request:
+            return self.start(
+                start.id, start.data, actor=start.actor or actor, reason=start.reason, transition_id=start.transition_id,
+                occurred_at=start.occurred_at, encoded=encoded,
+            )  # fmt: skip
+
+        has_plain_actor = actor is None or _is_plain_text(actor, self._limits.text_length_max)
+
+        def plain(start: Any) -> items.MoveSpec | None:
+            is_plain = start.transition_id is None and start.reason is None and start.occurred_at is None
+            return self._start if is_plain and has_plain_actor else None
+
+        return self._many(starts, one, plain, actor)
+
+    def transitions(self, moves: Sequence[object]) -> list[flows.Request | errors.StateCacheError]:
+        """Many transitions as requests, or the error of each that is refused."""
+        specs, guards = self._moves, self._guards
+
+        def plain(move: Any) -> items.MoveSpec | None:
+            event = move.event
+            is_plain = (
+                type(event) is str and event not in guards and not move.unset and move.increment is None
+                and move.transition_id is None and move.expect_version is None and move.reason is None
+                and move.occurred_at is None and move.claim is None
+            )  # fmt: skip
+            return specs.get(event) if is_plain else None
+
+        return self._many(moves, self.transition, plain, None)
+
+    def _many(
+        self,
+        wanted: Sequence[Any],
+        one: Callable[[Any, codec.Encoded | None], flows.Request],
+        plain: Callable[[Any], items.MoveSpec | None],
+        actor: str | None,
+    ) -> list[flows.Request | errors.StateCacheError]:
+        """Build many requests: together those that ask for nothing but an event, data and an actor, the others one by one.
+
+        What is an error already stays one.
+        """
+        limits = self._limits
+        results: list[Any] = [None] * len(wanted)
+        places: list[int] = []
+        specs: list[items.MoveSpec] = []
+        patches: list[codec.Encoded] = []
+        ids: list[Any] = [getattr(each, "id", None) for each in wanted]
+        refused = codec.check_texts("id", ids, limits.id_length_max)
+        for place, (each, encoded) in enumerate(zip(wanted, self._patches(wanted), strict=True)):
+            spec = None if refused[place] or (encoded is None and each.data is not None) else plain(each)
+            if spec is not None and (each.actor is None or _is_plain_text(each.actor, limits.text_length_max)):
+                places.append(place)
+                specs.append(spec)
+                patches.append(encoded or _NO_PATCH)
+                continue
+            try:
+                results[place] = each if isinstance(each, errors.StateCacheError) else one(each, encoded)
+            except errors.StateCacheError as error:
+                results[place] = error
+        made_ids = self._ids.take(len(places))
+        tokens = codec.tokens_of(made_ids)
+        begin, allowed = f"{self.definition.name}:", self.definition.available_events
+        partitions = keys.partitions_of(self.definition.name, [ids[place] for place in places], self._partition_count)
+        for place, spec, (names, texts, text), made_id, token, partition in zip(
+            places, specs, patches, made_ids, tokens, partitions, strict=True
+        ):
+            id = ids[place]
+            tail = f"{made_id}{_SEPARATOR}{wanted[place].actor or actor or ''}{_NOTHING_BETWEEN}{text}{_SEPARATOR}"
+            item = items.Item(partition, id, spec, 0, token, tail, names, texts, made_id)
+            results[place] = flows.Request(item, begin + id, False, allowed)
+        return results
+
+    def _patches(self, many: Sequence[object]) -> Sequence[codec.Encoded | None]:
         """The data of many transitions encoded at once, where that is all there is to do with it."""
         if self._validate_patch is not patch.unchecked:
             return [None] * len(many)
-        return codec.encode_patches(many, self._limits)
+        return codec.encode_patches([getattr(each, "data", None) for each in many], self._limits)
 
     def transition(self, move: model.Move, encoded: codec.Encoded | None = None) -> flows.Request:
-        """A transition as a request. ``encoded`` is what ``patches`` made of its data. Raises ``InvalidTransitionError``
+        """A transition as a request. ``encoded`` is its data, if that was encoded already. Raises ``InvalidTransitionError``
         for an event that the machine does not have."""
         event: object = move.event
         spec = self._moves.get(event) if isinstance(event, str) else None
@@ -144,6 +220,11 @@ class Door:
         if dropped or increments:
             item.unset, item.increments = dropped, increments
         return flows.Request(item, address, own_id, self.definition.available_events, expect_version, guard)
+
+
+def _is_plain_text(value: object, length_max: int) -> bool:
+    """Whether it is a text to which ``check_text`` would have nothing to say."""
+    return type(value) is str and 0 < len(value) <= length_max and value.isascii() and value.isprintable()
 
 
 def _guards_by_event(

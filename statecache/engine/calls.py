@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -12,7 +12,7 @@ from statecache.core.machine import StateMachine
 from statecache.settings import Settings
 
 Start = model.Start | tuple[str, Mapping[str, Any] | None] | str
-Build = Callable[[Sequence[int]], Iterator[flows.Request | errors.StateCacheError]]
+Build = Callable[[Sequence[int]], Iterable[flows.Request | errors.StateCacheError]]
 """Makes the requests of some places of a bulk call, or the errors that say why they are refused."""
 
 
@@ -31,14 +31,8 @@ class Calls:
         """The ids of many starts, and what builds the request of each."""
         wanted = [_as_start(start) for start in as_list("starts", starts)]
 
-        def request(start: model.Start, encoded: codec.Encoded | None) -> flows.Request:
-            return self.door.start(
-                start.id, start.data, actor=start.actor or actor, reason=start.reason, transition_id=start.transition_id,
-                occurred_at=start.occurred_at, encoded=encoded,
-            )  # fmt: skip
-
-        def build(indexes: Sequence[int]) -> Iterator[flows.Request | errors.StateCacheError]:
-            return self._built([wanted[index] for index in indexes], request)
+        def build(indexes: Sequence[int]) -> Iterable[flows.Request | errors.StateCacheError]:
+            return self.door.starts([wanted[index] for index in indexes], actor)
 
         return [getattr(one, "id", None) for one in wanted], build
 
@@ -48,24 +42,14 @@ class Calls:
         # A move sent again is answered only after history was asked; what follows it must not overtake it meanwhile.
         repeatable = {move.id for move in wanted if isinstance(move, model.Move) and _is_repeatable(move)}
 
-        def request(move: model.Move, encoded: codec.Encoded | None) -> flows.Request:
-            made = self.door.transition(move, encoded)
-            made.own_id = made.own_id or made.item.id in repeatable
-            return made
-
-        def build(indexes: Sequence[int]) -> Iterator[flows.Request | errors.StateCacheError]:
-            return self._built([wanted[index] for index in indexes], request)
+        def build(indexes: Sequence[int]) -> Iterable[flows.Request | errors.StateCacheError]:
+            built = self.door.transitions([wanted[index] for index in indexes])
+            for request in built if repeatable else ():
+                if isinstance(request, flows.Request) and request.item.id in repeatable:
+                    request.own_id = True
+            return built
 
         return [getattr(one, "id", None) for one in wanted], build
-
-    def _built(
-        self, wanted: Sequence[Any], request: Callable[[Any, codec.Encoded | None], flows.Request]
-    ) -> Iterator[flows.Request | errors.StateCacheError]:
-        for one, encoded in zip(wanted, self.door.patches([getattr(one, "data", None) for one in wanted]), strict=True):
-            try:
-                yield one if isinstance(one, errors.InvalidDataError) else request(one, encoded)
-            except errors.StateCacheError as error:
-                yield error
 
     def address(self, id: str) -> tuple[int, str, str]:
         """Where an instance lies: partition, machine, id."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import datetime
+from collections.abc import Callable
+from types import MappingProxyType
 from typing import Any
 
 import pytest
 
 from statecache import Move
-from statecache.core import codec, errors, flows, keys, requests
+from statecache.core import codec, errors, flows, keys, model, requests
 from tests.support.worlds import Order
 
 
@@ -141,3 +143,85 @@ def test_naive_time_is_utc_and_times_before_1970_are_times() -> None:
         (datetime.datetime(2026, 1, 1, 2, tzinfo=datetime.timezone(datetime.timedelta(hours=2))), "1767225600000"),
     ):
         assert DOOR.transition(Move("1", "pay", occurred_at=when)).item.tail.split("\x1f")[3] == text
+
+
+def told(request: object) -> object:
+    """A request without what is made anew each time, or its error."""
+    if not isinstance(request, flows.Request):
+        return type(request), str(request)
+    item = request.item
+    own = item.transition_id if request.own_id else ""
+    assert item.token == codec.token_of(item.transition_id)
+    assert item.tail.startswith(item.transition_id + "\x1f")
+    rest = (item.tail.split("\x1f")[1:], item.names, item.texts, item.unset, item.increments, item.claim, item.retry)
+    return own, item.partition, item.id, item.move, item.expected, rest, request.address, request.expect_version
+
+
+def alone(make: Callable[[], flows.Request]) -> object:
+    try:
+        return make()
+    except errors.StateCacheError as error:
+        return error
+
+
+MOVES = [
+    Move("1", "pay"),
+    Move("2", "pay", {"a": 1, "b": "x"}),
+    Move("3", "pay", {"a": 1}, actor="me"),
+    Move("4", "pay", {"a": 1}, actor="m\u00e9"),
+    Move("5", "pay", {"a": 1}, actor=""),
+    Move("6", "pay", {"a": 1}, actor="two\nlines"),
+    Move("7", "pay", {"a": 1}, actor=5),  # type: ignore[arg-type]
+    Move("8", "pay", {}),
+    Move("9", "pay", []),  # type: ignore[arg-type]
+    Move("10", "pay", MappingProxyType({"a": 1})),
+    Move("11", "pay", {"9a": 1}),
+    Move("12", "pay", {"a": float("nan")}),
+    Move("13", "nothing", {"a": 1}),
+    Move("14", 5),  # type: ignore[arg-type]
+    Move("15", ["pay"]),  # type: ignore[arg-type]
+    Move("", "pay"),
+    Move("a\nb", "pay"),
+    Move(None, "pay"),  # type: ignore[arg-type]
+    Move("\u00fc", "pay", unset=["a"]),
+    Move("17", "pay", increment={"n": 1}),
+    Move("18", "pay", increment={}),
+    Move("19", "pay", expect_version=0),
+    Move("20", "pay", expect_version=4),
+    Move("21", "pay", reason="why"),
+    Move("22", "pay", transition_id="mine"),
+    Move("23", "pay", occurred_at=datetime.datetime(2026, 1, 1)),
+    Move("24", "pay", claim="1-2"),
+    Move("25", "pay", claim=""),
+]
+
+
+@pytest.mark.parametrize("given", [MOVES, [move for move in MOVES if move.data != {"9a": 1}][:3]])
+def test_transitions_built_together_are_what_each_is_alone(given: list[Move]) -> None:
+    together = DOOR.transitions(given)
+    assert [told(one) for one in together] == [told(alone(lambda m=m: DOOR.transition(m))) for m in given]  # type: ignore[misc]
+    made = [one.item.transition_id for one in together if isinstance(one, flows.Request)]
+    assert len(set(made)) == len(made)
+
+
+@pytest.mark.parametrize("actor", [None, "all", "", "two\nlines"])
+def test_starts_built_together_are_what_each_is_alone(actor: str | None) -> None:
+    given = [
+        model.Start("1"), model.Start("2", {"a": 1}), model.Start("3", {"a": 1}, actor="me"), model.Start("4", actor=""),
+        model.Start("5", transition_id="mine"), model.Start("6", reason="why"), model.Start("", {"a": 1}),
+        model.Start("7", {"9a": 1}),
+    ]  # fmt: skip
+
+    def one(start: model.Start) -> flows.Request:
+        return DOOR.start(
+            start.id, start.data, actor=start.actor or actor, reason=start.reason, transition_id=start.transition_id
+        )
+
+    assert [told(each) for each in DOOR.starts(given, actor)] == [told(alone(lambda s=s: one(s))) for s in given]  # type: ignore[misc]
+
+
+def test_what_is_an_error_already_stays_one() -> None:
+    error = errors.InvalidDataError("no move")
+    built = DOOR.transitions([Move("1", "pay"), error])
+    assert isinstance(built[0], flows.Request)
+    assert built[1] is error
