@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from statecache.core import codec, entry
+from statecache.core import codec, entry, items
 
 
 def ring(lab: Any, id: str = "1") -> str:
@@ -291,6 +291,21 @@ def test_an_instance_becomes_wide_with_its_65th_field(lab: Any) -> None:
     assert lab.hash("3")["@"].split(" ")[6:] == []
     assert lab.apply(lab.item(lab.NOTE, "3", increments=[["m", "1", "i"]]))[0].startswith("OK ")
     assert lab.hash("3")["@"].split(" ")[6:] == ["w"]
+
+
+def test_what_the_log_refuses_writes_nothing(real_lab: Any) -> None:
+    """A stranger's record has an id above the epoch's next one, so that XADD fails, in a script that is not rolled back: it is
+    the first write, and neither data nor deadline nor claim changes."""
+    start = items.MoveSpec("order", "@start", {"": "placed"}, 1, {"placed": 1000})
+    timed = items.MoveSpec("order", "note", {"placed": "placed"}, 1, {"placed": 1000})
+    real_lab.start("1")
+    real_lab.client.hset(real_lab.key("1"), "@", real_lab.hash("1")["@"] + " c")
+    real_lab.client.hset(real_lab.key("1"), "@c", "1-1 1 n worker")
+    real_lab.client.xadd(real_lab.store.keyspace.log(0), {"e": "x"}, id="7-0")
+    before = real_lab.dump()
+    for item in (real_lab.item(timed, pairs=["a", "1"]), real_lab.item(start, "2")):
+        assert not real_lab.apply(item)[0].startswith("OK")
+    assert real_lab.dump() == before
 
 
 # --- order, several items, several partitions -----------------------------------------------------------------------------

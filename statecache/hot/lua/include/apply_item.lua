@@ -185,16 +185,17 @@ local function apply(i)
   end
 
   -- From here on nothing may fail: everything was checked, and a script that may run out of memory was refused at its start.
-  if claimed and flags == '' then call('HDEL', key, '@c') end
-  if move[5] then (rare or rarely()).note_deadline(p, move, id, from, to) end
+  -- But XADD, if a stranger's record has a higher id: it comes first.
   local words = move.spelled[from] or spelled(move, from, to)
   version = next_versions[version] or next_version(version)
   local entry_id = call('XADD', logs[p], next_id, 'e', move.begin .. id .. '\31' .. version .. words[1] .. tail .. ending)
-  if wide then flags = flags == '' and ' w' or flags .. 'w' end
-  set[2] = words[2] .. version .. ' ' .. entry_id .. ' ' .. created .. move.since .. flags
+  set[2] = words[2] .. version .. ' ' .. entry_id .. ' ' .. created .. move.since
+    .. (wide and (flags == '' and ' w' or flags .. 'w') or flags)
   set[4] = ring
   local new = call('HSET', key, unpack(set, 1, last))
+  if claimed and flags == '' then call('HDEL', key, '@c') end
   if extras and #extras[3] > 0 then call('HDEL', key, unpack(extras[3])) end
+  if move[5] then (rare or rarely()).note_deadline(p, move, id, from, to) end
   if new > 0 and now and not wide and call('HLEN', key) - (flags == '' and 2 or 3) > NARROW_MAX then
     call('HSET', key, '@', set[2] .. (flags == '' and ' w' or 'w'))
   end
