@@ -652,7 +652,7 @@ MUTANTS = [
     ),
     Mutant(
         "hydrated instances forget that they are parked",
-        (Patch("statecache/core/flows.py", '    if found.letters:\n        own += " p"\n', ""),),
+        (Patch("statecache/core/flows.py", '("p" if found.letters else "") + wide(pairs)', "wide(pairs)"),),
         (f"{_LETTERS}test_a_parked_instance_is_not_evicted_and_comes_back_parked[sqlite sync]",),
     ),
     # --- recovery --------------------------------------------------------------------------------------------------------
@@ -917,5 +917,18 @@ MUTANTS = [
         "timeout: leaving a state leaves its deadline",
         (Patch(_ITEM, "    call('ZREM', due, name)\n", "    local _ = due\n"),),
         ("tests/integration/test_timeouts.py::test_entering_sets_and_leaving_clears",),
+    ),
+    Mutant(
+        "an instance of many fields is not marked",
+        (Patch(_ITEM, "  if new > 0 and now and not wide and", "  if false and"),),
+        (
+            f"{_APPLY}test_an_instance_becomes_wide_with_its_65th_field",
+            "tests/integration/test_claims.py::test_an_instance_of_many_fields_stays_marked[sqlite]",
+        ),
+    ),
+    Mutant(
+        "a hydrated instance of many fields is not marked",
+        (Patch("statecache/core/flows.py", 'return "w" if len(pairs)', 'return "w" if 0 * len(pairs)'),),
+        ("tests/integration/test_claims.py::test_an_instance_of_many_fields_stays_marked[sqlite]",),
     ),
 ]
