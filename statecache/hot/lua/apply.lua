@@ -40,13 +40,15 @@ local here = ARGV[2] == '1' and identity()
 local time = call('TIME')
 local at = time[1] .. string.format('%03d', math.floor(time[2] / 1000))
 
-local timed = false
+local last = #items
+local several = last > 40
+-- Texts that all items of a move have in common: of its key, the entry's begin and end, the end of `@`; and, by the state that
+-- it comes from, those of the move (see `apply`). In tables that are made at once: one that grows costs a single call too much.
+local timed, common = false, { false }
 for n = 1, #moves do
   local move = moves[n]
   timed = timed or move[5]
-  -- Texts that all items of a move have in common, and those of a move from one state (see `spelled`).
-  move.address, move.begin, move.ending = move[1] .. ':', move[1] .. '\31', '\31\31' .. move[4]
-  move.since, move.spelled = ' ' .. move[4] .. ' ' .. at, {}
+  common[n] = { move[1] .. ':', move[1] .. '\31', '\31\31' .. move[4], ' ' .. move[4] .. ' ' .. at, several and {} }
 end
 -- Only what every call needs is read at once; what a refusal depends on (brake, cold) is read when it comes to that.
 local refused, metas, logs, prefixes, rooms = {}, {}, {}, {}, {}
@@ -61,7 +63,7 @@ for p = 1, #KEYS / 2 do
 end
 
 --@include apply_item
-local lines, count, last = { at }, 1, #items
+local lines, count = { at }, 1
 while behind < last do
   count = count + 1
   lines[count] = apply(behind)

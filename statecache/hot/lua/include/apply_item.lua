@@ -81,49 +81,31 @@ local function rarely()
 end
 
 -- The arguments of each shape's HSET behind the key; each item puts its own values in.
-local arguments, sizes = {}, {}
+local arguments, sizes = { false }, { false }
 for shape = 1, #shapes do
-  local names, made = shapes[shape], { '@', '', '@r', '' }
-  for n = 1, #names do made[2 * n + 3] = names[n] end
+  local names = shapes[shape]
+  local made = { '@', '', '@r', '', names[1], '', names[2], '', names[3], '', names[4], '', names[5], '', names[6], '' }
+  for n = 7, #names do made[2 * n + 3] = names[n] end
   arguments[shape], sizes[shape] = made, #names
-end
-
--- What the texts of a move from one state have in common, made once: in the entry, in `@`, in the reply.
-local function spelled(move, from, to)
-  local made = {
-    '\31' .. move[2] .. '\31' .. from .. '\31' .. to .. '\31' .. at .. '\31',
-    to .. ' ',
-    ' ' .. (from == '' and '-' or from) .. ' ' .. to,
-  }
-  move.spelled[from] = made
-  return made
-end
-
--- The version after one, as texts: to make a text of a number costs a third of a microsecond. A version has fewer than 14
--- digits, so `..` may do it, twice as fast as `%.0f`.
-local next_versions = {}
-local function next_version(version)
-  local made = (version + 1) .. ''
-  next_versions[version] = made
-  return made
 end
 
 -- Applies the item at items[i]; `behind` is then the index of the next one. One long function, because handing a dozen values
 -- to another one costs an item as much as forty of its own instructions.
-local next_id, behind, colds = EPOCH .. '-*', 1, {}
+local next_id, behind, colds, next_versions = EPOCH .. '-*', 1, nil, several and {}
 local function apply(i)
   local values, p, shape, first, expected, extras = items, items[i], items[i + 5], i + 6, 0, false
   if shape < 0 then shape, first, expected, extras = -shape, i + 8, values[i + 6], values[i + 7] end
   local fields = sizes[shape]
   behind = first + fields
   if refused[p] then return refused[p] end
-  local id, move, token, tail = values[i + 1], moves[values[i + 2]], values[i + 3], values[i + 4]
-  local key = prefixes[p] .. move.address .. id
+  local id, move, texts, token, tail = values[i + 1], moves[values[i + 2]], common[values[i + 2]], values[i + 3], values[i + 4]
+  local key = prefixes[p] .. texts[1] .. id
   local own = pcall_('HMGET', key, '@', '@r')
   if own.err then return 'TYPE' end
   local now, ring, to, flags, wide, claimed = own[1], own[2], move[3][''], '', false, false
   local from, version, created
   if not now then
+    colds = colds or {}
     colds[p] = colds[p] or call('HMGET', metas[p], 'cold', 'evicted_to')
     local cold, evicted_to, absent = colds[p][1] or '1', colds[p][2] or '0-0', extras and extras[2] or ''
     if not to or (cold ~= '0' and (absent == '' or (rare or rarely()).id_above(evicted_to, absent))) then
@@ -162,7 +144,7 @@ local function apply(i)
     if not to then return 'STATE ' .. from .. ' ' .. version end
   end
 
-  local set, last, ending = arguments[shape], 6, move.ending
+  local set, last, ending = arguments[shape], 6, texts[3]
   for n = first, behind - 1 do
     set[last] = values[n]
     last = last + 2
@@ -186,10 +168,22 @@ local function apply(i)
 
   -- From here on nothing may fail: everything was checked, and a script that may run out of memory was refused at its start.
   -- But XADD, if a stranger's record has a higher id: it comes first.
-  local words = move.spelled[from] or spelled(move, from, to)
-  version = next_versions[version] or next_version(version)
-  local entry_id = call('XADD', logs[p], next_id, 'e', move.begin .. id .. '\31' .. version .. words[1] .. tail .. ending)
-  set[2] = words[2] .. version .. ' ' .. entry_id .. ' ' .. created .. move.since
+  local words = several and texts[5][from]
+  if not words then
+    words = {
+      '\31' .. move[2] .. '\31' .. from .. '\31' .. to .. '\31' .. at .. '\31',
+      to .. ' ',
+      ' ' .. (from == '' and '-' or from) .. ' ' .. to,
+    }
+    if several then texts[5][from] = words end
+  end
+  -- Numbers become text once: each time costs a third of a microsecond. A version has fewer than 14 digits, so `..` may do it,
+  -- twice as fast as `%.0f`.
+  local next_version = several and next_versions[version] or (version + 1) .. ''
+  if several then next_versions[version] = next_version end
+  version = next_version
+  local entry_id = call('XADD', logs[p], next_id, 'e', texts[2] .. id .. '\31' .. version .. words[1] .. tail .. ending)
+  set[2] = words[2] .. version .. ' ' .. entry_id .. ' ' .. created .. texts[4]
     .. (wide and (flags == '' and ' w' or flags .. 'w') or flags)
   set[4] = ring
   local new = call('HSET', key, unpack(set, 1, last))
