@@ -94,17 +94,6 @@ def token_of(transition_id: str) -> str:
     return _base64_of(hashed.digest(), newline=False).decode()
 
 
-def tokens_of(transition_ids: Sequence[str]) -> list[str]:
-    """``token_of`` each of them."""
-    digests = []
-    for transition_id in transition_ids:
-        hashed = _begin_hash()
-        hashed.update(transition_id.encode())
-        digests.append(hashed.digest())
-    texts = _base64_of(b"".join(digests), newline=False).decode()  # six bytes are eight characters: none is split
-    return [texts[begin : begin + TOKEN_LENGTH] for begin in range(0, len(texts), TOKEN_LENGTH)]
-
-
 _forks = 0
 
 

@@ -514,17 +514,17 @@ def hash_texts(found: model.Lookup) -> tuple[str, str, list[str]]:
     assert kept is not None
     own = f"{kept.state} {kept.version} {kept.entry_id} {kept.created_ms} {kept.machine_version} {kept.updated_ms}"
     pairs = pairs_of(kept.data)
-    flags = ("p" if found.letters else "") + wide(pairs)
-    return f"{own} {flags}" if flags else own, kept.recent, pairs
+    return flagged(own, pairs, parked=bool(found.letters)), kept.recent, pairs
 
 
 WIDE_ABOVE = 64
 """An instance with more data fields than this has a flag in its hash: only of such are fields counted before each patch."""
 
 
-def wide(pairs: Sequence[str]) -> str:
-    """The flag of an instance with these fields."""
-    return "w" if len(pairs) > 2 * WIDE_ABOVE else ""
+def flagged(own: str, pairs: Sequence[str], *, parked: bool = False) -> str:
+    """``@`` with the flags of an instance with these fields."""
+    flags = ("p" if parked else "") + ("w" if len(pairs) > 2 * WIDE_ABOVE else "")
+    return f"{own} {flags}" if flags else own
 
 
 _RAW_FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])

@@ -30,10 +30,10 @@ def partition_of_address(address: str, partition_count: int) -> Partition:
     return Partition(zlib.crc32(address.encode()) % partition_count)
 
 
-def partitions_of(machine: str, ids: Iterable[str], partition_count: int) -> list[Partition]:
+def partitions_of(machine: str, encoded_ids: Iterable[bytes], partition_count: int) -> list[Partition]:
     """``partition_of`` each of many instances of one machine."""
     begun = zlib.crc32(f"{machine}:".encode())  # the rest of an address goes on from it
-    return [Partition(zlib.crc32(id.encode(), begun) % partition_count) for id in ids]
+    return [Partition(zlib.crc32(id, begun) % partition_count) for id in encoded_ids]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,5 +79,6 @@ class Keyspace:
     def instances(self, machine: str, ids: Iterable[str]) -> list[bytes]:
         """``instance`` of many of one machine, each in its partition, encoded."""
         begins = [self.instance(partition, machine, "").encode() for partition in range(self.partition_count)]
-        begun = zlib.crc32(f"{machine}:".encode())  # the rest of an address goes on from it
-        return [begins[zlib.crc32(id, begun) % self.partition_count] + id for id in map(str.encode, ids)]
+        encoded = list(map(str.encode, ids))
+        partitions = partitions_of(machine, encoded, self.partition_count)
+        return [begins[partition] + id for partition, id in zip(partitions, encoded, strict=True)]

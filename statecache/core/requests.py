@@ -76,68 +76,64 @@ class Door:
                 occurred_at=start.occurred_at, encoded=encoded,
             )  # fmt: skip
 
-        has_plain_actor = actor is None or _is_plain_text(actor, self._limits.text_length_max)
-
-        def plain(start: Any) -> items.MoveSpec | None:
+        def plain(start: Any) -> tuple[items.MoveSpec, str | None] | None:
             is_plain = start.transition_id is None and start.reason is None and start.occurred_at is None
-            return self._start if is_plain and has_plain_actor else None
+            return (self._start, start.actor or actor) if is_plain else None
 
-        return self._many(starts, one, plain, actor)
+        return self._many(starts, one, plain)
 
     def transitions(self, moves: Sequence[object]) -> list[flows.Request | errors.StateCacheError]:
         """Many transitions as requests, or the error of each that is refused."""
         specs, guards = self._moves, self._guards
 
-        def plain(move: Any) -> items.MoveSpec | None:
+        def plain(move: Any) -> tuple[items.MoveSpec, str | None] | None:
             event = move.event
             is_plain = (
                 type(event) is str and event not in guards and not move.unset and move.increment is None
                 and move.transition_id is None and move.expect_version is None and move.reason is None
                 and move.occurred_at is None and move.claim is None
             )  # fmt: skip
-            return specs.get(event) if is_plain else None
+            return (specs[event], move.actor) if is_plain and event in specs else None
 
-        return self._many(moves, self.transition, plain, None)
+        return self._many(moves, self.transition, plain)
 
     def _many(
         self,
         wanted: Sequence[Any],
         one: Callable[[Any, codec.Encoded | None], flows.Request],
-        plain: Callable[[Any], items.MoveSpec | None],
-        actor: str | None,
+        plain: Callable[[Any], tuple[items.MoveSpec, str | None] | None],
     ) -> list[flows.Request | errors.StateCacheError]:
         """Build many requests: together those that ask for nothing but an event, data and an actor, the others one by one.
 
-        What is an error already stays one.
+        What is an error already stays one. ``plain`` gives the move and the actor of one that may be among the former.
         """
         limits = self._limits
         results: list[Any] = [None] * len(wanted)
-        places: list[int] = []
-        specs: list[items.MoveSpec] = []
-        patches: list[codec.Encoded] = []
+        together: list[tuple[int, items.MoveSpec, str | None, codec.Encoded]] = []
         ids: list[Any] = [getattr(each, "id", None) for each in wanted]
         refused = codec.check_texts("id", ids, limits.id_length_max)
         for place, (each, encoded) in enumerate(zip(wanted, self._patches(wanted), strict=True)):
-            spec = None if refused[place] or (encoded is None and each.data is not None) else plain(each)
-            if spec is not None and (each.actor is None or _is_plain_text(each.actor, limits.text_length_max)):
-                places.append(place)
-                specs.append(spec)
-                patches.append(encoded or _NO_PATCH)
-                continue
             try:
-                results[place] = each if isinstance(each, errors.StateCacheError) else one(each, encoded)
+                found = None if refused[place] or (encoded is None and each.data is not None) else plain(each)
+                if found is None:
+                    results[place] = each if isinstance(each, errors.StateCacheError) else one(each, encoded)
+                    continue
+                spec, actor = found
+                if actor is not None:
+                    codec.check_text("actor", actor, limits.text_length_max)
+                together.append((place, spec, actor, encoded or _NO_PATCH))
             except errors.StateCacheError as error:
                 results[place] = error
-        made_ids = self._ids.take(len(places))
-        tokens = codec.tokens_of(made_ids)
         begin, allowed = f"{self.definition.name}:", self.definition.available_events
-        partitions = keys.partitions_of(self.definition.name, [ids[place] for place in places], self._partition_count)
-        for place, spec, (names, texts, text), made_id, token, partition in zip(
-            places, specs, patches, made_ids, tokens, partitions, strict=True
+        encoded_ids = [ids[place].encode() for place, *_ in together]
+        partitions = keys.partitions_of(self.definition.name, encoded_ids, self._partition_count)
+        made_ids = self._ids.take(len(together))
+        for (place, spec, actor, (names, texts, text)), made_id, partition in zip(
+            together, made_ids, partitions, strict=True
         ):
             id = ids[place]
-            tail = f"{made_id}{_SEPARATOR}{wanted[place].actor or actor or ''}{_NOTHING_BETWEEN}{text}{_SEPARATOR}"
-            item = items.Item(partition, id, spec, 0, token, tail, names, texts, made_id)
+            tail = f"{made_id}{_SEPARATOR}{actor or ''}{_NOTHING_BETWEEN}{text}{_SEPARATOR}"
+            item = items.Item(partition, id, spec, 0, codec.token_of(made_id), tail, names, texts, made_id)
             results[place] = flows.Request(item, begin + id, False, allowed)
         return results
 
@@ -220,11 +216,6 @@ class Door:
         if dropped or increments:
             item.unset, item.increments = dropped, increments
         return flows.Request(item, address, own_id, self.definition.available_events, expect_version, guard)
-
-
-def _is_plain_text(value: object, length_max: int) -> bool:
-    """Whether it is a text to which ``check_text`` would have nothing to say."""
-    return type(value) is str and 0 < len(value) <= length_max and value.isascii() and value.isprintable()
 
 
 def _guards_by_event(

@@ -305,8 +305,7 @@ class _Walk:
 
 def _cold(partition: int, address: str, own: str, ring: str, watermarks: Mapping[int, str], data: str) -> store.Cold:
     pairs = flows.pairs_of(data)
-    flag = flows.wide(pairs)
-    return partition, address, f"{own} {flag}" if flag else own, ring, watermarks.get(partition, _BEGINNING), pairs
+    return partition, address, flows.flagged(own, pairs), ring, watermarks.get(partition, _BEGINNING), pairs
 
 
 def _newest_first(walks: Sequence[_Walk]) -> Iterator[list[_Row]]:

@@ -75,7 +75,7 @@ def test_an_instance_of_many_fields_stays_marked(world: worlds.World) -> None:
     key = world.keyspace.instance(world.partition_of("1"), "order", "1")
 
     def flags() -> set[str]:
-        return set(world.client.hget(key, "@").decode().split(" ", 6)[6:][0])
+        return set(world.client.hget(key, "@").decode().split(" ")[6])
 
     assert flags() == {"w"}
     claim = world.orders.claim("1")

@@ -652,7 +652,7 @@ MUTANTS = [
     ),
     Mutant(
         "hydrated instances forget that they are parked",
-        (Patch("statecache/core/flows.py", '("p" if found.letters else "") + wide(pairs)', "wide(pairs)"),),
+        (Patch("statecache/core/flows.py", '("p" if parked else "")', '""'),),
         (f"{_LETTERS}test_a_parked_instance_is_not_evicted_and_comes_back_parked[sqlite sync]",),
     ),
     # --- recovery --------------------------------------------------------------------------------------------------------
@@ -928,7 +928,7 @@ MUTANTS = [
     ),
     Mutant(
         "a hydrated instance of many fields is not marked",
-        (Patch("statecache/core/flows.py", 'return "w" if len(pairs)', 'return "w" if 0 * len(pairs)'),),
+        (Patch("statecache/core/flows.py", '"w" if len(pairs)', '"w" if 0 * len(pairs)'),),
         ("tests/integration/test_claims.py::test_an_instance_of_many_fields_stays_marked[sqlite]",),
     ),
 ]

@@ -41,14 +41,14 @@ local time = call('TIME')
 local at = time[1] .. string.format('%03d', math.floor(time[2] / 1000))
 
 local last = #items
-local several = last > 40
+local several = last > 40 -- values, of a few items: less is not worth remembering anything for the next item
 -- Texts that all items of a move have in common: of its key, the entry's begin and end, the end of `@`; and, by the state that
 -- it comes from, those of the move (see `apply`). In tables that are made at once: one that grows costs a single call too much.
 local timed, common = false, { false }
 for n = 1, #moves do
   local move = moves[n]
   timed = timed or move[5]
-  common[n] = { move[1] .. ':', move[1] .. '\31', '\31\31' .. move[4], ' ' .. move[4] .. ' ' .. at, several and {} }
+  common[n] = { move[1] .. ':', move[1] .. '\31', '\31\31' .. move[4], ' ' .. move[4] .. ' ' .. at, {} }
 end
 -- Only what every call needs is read at once; what a refusal depends on (brake, cold) is read when it comes to that.
 local refused, metas, logs, prefixes, rooms = {}, {}, {}, {}, {}

@@ -91,7 +91,7 @@ end
 
 -- Applies the item at items[i]; `behind` is then the index of the next one. One long function, because handing a dozen values
 -- to another one costs an item as much as forty of its own instructions.
-local next_id, behind, colds, next_versions = EPOCH .. '-*', 1, nil, several and {}
+local next_id, behind, colds, next_versions = EPOCH .. '-*', 1, {}, {}
 local function apply(i)
   local values, p, shape, first, expected, extras = items, items[i], items[i + 5], i + 6, 0, false
   if shape < 0 then shape, first, expected, extras = -shape, i + 8, values[i + 6], values[i + 7] end
@@ -105,7 +105,6 @@ local function apply(i)
   local now, ring, to, flags, wide, claimed = own[1], own[2], move[3][''], '', false, false
   local from, version, created
   if not now then
-    colds = colds or {}
     colds[p] = colds[p] or call('HMGET', metas[p], 'cold', 'evicted_to')
     local cold, evicted_to, absent = colds[p][1] or '1', colds[p][2] or '0-0', extras and extras[2] or ''
     if not to or (cold ~= '0' and (absent == '' or (rare or rarely()).id_above(evicted_to, absent))) then
@@ -168,7 +167,7 @@ local function apply(i)
 
   -- From here on nothing may fail: everything was checked, and a script that may run out of memory was refused at its start.
   -- But XADD, if a stranger's record has a higher id: it comes first.
-  local words = several and texts[5][from]
+  local words = texts[5][from]
   if not words then
     words = {
       '\31' .. move[2] .. '\31' .. from .. '\31' .. to .. '\31' .. at .. '\31',
@@ -179,19 +178,19 @@ local function apply(i)
   end
   -- Numbers become text once: each time costs a third of a microsecond. A version has fewer than 14 digits, so `..` may do it,
   -- twice as fast as `%.0f`.
-  local next_version = several and next_versions[version] or (version + 1) .. ''
+  local next_version = next_versions[version] or (version + 1) .. ''
   if several then next_versions[version] = next_version end
   version = next_version
   local entry_id = call('XADD', logs[p], next_id, 'e', texts[2] .. id .. '\31' .. version .. words[1] .. tail .. ending)
-  set[2] = words[2] .. version .. ' ' .. entry_id .. ' ' .. created .. texts[4]
-    .. (wide and (flags == '' and ' w' or flags .. 'w') or flags)
+  local mark = flags == '' and ' w' or 'w'
+  set[2] = words[2] .. version .. ' ' .. entry_id .. ' ' .. created .. texts[4] .. flags .. (wide and mark or '')
   set[4] = ring
   local new = call('HSET', key, unpack(set, 1, last))
   if claimed and flags == '' then call('HDEL', key, '@c') end
   if extras and #extras[3] > 0 then call('HDEL', key, unpack(extras[3])) end
   if move[5] then (rare or rarely()).note_deadline(p, move, id, from, to) end
   if new > 0 and now and not wide and call('HLEN', key) - (flags == '' and 2 or 3) > NARROW_MAX then
-    call('HSET', key, '@', set[2] .. (flags == '' and ' w' or 'w'))
+    call('HSET', key, '@', set[2] .. mark)
   end
   rooms[p] = rooms[p] - 1
   return 'OK ' .. version .. ' ' .. entry_id .. words[3]
