@@ -14,7 +14,7 @@ import msgspec
 class MoveSpec:
     """One event of a machine as the script wants it; made once per machine and event, known by identity."""
 
-    __slots__ = ("event", "machine", "machine_version", "row", "targets")
+    __slots__ = ("event", "machine", "machine_version", "targets", "values")
 
     def __init__(
         self,
@@ -28,9 +28,10 @@ class MoveSpec:
         self.event = event
         self.targets = targets
         self.machine_version = machine_version
-        self.row: list[object] = [machine, event, targets, str(machine_version)]
-        if deadlines_ms:
-            self.row.append(deadlines_ms)
+        self.values: list[object] = [machine, event, str(machine_version), deadlines_ms or False, len(targets)]
+        """What ``apply.lua`` reads of a move."""
+        for pair in targets.items():
+            self.values += pair
 
 
 class Confirm(msgspec.Struct, frozen=True):

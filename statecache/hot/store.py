@@ -120,6 +120,7 @@ class HotStore:
         self.identity_interval_seconds = identity_interval_seconds
         self._socket_timeout_seconds = socket_timeout_seconds
         self._pack = msgspec.json.encode if emulated else msgspec.msgpack.encode
+        self._pack_stream = msgspec.json.encode if emulated else resp.stream
         self._fields_max = resp.bulk(instance_fields_max)
         self.stamp = scripts.NEVER
         count = keyspace.partition_count
@@ -246,6 +247,14 @@ class HotStore:
             if item.asked_under not in (None, asked_under):
                 item.absent = ""  # SQL was asked in another epoch
             item.pack_into(flat, partition, move, shape)
+        values: list[object] = [len(moves)]
+        for spec in moves:
+            values += spec.values
+        values.append(len(shapes))
+        for names in shapes:
+            values.append(len(names))
+            values += names
+        values += flat
         key_count = 2 * len(partitions)
         due = self.wires.identity_due(line, self.identity_interval_seconds)
         confirm = strictest(chunk)
@@ -255,7 +264,7 @@ class HotStore:
                 scripts.stamped("apply", stamp, self.emulated).call,
                 _NUMBERS[key_count],
                 *[self._pair_keys[partition] for partition in partitions],
-                resp.bulk(self._pack((flat, [move.row for move in moves], list(shapes)))),
+                resp.bulk(self._pack_stream(values)),
                 b"$1\r\n1\r\n" if due else b"$1\r\n0\r\n",
                 self._fields_max,
                 _confirm_command(confirm) if confirm is not None else b"",

@@ -279,6 +279,22 @@ def test_the_limit_holds_to_the_field_however_it_is_come_to(lab: Any) -> None:
     assert lab.apply(lab.item(lab.NOTE, pairs=_fields(0, 64)))[0].startswith("OK ")
 
 
+@pytest.mark.parametrize("count", [1, 2, 5, 10, 350, 450])
+def test_calls_of_any_length_are_read_alike(lab: Any, count: int) -> None:
+    """What few items have in common is not remembered; beyond 4,000 values the items travel as one array."""
+    pairs = ["a", "1", "b", "2", "c", "3", "d", "4", "e", "5"]
+    starts = [lab.item(lab.START, f"{number}", f"s{number}", pairs=pairs) for number in range(count)]
+    moves = [lab.item(lab.PAY, f"{number}", f"p{number}", pairs=pairs) for number in range(count)]
+    assert lab.apply(*starts) == [f"OK 1 1-{number + 1} - placed" for number in range(count)]
+    assert lab.apply(*moves) == [f"OK 2 1-{count + number + 1} placed paid" for number in range(count)]
+    texts = [(one.id, one.version, one.transition_id) for one in lab.entries()]
+    assert texts == [(f"{number}", 1, f"s{number}") for number in range(count)] + [
+        (f"{number}", 2, f"p{number}") for number in range(count)
+    ]
+    fields = lab.hash(f"{count - 1}")
+    assert (fields["a"], fields["e"], len(fields)) == ("1", "5", 7)
+
+
 def test_an_instance_becomes_wide_with_its_65th_field(lab: Any) -> None:
     lab.start("1", pairs=_fields(0, 63))
     for first, flags in ((63, []), (63, []), (64, ["w"]), (0, ["w"])):

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 _LUA = "statecache/hot/lua"
 _ITEM = f"{_LUA}/include/apply_item.lua"
+_RARE = f"{_LUA}/include/apply_rare.lua"
 _GUARD = f"{_LUA}/include/ready_or_fenced.lua"
 _CODES = "tests/lua/test_reply_codes.py::test_code_is_reached_and_writes_what_the_header_says"
 _SCRIPTS = "tests/lua/test_partition_scripts.py::"
@@ -160,7 +161,7 @@ MUTANTS = [
     ),
     Mutant(
         "a duplicate writes nothing",
-        (Patch(_ITEM, "      call('HSET', key, '@r', ring) -- a WAIT after this call speaks of this write\n", ""),),
+        (Patch(_ITEM, "        call('HSET', key, '@r', ring) -- a WAIT after this call speaks of this write\n", ""),),
         (f"{_DURABILITY}test_a_repetition_waits_for_a_write_of_its_own",),
     ),
     Mutant(
@@ -430,8 +431,8 @@ MUTANTS = [
         (
             Patch(
                 _ITEM,
-                "    if rooms[p] <= 0 and not (rare or rarely()).has_room(p) then return 'FULL' end\n    if expected ~= 0",
-                "    if expected ~= 0",
+                "        if not rare.has_room(p) then line = 'FULL' break end\n      end\n      if expected ~= 0",
+                "      end\n      if expected ~= 0",
             ),
         ),
         (*_codes("apply", "FULL"), f"{_APPLY}test_backlog_limit_counts_within_one_call"),
@@ -441,8 +442,8 @@ MUTANTS = [
         (
             Patch(
                 _ITEM,
-                "    if rooms[p] <= 0 and not (rare or rarely()).has_room(p) then return 'FULL' end\n    if fields",
-                "    if fields",
+                "        if not rare.has_room(p) then line = 'FULL' break end\n      end\n      if fields",
+                "      end\n      if fields",
             ),
         ),
         ("tests/integration/test_backpressure.py::test_the_bound_holds_for_starts",),
@@ -457,15 +458,15 @@ MUTANTS = [
         (
             Patch(
                 _ITEM,
-                "    if not to then return 'STATE ' .. from .. ' ' .. version end\n",
-                "  if not to then for _, one in pairs(move[3]) do to = one end end\n",
+                "      if pair > pairs_end then line = 'STATE ' .. from .. ' ' .. version break end\n",
+                "      if pair > pairs_end then pair = move[8] end\n",
             ),
         ),
         _codes("apply", "STATE"),
     ),
     Mutant(
         "parked instances go on",
-        (Patch(_ITEM, "      if find(flags, 'p', 1, true) then return 'PARKED' end\n", ""),),
+        (Patch(_ITEM, "        if find(flags, 'p', 1, true) then line = 'PARKED' break end\n", ""),),
         (*_codes("apply", "PARKED"), f"{_LETTERS}test_who_waits_for_it_is_told[sqlite sync]"),
     ),
     Mutant(
@@ -484,7 +485,7 @@ MUTANTS = [
         (
             Patch(
                 _ITEM,
-                "(cold ~= '0' and (absent == '' or (rare or rarely()).id_above(evicted_to, absent)))",
+                "(cold ~= '0' and (absent == '' or rare.id_above(evicted_to, absent)))",
                 "false",
             ),
         ),
@@ -495,7 +496,7 @@ MUTANTS = [
     ),
     Mutant(
         "`evicted_to` not compared by a start",
-        (Patch(_ITEM, "(absent == '' or (rare or rarely()).id_above(evicted_to, absent))", "absent == ''"),),
+        (Patch(_ITEM, "(absent == '' or rare.id_above(evicted_to, absent))", "absent == ''"),),
         (f"{_APPLY}test_start_of_a_cold_partition_needs_a_look_at_sql",),
     ),
     Mutant(
@@ -910,12 +911,12 @@ MUTANTS = [
     ),
     Mutant(
         "claim: a late holder still moves it",
-        (Patch(_ITEM, "  if live and token == own then", "  if token == own then"),),
+        (Patch(_RARE, "  if live and token == own then", "  if token == own then"),),
         ("tests/integration/test_claims.py::test_the_late_holder_is_refused_though_nobody_else_has_come",),
     ),
     Mutant(
         "timeout: leaving a state leaves its deadline",
-        (Patch(_ITEM, "    call('ZREM', due, name)\n", "    local _ = due\n"),),
+        (Patch(_RARE, "      call('ZREM', due, name)\n", "    local _ = due\n"),),
         ("tests/integration/test_timeouts.py::test_entering_sets_and_leaving_clears",),
     ),
     Mutant(

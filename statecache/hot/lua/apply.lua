@@ -3,13 +3,15 @@
 -- KEYS   the meta and the log of each partition touched, in pairs. Instance keys are built from the meta's prefix, so
 --        they lie in the same slot; declaring each costs 16 % (measured). So is the key of the deadlines (due), a sorted
 --        set of "machine:id" by ms, which machines without timeouts never touch.
--- ARGV 1 [items, moves, shapes] in MessagePack. Items are one flat array (a table for each item would cost 1 us of it): for
---        each partition index, id, move index, token, tail, shape index, then the texts of the shape's fields. A shape is an
---        array of field names: most items of a call have one in common. A negative shape index is followed by two parts more,
---        before the texts: expected version or 0, and [retry 0|1, watermark at which SQL had no such instance or "",
---        [unset field, ...], [[field, delta, i|f], ...], token of a claim or ""].
---        The tail is the entry's text from transition id to unset. Moves are arrays of [machine, event, {from: to}, machine
---        version (text), {state: ms that it may last} or absent]; a start's from is ""
+-- ARGV 1 MessagePack, a stream of values (a table for each item would cost 1 us of it, and one for the call of a single item
+--        as much as its XADD); or, where they are thousands, one array of them:
+--        - the number of moves; for each machine, event, machine version (text), {state: ms that it may last} or false, how
+--          many pairs of states follow, and these pairs: from, to. A start's from is ""
+--        - the number of shapes; for each how many field names follow, and these: most items of a call have one in common
+--        - items to the end: partition index, id, move index, token, tail, shape index, then the texts of the shape's fields. A
+--          negative shape index is followed by two values more, before the texts: expected version or 0, and [retry 0|1,
+--          watermark at which SQL had no such instance or "", [unset field, ...], [[field, delta, i|f], ...], token of a claim
+--          or ""]. The tail is the entry's text from transition id to unset
 --      2 '1': compare the server's identity first
 --      3 data fields that an instance may have
 --
@@ -34,24 +36,41 @@
 --@include identity
 --@include unpacked
 local call, pcall_, find, sub, match = redis.call, redis.pcall, string.find, string.sub, string.match
-local packed = unpacked(ARGV[1])
-local items, moves, shapes = packed[1], packed[2], packed[3]
+local values = { unpacked(ARGV[1]) }
+if not values[2] then values = values[1] end
+local last = #values
+local several = last > 60 -- a few items: less is not worth remembering anything for the next item
 local here = ARGV[2] == '1' and identity()
 local time = call('TIME')
-local at = time[1] .. string.format('%03d', math.floor(time[2] / 1000))
+local at = time[1] .. sub('00000' .. time[2], -6, -4)
 
-local last = #items
-local several = last > 40 -- values, of a few items: less is not worth remembering anything for the next item
--- Texts that all items of a move have in common: of its key, the entry's begin and end, the end of `@`; and, by the state that
--- it comes from, those of the move (see `apply`). In tables that are made at once: one that grows costs a single call too much.
-local timed, common = false, { false }
-for n = 1, #moves do
-  local move = moves[n]
-  timed = timed or move[5]
-  common[n] = { move[1] .. ':', move[1] .. '\31', '\31\31' .. move[4], ' ' .. move[4] .. ' ' .. at, {} }
+-- Tables are made with a place for their first element: one that grows to it costs a single call as much as its TIME.
+-- Of each move: texts that its items have in common (of the key, the entry's begin and end, the end of `@`), and where its pairs
+-- stand; and, by the state that it comes from, what those items have in common.
+local moves, timed, behind = { false }, false, 2
+for n = 1, values[1] do
+  local machine, event, version, deadlines = values[behind], values[behind + 1], values[behind + 2], values[behind + 3]
+  local pairs_end = behind + 4 + 2 * values[behind + 4]
+  timed = timed or deadlines
+  moves[n] = {
+    machine .. ':', machine .. '\31', '\31\31' .. version, ' ' .. version .. ' ' .. at, several and {}, event, deadlines, behind + 5,
+    pairs_end,
+  }
+  behind = pairs_end + 1
 end
+-- The arguments of each shape's HSET behind the key; each item puts its own values in.
+local arguments, sizes = { false }, { 0 }
+for n = 1, values[behind] do
+  local first, size = behind + 1, values[behind + 1]
+  local v, f = values, first + 1
+  local made = { '@', '', '@r', '', v[f], '', v[f + 1], '', v[f + 2], '', v[f + 3], '', v[f + 4], '', v[f + 5], '' }
+  for k = 7, size do made[2 * k + 3] = v[first + k] end
+  arguments[n], sizes[n], behind = made, size, first + size
+end
+behind = behind + 1
+
 -- Only what every call needs is read at once; what a refusal depends on (brake, cold) is read when it comes to that.
-local refused, metas, logs, prefixes, rooms = {}, {}, {}, {}, {}
+local refused, metas, logs, prefixes, rooms = { false }, { '' }, { '' }, { '' }, { 0 }
 for p = 1, #KEYS / 2 do
   local meta, log = KEYS[2 * p - 1], KEYS[2 * p]
   local m = call('HMGET', meta, 'epoch', 'owner', 'status', 'limit', 'kept')
@@ -62,10 +81,7 @@ for p = 1, #KEYS / 2 do
   if timed then call('ZCARD', sub(meta, 1, -5) .. 'due') end -- no sorted set: fails here, before the first write
 end
 
+--@include apply_rare
+local lines, count = { at, '' }, 1
 --@include apply_item
-local lines, count = { at }, 1
-while behind < last do
-  count = count + 1
-  lines[count] = apply(behind)
-end
 return table.concat(lines, '\n')
