@@ -52,7 +52,7 @@ def checkpoint_of(row: Sequence[Any]) -> model.Checkpoint:
 
 def _transition_of(row: Sequence[Any]) -> model.Transition:
     (machine, id, version, event, source, target, at, transition_id, actor, reason, occurred, patch, unset, increments,
-     machine_version, epoch, seq, covers_from, complete) = row  # fmt: skip
+     machine_version, epoch, seq, covers_from, complete, *_) = row  # fmt: skip
     return model.Transition(
         machine, id, version, event, source, target, at, transition_id, actor, reason, occurred,
         _decode_json(patch) if patch else {},
@@ -307,9 +307,10 @@ def count_idle(connection: sa.Connection, machine: str, machine_version: int, st
 
 
 _MAX = 2**63 - 1
-_OF_INSTANCE = sa.select(*_TRANSITION).where(
-    _transitions.machine == sa.bindparam("k_machine"), _transitions.id == sa.bindparam("k_id")
-)
+_wanted = (sa.bindparam("k_machine", type_=sa.Text), sa.bindparam("k_id", type_=sa.Text))
+_OF_INSTANCE = sa.select(*_TRANSITION).where(_transitions.machine == _wanted[0], _transitions.id == _wanted[1])
+_HAS_LETTERS = sa.exists().where(_letters.machine == _wanted[0], _letters.id == _wanted[1])
+_RECORDED = _OF_INSTANCE.add_columns(_HAS_LETTERS).order_by(_transitions.version)
 _HISTORY = _OF_INSTANCE.where(
     _transitions.version > sa.bindparam("after_version"),
     _transitions.version <= sa.bindparam("up_to_version"),
@@ -334,6 +335,13 @@ def history(
         "up_to_ms": _MAX if up_to_ms is None else up_to_ms,
     }
     return [_transition_of(row) for row in connection.execute(_HISTORY, values).fetchall()]
+
+
+def recorded(connection: sa.Connection, machine: str, id: str) -> tuple[list[model.Transition], bool | None]:
+    """All of an instance's transitions, and whether it has open letters, in one look; None if there is no row to tell.
+    Served by the primary keys of transitions and of letters."""
+    rows = connection.execute(_RECORDED, {"k_machine": machine, "k_id": id}).fetchall()
+    return [_transition_of(row) for row in rows], bool(rows[0][-1]) if rows else None
 
 
 def above_statement(partition: int, entry_id: entry.EntryId) -> sa.CompoundSelect[Any]:

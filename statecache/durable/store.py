@@ -238,10 +238,14 @@ class DurableStore:
     def recorded(self, machine: str, id: str) -> tuple[list[model.Transition], list[Letter]]:
         """Return all of an instance's transitions, and its open letters, in one visit.
 
-        The letters are read first: what leaves them meanwhile is in history then.
+        Most have none, which the first statement tells. Else the letters are read before history once more: what leaves them
+        meanwhile is in history then.
         """
 
         def look(connection: sa.Connection) -> tuple[list[model.Transition], list[Letter]]:
+            rows, has_letters = queries.recorded(connection, machine, id)
+            if has_letters is False:
+                return rows, []
             waiting = letters.of_instance(connection, machine, id)
             return queries.history(connection, machine, id, 0, None, None), waiting
 

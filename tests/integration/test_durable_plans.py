@@ -98,7 +98,8 @@ def test_history(filled: tuple[DurableStore, Log]) -> None:
         store.transition("order", "i00100", 2)
         store.committed([("order", "i00100", None, "t-i00100-1")])
         store.letters("order", "letter00001")
-    assert len(plans.explained()) == 3
+        store.recorded("order", "i00100")
+    assert len(plans.explained()) == 4
     assert plans.scans == []
 
 

@@ -99,6 +99,27 @@ def test_where_receipts_stand(store: DurableStore) -> None:
     assert store.standing([("order", "a", 2, partition)]) == [durable]
 
 
+def test_history_with_letters_behind_it(store: DurableStore) -> None:
+    """One statement while there are none, which is one snapshot; else letters first: what leaves them is in history then."""
+    flushed(store, Log().batch(["a", "b"], 3))
+    _with_letters(store, "b", range(4, 6))
+    _with_letters(store, "unborn", range(1, 2))
+
+    def recorded(id: str) -> tuple[list[int], list[int]]:
+        rows, waiting = store.recorded("order", id)
+        assert [(row.machine, row.id) for row in rows] == [("order", id)] * len(rows)
+        return [row.version for row in rows], [letter.entry.version for letter in waiting]
+
+    seen = _statements(store)
+    assert recorded("a") == ([1, 2, 3], [])
+    assert len([statement for statement in seen if "BEGIN" not in statement]) == 1
+    assert recorded("b") == ([1, 2, 3], [4, 5])
+    assert recorded("unborn") == ([], [1])
+    assert recorded("nobody") == ([], [])
+    assert "dead_letters" in seen[-2]
+    assert "statecache_transitions" in seen[-1]
+
+
 def test_history(store: DurableStore) -> None:
     flushed(store, Log().batch(["a", "aa", "b"], 9))
 
