@@ -498,44 +498,38 @@ def snapshot(
 def hash_of(found: model.Lookup) -> dict[bytes, bytes]:
     """The fields of the hash that a checkpoint is hydrated to."""
     assert found.checkpoint is not None
-    own, ring, pairs = hash_texts(found)
-    fields = {b"@": own.encode(), b"@r": ring.encode()}
-    for place in range(0, len(pairs), 2):
-        fields[pairs[place].encode()] = pairs[place + 1].encode()
-    return fields
+    own, ring, texts = hash_texts(found)
+    return {b"@": own.encode(), b"@r": ring.encode(), **{name.encode(): bytes(text) for name, text in texts.items()}}
 
 
-def hash_texts(found: model.Lookup) -> tuple[str, str, list[str]]:
-    """``@``, ``@r`` and ``[name, text, ...]`` of the hash that a checkpoint and its open letters are hydrated to.
+def hash_texts(found: model.Lookup) -> tuple[str, str, dict[str, msgspec.Raw]]:
+    """``@``, ``@r`` and the fields' JSON texts by name, of the hash that a checkpoint and its open letters are hydrated to.
 
     Open letters park it (H12): a repetition of one of them is told so, and not applied again.
     """
     kept = found.checkpoint
     assert kept is not None
     own = f"{kept.state} {kept.version} {kept.entry_id} {kept.created_ms} {kept.machine_version} {kept.updated_ms}"
-    pairs = pairs_of(kept.data)
-    return flagged(own, pairs, parked=bool(found.letters)), kept.recent, pairs
+    texts = texts_of(kept.data)
+    return flagged(own, len(texts), parked=bool(found.letters)), kept.recent, texts
 
 
 WIDE_ABOVE = 64
 """An instance with more data fields than this has a flag in its hash: only of such are fields counted before each patch."""
 
 
-def flagged(own: str, pairs: Sequence[str], *, parked: bool = False) -> str:
-    """``@`` with the flags of an instance with these fields."""
-    flags = ("p" if parked else "") + ("w" if len(pairs) > 2 * WIDE_ABOVE else "")
+def flagged(own: str, field_count: int, *, parked: bool = False) -> str:
+    """``@`` with the flags of an instance with so many data fields."""
+    flags = ("p" if parked else "") + ("w" if field_count > WIDE_ABOVE else "")
     return f"{own} {flags}" if flags else own
 
 
-_RAW_FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_decode_texts = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
-def pairs_of(data: str) -> list[str]:
-    """``[name, text, ...]`` of a checkpoint's data, the values' JSON texts as they are."""
-    pairs: list[str] = []
-    for name, text in _RAW_FIELDS.decode(data or "{}").items():
-        pairs += (name, str(text, "utf-8"))
-    return pairs
+def texts_of(data: str) -> dict[str, msgspec.Raw]:
+    """The JSON texts, as they are, of a checkpoint's data by name."""
+    return _decode_texts(data or "{}")
 
 
 def history(partition: int, machine: str, id: str) -> Generator[Wish, Any, list[model.Transition]]:

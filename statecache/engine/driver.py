@@ -413,8 +413,8 @@ class Driver:
         for one in found:
             kept = one.checkpoint
             assert kept is not None
-            own, ring, pairs = flows.hash_texts(one)
-            rows.append((kept.partition, f"{kept.machine}:{kept.id}", own, ring, str(one.watermark), pairs))
+            own, ring, texts = flows.hash_texts(one)
+            rows.append((kept.partition, f"{kept.machine}:{kept.id}", own, ring, str(one.watermark), texts))
         codes = self.hot.hydrate(rows, _stamp_of(found[0]))
         self._on_hydrated(codes.count("OK"))
         failpoints.hit("hydrate.done")

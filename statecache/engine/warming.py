@@ -304,8 +304,8 @@ class _Walk:
 
 
 def _cold(partition: int, address: str, own: str, ring: str, watermarks: Mapping[int, str], data: str) -> store.Cold:
-    pairs = flows.pairs_of(data)
-    return partition, address, flows.flagged(own, pairs), ring, watermarks.get(partition, _BEGINNING), pairs
+    texts = flows.texts_of(data)
+    return partition, address, flows.flagged(own, len(texts)), ring, watermarks.get(partition, _BEGINNING), texts
 
 
 def _newest_first(walks: Sequence[_Walk]) -> Iterator[list[_Row]]:

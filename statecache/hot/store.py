@@ -32,8 +32,9 @@ HYDRATIONS_IN_FLIGHT = 4
 BATCH_ITEMS_MAX = 250
 BATCH_BYTES_MAX = 1_000_000
 """What calls that are batched by themselves (threads, tasks) put into one script call at most."""
-Cold = tuple[int, str, str, str, str, Sequence[str]]
-"""An instance to bring back: (partition, "machine:id", text of ``@``, ring, SQL's watermark, [name, text, ...])."""
+Cold = tuple[int, str, str, str, str, Mapping[str, Any]]
+"""An instance to bring back: (partition, "machine:id", text of ``@``, ring, SQL's watermark, the fields' JSON texts by name, as
+bytes or what is read like them)."""
 Answered = tuple[Sequence[items.Item], list[items.Outcome]]
 
 
@@ -119,8 +120,7 @@ class HotStore:
         self.emulated = emulated
         self.identity_interval_seconds = identity_interval_seconds
         self._socket_timeout_seconds = socket_timeout_seconds
-        self._pack = msgspec.json.encode if emulated else msgspec.msgpack.encode
-        self._pack_stream = msgspec.json.encode if emulated else resp.stream
+        self._pack = msgspec.json.encode if emulated else resp.stream
         self._fields_max = resp.bulk(instance_fields_max)
         self.stamp = scripts.NEVER
         count = keyspace.partition_count
@@ -250,10 +250,7 @@ class HotStore:
         values: list[object] = [len(moves)]
         for spec in moves:
             values += spec.values
-        values.append(len(shapes))
-        for names in shapes:
-            values.append(len(names))
-            values += names
+        values += _shapes_packed(shapes)
         values += flat
         key_count = 2 * len(partitions)
         due = self.wires.identity_due(line, self.identity_interval_seconds)
@@ -264,7 +261,7 @@ class HotStore:
                 scripts.stamped("apply", stamp, self.emulated).call,
                 _NUMBERS[key_count],
                 *[self._pair_keys[partition] for partition in partitions],
-                resp.bulk(self._pack_stream(values)),
+                resp.bulk(self._pack(values)),
                 b"$1\r\n1\r\n" if due else b"$1\r\n0\r\n",
                 self._fields_max,
                 _confirm_command(confirm) if confirm is not None else b"",
@@ -408,11 +405,13 @@ class HotStore:
 
     def _packed_hydrate(self, rows: Sequence[Cold], under: scripts.Stamp) -> bytes:
         looks: dict[tuple[int, str], int] = {}
-        places, packed = [], []
-        for partition, name, own, ring, watermark, pairs in rows:
-            places.append(looks.setdefault((partition, watermark), len(looks) + 1))
-            packed.append([name, "@", own, "@r", ring, *pairs])
-        request = self._pack(([watermark for _, watermark in looks], places, packed))
+        shapes: dict[tuple[str, ...], int] = {}
+        flat: list[object] = []
+        for partition, name, own, ring, watermark, texts in rows:
+            place = looks.setdefault((partition, watermark), len(looks) + 1)
+            flat += (place, name, own, ring, shapes.setdefault(tuple(texts), len(shapes) + 1))
+            flat += [str(text, "utf-8") for text in texts.values()]
+        request = self._pack([*[watermark for _, watermark in looks], *_shapes_packed(shapes), *flat])
         metas = [self._meta_keys[partition] for partition, _ in looks]
         return _packed_call(scripts.stamped("hydrate", under, self.emulated).call, metas, len(metas), request)
 
@@ -676,6 +675,16 @@ def _hydrated(line: wire.Wire, count: int) -> list[str]:
         return [code] * count
     codes: list[str] = reply.decode().split("\n")
     return codes
+
+
+def _shapes_packed(shapes: Iterable[Sequence[str]]) -> list[object]:
+    """What ``include/shapes.lua`` reads."""
+    values: list[object] = [0]
+    for count, names in enumerate(shapes, 1):
+        values[0] = count
+        values.append(len(names))
+        values += names
+    return values
 
 
 def strictest(chunk: Sequence[items.Item]) -> items.Confirm | None:

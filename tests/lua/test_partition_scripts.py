@@ -74,7 +74,7 @@ def test_keys_are_those_of_the_header(fake_lab: Any, sent: list[bytes], name: st
     lab = fake_lab
     store = lab.store
     pairs = "pairs" in scripts.header(name)
-    row = ("order:1", "paid 2 1-0 1 1 2", "", "1-0", [])
+    row = ("order:1", "paid 2 1-0 1 1 2", "", "1-0", {})
     sent.clear()
     match name:
         case "admit":
@@ -387,16 +387,39 @@ def test_hydrated_hash_is_the_one_that_was_evicted(lab: Any) -> None:
     lab.start(pairs=["a", "1", "b", '"x"'])
     lab.note()
     before = lab.hash("1")
-    row = (0, "order:1", before["@"], before["@r"], "1-2", ["a", "1", "b", '"x"'])
+    row = (0, "order:1", before["@"], before["@r"], "1-2", {"a": b"1", "b": b'"x"'})
     lab.store.evict([(0, "order:1", 2, "1-2", 0)])
     assert lab.store.hydrate([row]) == ["OK"]
     assert lab.hash("1") == before
     assert lab.store.hydrate([row]) == ["EXISTS"]
 
 
+@pytest.mark.parametrize("count", [1, 3, 40, 500])
+def test_hydration_of_many_is_that_of_each(lab: Any, count: int) -> None:
+    """Fields of several shapes, in several partitions; some are hot already, which one look tells of none but of all."""
+    rows: list[Any] = [
+        (
+            number % 2, f"order:{number}", f"placed {number + 1} 1-0 1 1 1", codec.token_of(str(number)), "1-0",
+            {f"field_{place}": b"%d" % (number + place) for place in range(number % 9)},
+        )
+        for number in range(count)
+    ]  # fmt: skip
+    assert lab.store.hydrate(rows[: count // 2]) == ["OK"] * (count // 2) or count == 1
+    assert lab.store.hydrate(rows) == ["EXISTS"] * (count // 2) + ["OK"] * (count - count // 2)
+    for partition, _, own, ring, _, texts in rows:
+        number = int(own.split(" ")[1]) - 1
+        found = lab.hash(str(number), partition)
+        wanted = {"@": own, "@r": ring} | {name: text.decode() for name, text in texts.items()}
+        assert list(found.items()) == list(wanted.items())
+
+
+def test_hydration_of_nothing(lab: Any) -> None:
+    assert lab.store.hydrate([]) == [""]
+
+
 def test_hydration_takes_as_many_fields_as_an_instance_may_have(lab: Any) -> None:
-    pairs = [part for number in range(256) for part in (f"field_{number}", str(number))]
-    assert lab.store.hydrate([(0, "order:1", "placed 1 1-0 1 1 1", codec.token_of("a"), "1-0", pairs)]) == ["OK"]
+    texts = {f"field_{number}": b"%d" % number for number in range(256)}
+    assert lab.store.hydrate([(0, "order:1", "placed 1 1-0 1 1 1", codec.token_of("a"), "1-0", texts)]) == ["OK"]
     assert len(lab.hash("1")) == 258
 
 

@@ -45,7 +45,7 @@ def hydrate_row(lab: Any, id: str = "cold", watermark: str = "1-0", partition: i
         "paid 2 1-0 1 1 2",
         codec.token_of("a") + codec.token_of("b"),
         watermark,
-        ["a", "1"],
+        {"a": b"1"},
     )
 
 

@@ -290,7 +290,13 @@ MUTANTS = [
     ),
     Mutant(
         "hydrate that overwrites",
-        (Patch(f"{_LUA}/hydrate.lua", "  elseif call('EXISTS', item[1]) == 1 then\n", "  elseif false then\n"),),
+        (
+            Patch(
+                f"{_LUA}/hydrate.lua",
+                "  elseif not all_absent and call('EXISTS', key) == 1 then\n",
+                "  elseif false then\n",
+            ),
+        ),
         (f"{_HOLES}test_h10_slow_hydrator_overwrites_nothing", *_codes("hydrate", "EXISTS")),
     ),
     Mutant(
@@ -929,7 +935,7 @@ MUTANTS = [
     ),
     Mutant(
         "a hydrated instance of many fields is not marked",
-        (Patch("statecache/core/flows.py", '"w" if len(pairs)', '"w" if 0 * len(pairs)'),),
+        (Patch("statecache/core/flows.py", '"w" if field_count >', '"w" if 0 * field_count >'),),
         ("tests/integration/test_claims.py::test_an_instance_of_many_fields_stays_marked[sqlite]",),
     ),
 ]

@@ -58,17 +58,7 @@ for n = 1, values[1] do
   }
   behind = pairs_end + 1
 end
--- The arguments of each shape's HSET behind the key; each item puts its own values in.
-local arguments, sizes = { false }, { 0 }
-for n = 1, values[behind] do
-  local first, size = behind + 1, values[behind + 1]
-  local v, f = values, first + 1
-  local made = { '@', '', '@r', '', v[f], '', v[f + 1], '', v[f + 2], '', v[f + 3], '', v[f + 4], '', v[f + 5], '' }
-  for k = 7, size do made[2 * k + 3] = v[first + k] end
-  arguments[n], sizes[n], behind = made, size, first + size
-end
-behind = behind + 1
-
+--@include shapes
 -- Only what every call needs is read at once; what a refusal depends on (brake, cold) is read when it comes to that.
 local refused, metas, logs, prefixes, rooms = { false }, { '' }, { '' }, { '' }, { 0 }
 for p = 1, #KEYS / 2 do
