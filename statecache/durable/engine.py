@@ -39,7 +39,8 @@ BUSY_TIMEOUT_SECONDS = 15.0
 _SQLITE_BEGIN = "statecache_sqlite_begin"
 _POSTGRESQL_LIMITS = "SET LOCAL lock_timeout = '30s'; SET LOCAL idle_in_transaction_session_timeout = '15s'"
 _POSTGRESQL_ALONG_INDEXES = "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY; SET LOCAL enable_sort = off"
-_POSTGRESQL_17_LIMITS = "; SET LOCAL transaction_timeout = '120s'"
+_POSTGRESQL_17_LIMIT = "; SET LOCAL transaction_timeout = '{}s'"
+TRANSACTION_SECONDS_MAX = 120
 
 # Pools of the parent process, kept alive in a child: closing a SQLite or TLS connection here would disturb the parent's.
 _abandoned: list[sa.Pool] = []
@@ -103,12 +104,13 @@ class Database:
                 return work(connection)
 
     @contextlib.contextmanager
-    def transaction(self, *, limited: bool = True) -> Iterator[sa.Connection]:
+    def transaction(self, limit_seconds: int | None = TRANSACTION_SECONDS_MAX) -> Iterator[sa.Connection]:
         """A write transaction that commits at the end. A commit that may or may not have happened: ``CommitUnknown``.
 
-        ``limited=False`` lets it take any time (a migration may have to rewrite a large table).
+        PostgreSQL ends it after ``limit_seconds`` (from version 17 on also one whose process was stopped in the middle of a
+        statement); None lets it take any time (a migration may have to rewrite a large table).
         """
-        connection = self._begin(limited)
+        connection = self._begin(limit_seconds)
         try:
             with self.translated():
                 yield connection
@@ -116,22 +118,23 @@ class Database:
         finally:
             self._give_back(connection)
 
-    def _begin(self, limited: bool) -> sa.Connection:
+    def _begin(self, limit_seconds: int | None) -> sa.Connection:
         with self.translated():
             try:
-                return self._begin_once(limited)
+                return self._begin_once(limit_seconds)
             except sa.exc.DBAPIError as error:
                 if not error.connection_invalidated:
                     raise
-            return self._begin_once(limited)
+            return self._begin_once(limit_seconds)
 
-    def _begin_once(self, limited: bool) -> sa.Connection:
+    def _begin_once(self, limit_seconds: int | None) -> sa.Connection:
         connection = self.writer.connect()
         try:
             connection.begin()
-            if self.dialect.name == "postgresql" and limited:
+            if self.dialect.name == "postgresql" and limit_seconds is not None:
                 recent = (self.dialect.server_version_info or (0,)) >= (17,)
-                connection.exec_driver_sql(_POSTGRESQL_LIMITS + (_POSTGRESQL_17_LIMITS if recent else ""))
+                whole = _POSTGRESQL_17_LIMIT.format(limit_seconds) if recent else ""
+                connection.exec_driver_sql(_POSTGRESQL_LIMITS + whole)
         except BaseException:
             self._give_back(connection)
             raise

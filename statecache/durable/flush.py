@@ -209,9 +209,11 @@ def _in_order(rows: Sequence[Row]) -> list[Row]:
 
 
 @contextlib.contextmanager
-def transaction(database: engine.Database, forms: bulk.Forms, asked: queries.Queries) -> Iterator[FlushTransaction]:
+def transaction(
+    database: engine.Database, forms: bulk.Forms, asked: queries.Queries, limit_seconds: int
+) -> Iterator[FlushTransaction]:
     """Open a flush transaction; it commits at the end of the block."""
-    with database.transaction() as connection:
+    with database.transaction(limit_seconds) as connection:
         tx = FlushTransaction(connection, forms, asked)
         yield tx
         tx._check()

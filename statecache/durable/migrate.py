@@ -52,7 +52,7 @@ def upgrade_database(database: engine.Database) -> None:
     from alembic import command, config, util
 
     folder = importlib.resources.files("statecache.durable") / "migrations"
-    with importlib.resources.as_file(folder) as path, database.transaction(limited=False) as connection:
+    with importlib.resources.as_file(folder) as path, database.transaction(limit_seconds=None) as connection:
         lock(connection)
         settings = config.Config()
         settings.set_main_option("script_location", str(path).replace("%", "%%"))

@@ -280,10 +280,12 @@ class DurableStore:
     # Writing
 
     @contextlib.contextmanager
-    def flush_transaction(self) -> Iterator[flush.FlushTransaction]:
-        """Open a flush transaction (see ``flush``); it commits at the end of the block.
+    def flush_transaction(
+        self, limit_seconds: int = engine.TRANSACTION_SECONDS_MAX
+    ) -> Iterator[flush.FlushTransaction]:
+        """Open a flush transaction (see ``flush``); it commits at the end of the block. PostgreSQL ends it after the limit.
 
         Besides what its methods raise: ``Transient`` (run the same again), ``CommitUnknown`` (read the watermarks back).
         """
-        with flush.transaction(self.database, self.forms, self.queries) as tx:
+        with flush.transaction(self.database, self.forms, self.queries, limit_seconds) as tx:
             yield tx

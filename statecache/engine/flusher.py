@@ -18,8 +18,8 @@ ahead: a folded checkpoint is used only where the next entry's version follows i
 While SQL works on one batch a thread reads and parses the next one, if there is more: under the same epoch and owner, behind
 the watermark that this commit will set. What it found is used only if SQL then says exactly that, and is read again otherwise.
 
-A batch is what is there, up to ``batch_entries``; less where SQL takes longer for it than the wanted lag, so that the watermark
-moves under a slow database too, and heartbeats and signals are not kept waiting. No pause while there is more.
+A batch is what is there, up to ``batch_entries``; less where SQL fails, or takes longer for it than the wanted lag, so that the
+watermark moves under a slow database too, and heartbeats and signals are not kept waiting. No pause while there is more.
 A hole in the log stops its partition: it is never skipped; a recovery is asked for.
 
 Rejected: consumer groups (their cursor rolls back with Redis, and every read is a write); ``DO NOTHING`` in history (it hides
@@ -57,6 +57,9 @@ LOOK_SECONDS_MAX = 5.0
 READ_ENTRIES_MAX = 1000
 """How many entries one script call reads: Redis does nothing else meanwhile (about 5 us an entry). With 5,000 a ``get`` that
 came at that moment took up to 40 ms instead of 12; with 500 the flusher itself took 5 % more."""
+TRANSACTION_SECONDS_MAX = 30
+"""PostgreSQL ends a longer one: its process was perhaps stopped, and others wait for its partitions. A batch that takes as
+long is tried again in smaller ones."""
 _REFUSALS = (Refused, KeyHit)
 
 
@@ -200,8 +203,10 @@ class Flusher:
             except Overtaken:
                 self._forget(pair)
                 return Step(0, True, stopped)
-            except CommitUnknown:
-                self._forget(pair)
+            except errors.UnavailableError as error:
+                self._size = self._smaller(size)
+                if isinstance(error, CommitUnknown):
+                    self._forget(pair)
                 raise
             seconds = time.monotonic() - started
             self._on_commit()
@@ -369,7 +374,7 @@ class Flusher:
         """The one SQL transaction of a flush. ``refused`` instances' first entries become dead letters."""
         batches = sorted(batches, key=lambda batch: batch.row.partition)
         now_ms = int(time.time() * 1000)
-        with self.durable.flush_transaction() as transaction:
+        with self.durable.flush_transaction(TRANSACTION_SECONDS_MAX) as transaction:
             transaction.advance([batch.advance() for batch in batches])
             failpoints.hit("flusher.advanced")
             plan = batching.Plan(batches)
@@ -426,11 +431,14 @@ class Flusher:
     def _measure(self, count: int, size: int, seconds: float) -> None:
         """Follow the rate at which SQL takes entries: what the brake and the size of a batch are set from."""
         if seconds > self.lag_target_seconds:
-            self._size = max(min(BATCH_ENTRIES_MIN, self.batch_entries), size // 2)
+            self._size = self._smaller(size)
         elif count >= size and seconds < self.lag_target_seconds / 4:
             self._size = min(self.batch_entries, size * 2)
         rate = count / max(seconds, 1e-6)
         self._rate = rate if not self._rate else 0.8 * self._rate + 0.2 * rate
+
+    def _smaller(self, size: int) -> int:
+        return max(min(BATCH_ENTRIES_MIN, self.batch_entries), size // 2)
 
     def limit(self) -> int:
         """The backlog a partition may have: what SQL takes within half the wanted lag, never less than a batch's share. The

@@ -222,10 +222,10 @@ def test_waiters_share_flushes(redis_url: str, database_url: str, namespace: str
         commits = 0
         original = world.durable.flush_transaction
 
-        def counted() -> Any:
+        def counted(limit_seconds: int) -> Any:
             nonlocal commits
             commits += 1
-            return original()
+            return original(limit_seconds)
 
         def writes(thread: int) -> None:
             for number in range(each):

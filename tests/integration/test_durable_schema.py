@@ -166,7 +166,7 @@ def test_an_older_and_a_newer_schema(database_url: str) -> None:
 def test_a_store_of_the_first_schema_is_upgraded_with_its_data(database_url: str) -> None:
     """Every partition that is there gets a free lease; recoveries of before tell no process."""
     database = engine.open_database(database_url)
-    with database.transaction(limited=False) as connection:
+    with database.transaction(limit_seconds=None) as connection:
         settings = config.Config()
         folder = importlib.resources.files("statecache.durable") / "migrations"
         settings.set_main_option("script_location", str(folder))

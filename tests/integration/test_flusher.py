@@ -198,8 +198,8 @@ def test_outcome_of_the_commit_is_unknown(world: World, committed: bool) -> None
     original = DurableStore.flush_transaction
 
     @contextlib.contextmanager
-    def unknown(self: DurableStore) -> Iterator[FlushTransaction]:
-        with original(self) as transaction:
+    def unknown(self: DurableStore, limit_seconds: int) -> Iterator[FlushTransaction]:
+        with original(self, limit_seconds) as transaction:
             yield transaction
             if not committed:
                 raise faults.CommitUnknown("lost")

@@ -17,6 +17,7 @@ from statecache import Move
 from statecache.core import errors
 from statecache.durable import leases as durable_leases
 from statecache.durable import schema
+from statecache.durable.flush import FlushTransaction
 from statecache.durable.store import DurableStore
 from statecache.engine import leases as engine_leases
 from statecache.engine import processes, status
@@ -404,3 +405,27 @@ def test_two_embedded_processes_share_the_work(data_folder: Any) -> None:
             wait_until(lambda: _are_shared([one.held for one in both]), "both have their halves", 30)
         assert [row.name for row in durable_leases.look(first.durable)] == [first.leases.name]
         wait_until(lambda: len(first.leases.held) == PARTITIONS, "the first holds everything again")
+
+
+def test_batches_shrink_where_sql_fails(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that takes longer than PostgreSQL is told to allow would fail for ever."""
+    flusher = world.flusher(batch_entries=5000)
+    world.orders.start_many([(f"b{number}", None) for number in range(800)])
+    asked = flusher.durable.flush_transaction
+
+    @contextlib.contextmanager
+    def failing(limit_seconds: int) -> Iterator[FlushTransaction]:
+        with asked(limit_seconds) as transaction:
+            yield transaction
+            raise errors.UnavailableError("terminating connection due to transaction timeout")
+
+    monkeypatch.setattr(flusher.durable, "flush_transaction", failing)
+    for wanted in (2500, 1250, 625, 312):
+        with pytest.raises(errors.UnavailableError, match="transaction timeout"):
+            flusher.step()
+        assert flusher._size == wanted
+    monkeypatch.undo()
+    assert 0 < flusher.step().entries <= 312
+    while flusher.step().more:
+        pass
+    world.verify()
