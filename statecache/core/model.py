@@ -107,13 +107,13 @@ class Transition(msgspec.Struct, frozen=True):
 
 _decode_json = msgspec.json.Decoder().decode
 _OWN_FIELDS = frozenset({b"@", b"@r", b"@c"})
-_NAMES: dict[str | bytes, str] = {}
+_NAMES: dict[bytes, str] = {}
 """Names of fields as texts: a look here costs half of what decoding does."""
 _NAMES_MAX = 10_000
 
 
-def _name(name: str | bytes) -> str:
-    text = name.decode() if isinstance(name, bytes) else name
+def _name(name: bytes) -> str:
+    text = name.decode()
     if len(_NAMES) < _NAMES_MAX:
         _NAMES[name] = text
     return text
@@ -147,7 +147,7 @@ class Snapshot(msgspec.Struct, eq=False):
         if self._data is None:
             decode, names = _decode_json, _NAMES
             self._data = {
-                names.get(name) or _name(name): decode(text)
+                name if isinstance(name, str) else names.get(name) or _name(name): decode(text)
                 for name, text in self._raw.items()
                 if name not in _OWN_FIELDS
             }

@@ -37,7 +37,7 @@ CONNECT_TIMEOUT_SECONDS = 10
 POOL_TIMEOUT_SECONDS = 10.0
 BUSY_TIMEOUT_SECONDS = 15.0
 _SQLITE_BEGIN = "statecache_sqlite_begin"
-_POSTGRESQL_LIMITS = "SET LOCAL lock_timeout = '30s'; SET LOCAL idle_in_transaction_session_timeout = '15s'"
+_POSTGRESQL_LIMITS = "SET LOCAL lock_timeout = '{}s'; SET LOCAL idle_in_transaction_session_timeout = '15s'"
 _POSTGRESQL_ALONG_INDEXES = "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY; SET LOCAL enable_sort = off"
 _POSTGRESQL_17_LIMIT = "; SET LOCAL transaction_timeout = '{}s'"
 TRANSACTION_SECONDS_MAX = 120
@@ -107,8 +107,8 @@ class Database:
     def transaction(self, limit_seconds: int | None = TRANSACTION_SECONDS_MAX) -> Iterator[sa.Connection]:
         """A write transaction that commits at the end. A commit that may or may not have happened: ``CommitUnknown``.
 
-        PostgreSQL ends it after ``limit_seconds`` (from version 17 on also one whose process was stopped in the middle of a
-        statement); None lets it take any time (a migration may have to rewrite a large table).
+        PostgreSQL ends one that stands idle for 15 seconds, and from version 17 on any after ``limit_seconds``, also one whose
+        process was stopped in the middle of a statement. None lets it take any time (a migration may rewrite a large table).
         """
         connection = self._begin(limit_seconds)
         try:
@@ -134,7 +134,8 @@ class Database:
             if self.dialect.name == "postgresql" and limit_seconds is not None:
                 recent = (self.dialect.server_version_info or (0,)) >= (17,)
                 whole = _POSTGRESQL_17_LIMIT.format(limit_seconds) if recent else ""
-                connection.exec_driver_sql(_POSTGRESQL_LIMITS + whole)
+                # Who waits for a lock gives way before the limit comes: that is no failure of the server's.
+                connection.exec_driver_sql(_POSTGRESQL_LIMITS.format(min(30, limit_seconds * 2 // 3)) + whole)
         except BaseException:
             self._give_back(connection)
             raise

@@ -283,7 +283,7 @@ class DurableStore:
     def flush_transaction(
         self, limit_seconds: int = engine.TRANSACTION_SECONDS_MAX
     ) -> Iterator[flush.FlushTransaction]:
-        """Open a flush transaction (see ``flush``); it commits at the end of the block. PostgreSQL ends it after the limit.
+        """Open a flush transaction (see ``flush``); it commits at the end. For the limit see ``Database.transaction``.
 
         Besides what its methods raise: ``Transient`` (run the same again), ``CommitUnknown`` (read the watermarks back).
         """

@@ -18,8 +18,8 @@ ahead: a folded checkpoint is used only where the next entry's version follows i
 While SQL works on one batch a thread reads and parses the next one, if there is more: under the same epoch and owner, behind
 the watermark that this commit will set. What it found is used only if SQL then says exactly that, and is read again otherwise.
 
-A batch is what is there, up to ``batch_entries``; less where SQL fails, or takes longer for it than the wanted lag, so that the
-watermark moves under a slow database too, and heartbeats and signals are not kept waiting. No pause while there is more.
+A batch is what is there, up to ``batch_entries``; less where SQL takes longer for it than the wanted lag, or than it may, so
+that the watermark moves under a slow database too, and heartbeats and signals are not kept waiting. No pause while there is more.
 A hole in the log stops its partition: it is never skipped; a recovery is asked for.
 
 Rejected: consumer groups (their cursor rolls back with Redis, and every read is a write); ``DO NOTHING`` in history (it hides
@@ -41,6 +41,7 @@ import msgspec
 
 from statecache import metrics as metering
 from statecache.core import entry, errors, failpoints, fold
+from statecache.durable.engine import TRANSACTION_SECONDS_MAX
 from statecache.durable.faults import CommitUnknown, KeyHit, Overtaken, Refused, Transient
 from statecache.durable.rows import PartitionRow
 from statecache.durable.store import DurableStore
@@ -57,9 +58,9 @@ LOOK_SECONDS_MAX = 5.0
 READ_ENTRIES_MAX = 1000
 """How many entries one script call reads: Redis does nothing else meanwhile (about 5 us an entry). With 5,000 a ``get`` that
 came at that moment took up to 40 ms instead of 12; with 500 the flusher itself took 5 % more."""
-TRANSACTION_SECONDS_MAX = 30
-"""PostgreSQL ends a longer one: its process was perhaps stopped, and others wait for its partitions. A batch that takes as
-long is tried again in smaller ones."""
+FLUSH_SECONDS_MAX = 30
+"""PostgreSQL ends a longer transaction: its process was perhaps stopped, and others wait for its partitions. A batch that takes
+nearly as long is tried again in smaller ones; the smallest may take as long as any transaction."""
 _REFUSALS = (Refused, KeyHit)
 
 
@@ -204,7 +205,8 @@ class Flusher:
                 self._forget(pair)
                 return Step(0, True, stopped)
             except errors.UnavailableError as error:
-                self._size = self._smaller(size)
+                if time.monotonic() - started > 0.8 * FLUSH_SECONDS_MAX:
+                    self._size = self._smaller(size)
                 if isinstance(error, CommitUnknown):
                     self._forget(pair)
                 raise
@@ -374,7 +376,8 @@ class Flusher:
         """The one SQL transaction of a flush. ``refused`` instances' first entries become dead letters."""
         batches = sorted(batches, key=lambda batch: batch.row.partition)
         now_ms = int(time.time() * 1000)
-        with self.durable.flush_transaction(TRANSACTION_SECONDS_MAX) as transaction:
+        limit_seconds = FLUSH_SECONDS_MAX if self._size > BATCH_ENTRIES_MIN else TRANSACTION_SECONDS_MAX
+        with self.durable.flush_transaction(limit_seconds) as transaction:
             transaction.advance([batch.advance() for batch in batches])
             failpoints.hit("flusher.advanced")
             plan = batching.Plan(batches)

@@ -407,25 +407,34 @@ def test_two_embedded_processes_share_the_work(data_folder: Any) -> None:
         wait_until(lambda: len(first.leases.held) == PARTITIONS, "the first holds everything again")
 
 
-def test_batches_shrink_where_sql_fails(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that takes longer than PostgreSQL is told to allow would fail for ever."""
+def test_batches_shrink_where_sql_ends_them_for_their_time(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that takes longer than PostgreSQL is told to allow would fail for ever. What fails at once says nothing of sizes."""
     flusher = world.flusher(batch_entries=5000)
     world.orders.start_many([(f"b{number}", None) for number in range(800)])
     asked = flusher.durable.flush_transaction
+    limits: list[int] = []
 
     @contextlib.contextmanager
     def failing(limit_seconds: int) -> Iterator[FlushTransaction]:
+        limits.append(limit_seconds)
         with asked(limit_seconds) as transaction:
             yield transaction
             raise errors.UnavailableError("terminating connection due to transaction timeout")
 
     monkeypatch.setattr(flusher.durable, "flush_transaction", failing)
-    for wanted in (2500, 1250, 625, 312):
+
+    def fails() -> int:
         with pytest.raises(errors.UnavailableError, match="transaction timeout"):
             flusher.step()
-        assert flusher._size == wanted
+        return flusher._size
+
+    assert fails() >= 5000
+    monkeypatch.setattr("statecache.engine.flusher.FLUSH_SECONDS_MAX", 0)
+    assert [fails() for _ in range(6)] == [2500, 1250, 625, 312, 156, 100]
+    assert fails() == 100
+    assert limits == [30, 0, 0, 0, 0, 0, 0, 120]
     monkeypatch.undo()
-    assert 0 < flusher.step().entries <= 312
+    assert 0 < flusher.step().entries <= 100
     while flusher.step().more:
         pass
     world.verify()

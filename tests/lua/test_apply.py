@@ -279,6 +279,10 @@ def test_the_limit_holds_to_the_field_however_it_is_come_to(lab: Any) -> None:
     assert lab.apply(lab.item(lab.NOTE, pairs=_fields(0, 64)))[0].startswith("OK ")
 
 
+def test_a_call_of_nothing_is_answered_with_nothing(lab: Any) -> None:
+    assert lab.apply() == []
+
+
 @pytest.mark.parametrize("count", [1, 2, 5, 10, 350, 450])
 def test_calls_of_any_length_are_read_alike(lab: Any, count: int) -> None:
     """What few items have in common is not remembered; beyond 4,000 values the items travel as one array."""

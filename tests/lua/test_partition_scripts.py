@@ -413,6 +413,21 @@ def test_hydration_of_many_is_that_of_each(lab: Any, count: int) -> None:
         assert list(found.items()) == list(wanted.items())
 
 
+def test_an_instance_that_stands_twice_is_hydrated_once(lab: Any) -> None:
+    """Two looks may differ without the watermark having moved: letters were retried between them. No hash is mixed of both."""
+    early = (0, "order:1", "placed 1 1-0 1 1 1 p", codec.token_of("a"), "1-0", {"a": b"1", "b": b"2"})
+    late = (0, "order:1", "paid 2 1-1 1 1 2", codec.token_of("b"), "1-0", {"a": b"9"})
+    other = (0, "order:2", "paid 2 1-1 1 1 2", codec.token_of("b"), "1-0", {"a": b"9"})
+    assert lab.store.hydrate([early, other, late]) == ["OK", "OK", "EXISTS"]
+    assert lab.hash("1") == {"@": early[2], "@r": early[3], "a": "1", "b": "2"}
+
+
+def test_more_are_hydrated_than_lua_can_unpack(lab: Any) -> None:
+    rows = [(0, f"order:{number}", "placed 1 1-0 1 1 1", "", "1-0", {"a": b"1"}) for number in range(9000)]
+    assert lab.store.hydrate(rows) == ["OK"] * 9000
+    assert lab.store.hydrate(rows[8990:]) == ["EXISTS"] * 10
+
+
 def test_hydration_of_nothing(lab: Any) -> None:
     assert lab.store.hydrate([]) == [""]
 

@@ -57,11 +57,11 @@ MUTANTS = [
         (
             Patch(
                 "statecache/engine/flusher.py",
-                "        with self.durable.flush_transaction() as transaction:\n"
+                "        with self.durable.flush_transaction(limit_seconds) as transaction:\n"
                 "            transaction.advance([batch.advance() for batch in batches])\n",
-                "        with self.durable.flush_transaction() as first:\n"
+                "        with self.durable.flush_transaction(limit_seconds) as first:\n"
                 "            first.advance([batch.advance() for batch in batches])\n"
-                "        with self.durable.flush_transaction() as transaction:\n",
+                "        with self.durable.flush_transaction(limit_seconds) as transaction:\n",
             ),
         ),
         (f"{_POINTS}[flush]",),

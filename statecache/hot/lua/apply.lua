@@ -72,6 +72,6 @@ for p = 1, #KEYS / 2 do
 end
 
 --@include apply_rare
-local lines, count = { at, '' }, 1
+local lines, count = { at, nil }, 1
 --@include apply_item
 return table.concat(lines, '\n')

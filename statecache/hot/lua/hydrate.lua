@@ -27,16 +27,18 @@ for p = 1, #KEYS do
   stale[p] = id_above(evicted_to, watermarks[p]) and 'STALE ' .. evicted_to
   prefixes[p] = string.sub(KEYS[p], 1, -5) .. 'i:'
 end
--- Mostly all are absent, which one call tells for a twentieth of what each alone would take. (Should an instance stand here
--- twice, of two looks, the earlier look is stale if it moved between them; else both are the same.)
-local keys, count = {}, 0
-local first = behind
+-- Mostly all are absent, which one call tells of hundreds for what it would take to ask for each. Not where one stands here twice:
+-- the first is written, and the second finds it.
+local keys, seen, count, all_absent, first = {}, {}, 0, true, behind
 while first < last do
+  local key = prefixes[values[first]] .. values[first + 1]
   count = count + 1
-  keys[count] = prefixes[values[first]] .. values[first + 1]
+  keys[count], all_absent, seen[key] = key, all_absent and not seen[key], true
   first = first + 5 + sizes[values[first + 4]]
 end
-local all_absent = count > 0 and call('EXISTS', unpack(keys)) == 0
+for n = 1, count, 1000 do -- what fits on Lua's stack
+  all_absent = all_absent and call('EXISTS', unpack(keys, n, math.min(n + 999, count))) == 0
+end
 for n = 1, count do
   local p, key, shape = values[behind], keys[n], values[behind + 4]
   local set, size = arguments[shape], sizes[shape]

@@ -1,5 +1,5 @@
--- Applies the items from values[behind] on. They are a loop's body, because the values that a function finds outside of itself
--- cost a call of a single item as much as its XADD; and one long one, because handing a dozen values to a function costs an
+-- Applies the items from values[behind] on. The code is a loop's body, because the values that a function finds outside of itself
+-- cost a call of a single item as much as its XADD; and a long one, because handing a dozen values to a function costs an
 -- item as much as forty of its own instructions. What ends an item breaks out of the inner loop, which runs once.
 local fields_max = tonumber(ARGV[3])
 -- An instance with more data fields than this has the flag w. Of one without it nothing has to be counted before a patch that

@@ -1,6 +1,6 @@
 -- Reads shapes from values[behind] on: their number; for each how many field names follow, and these. `behind` is then the index
 -- of what follows them. Makes the arguments of each shape's HSET behind the key, into which each item puts its own values, and
--- tells how many fields they are.
+-- tells how many fields they are. (Behind the names of fewer than six fields stand foreign values, which nobody may read.)
 local arguments, sizes = { false }, { 0 }
 for n = 1, values[behind] do
   local first, size = behind + 1, values[behind + 1]
