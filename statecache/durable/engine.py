@@ -104,7 +104,7 @@ class Database:
                 return work(connection)
 
     @contextlib.contextmanager
-    def transaction(self, limit_seconds: int | None = TRANSACTION_SECONDS_MAX) -> Iterator[sa.Connection]:
+    def transaction(self, *, limit_seconds: int | None = TRANSACTION_SECONDS_MAX) -> Iterator[sa.Connection]:
         """A write transaction that commits at the end. A commit that may or may not have happened: ``CommitUnknown``.
 
         PostgreSQL ends one that stands idle for 15 seconds, and from version 17 on any after ``limit_seconds``, also one whose

@@ -213,7 +213,7 @@ def transaction(
     database: engine.Database, forms: bulk.Forms, asked: queries.Queries, limit_seconds: int
 ) -> Iterator[FlushTransaction]:
     """Open a flush transaction; it commits at the end of the block."""
-    with database.transaction(limit_seconds) as connection:
+    with database.transaction(limit_seconds=limit_seconds) as connection:
         tx = FlushTransaction(connection, forms, asked)
         yield tx
         tx._check()

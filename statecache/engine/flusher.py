@@ -19,7 +19,8 @@ While SQL works on one batch a thread reads and parses the next one, if there is
 the watermark that this commit will set. What it found is used only if SQL then says exactly that, and is read again otherwise.
 
 A batch is what is there, up to ``batch_entries``; less where SQL takes longer for it than the wanted lag, or than it may, so
-that the watermark moves under a slow database too, and heartbeats and signals are not kept waiting. No pause while there is more.
+that the watermark moves under a slow database too, and heartbeats and signals are not kept waiting. No pause while there is
+more.
 A hole in the log stops its partition: it is never skipped; a recovery is asked for.
 
 Rejected: consumer groups (their cursor rolls back with Redis, and every read is a write); ``DO NOTHING`` in history (it hides
