@@ -29,6 +29,7 @@ _HGETALL = b"*2\r\n$7\r\nHGETALL\r\n$%d\r\n%b\r\n"
 _HEADERS = [b"*%d\r\n" % number for number in range(4096)]
 CHUNKS_IN_FLIGHT = 2
 HYDRATIONS_IN_FLIGHT = 4
+HYDRATE_ROWS_MAX = 500
 BATCH_ITEMS_MAX = 250
 BATCH_BYTES_MAX = 1_000_000
 """What calls that are batched by themselves (threads, tasks) put into one script call at most."""
@@ -385,9 +386,10 @@ class HotStore:
     # --- cold tier ---------------------------------------------------------------------------------------------------
 
     def hydrate(self, rows: Sequence[Cold], under: scripts.Stamp | None = None) -> list[str]:
-        """Bring instances back in one script call; a code for each. ``OOM`` for all when Redis has no memory for them."""
-        (codes,) = self.hydrate_stream([rows], under)  # to its end: an exchange that is left open costs its connection
-        return codes
+        """Bring instances back, some hundred a script call; a code for each. ``OOM`` for all of a call when Redis has no memory
+        for them."""
+        calls = [rows[begin : begin + HYDRATE_ROWS_MAX] for begin in range(0, len(rows), HYDRATE_ROWS_MAX)]
+        return [code for codes in self.hydrate_stream(calls, under) for code in codes]
 
     def hydrate_stream(
         self, batches: Iterable[Sequence[Cold]], under: scripts.Stamp | None = None

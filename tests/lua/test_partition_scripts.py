@@ -424,12 +424,14 @@ def test_an_instance_that_stands_twice_is_hydrated_once(lab: Any) -> None:
 
 def test_more_are_hydrated_than_lua_can_unpack(lab: Any) -> None:
     rows = [(0, f"order:{number}", "placed 1 1-0 1 1 1", "", "1-0", {"a": b"1"}) for number in range(9000)]
-    assert lab.store.hydrate(rows) == ["OK"] * 9000
-    assert lab.store.hydrate(rows[8990:]) == ["EXISTS"] * 10
+    (codes,) = lab.store.hydrate_stream([rows])
+    assert codes == ["OK"] * 9000
+    assert lab.store.hydrate(rows[7900:]) == ["EXISTS"] * 1100
 
 
 def test_hydration_of_nothing(lab: Any) -> None:
-    assert lab.store.hydrate([]) == [""]
+    assert lab.store.hydrate([]) == []
+    assert list(lab.store.hydrate_stream([[]])) == [[""]]
 
 
 def test_hydration_takes_as_many_fields_as_an_instance_may_have(lab: Any) -> None:
