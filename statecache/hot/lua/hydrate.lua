@@ -11,7 +11,7 @@
 --   EXISTS                          it is hot: nothing written, whatever SQL said
 --   STALE evicted_to                SQL's snapshot is older than what Redis has dropped: nothing written
 --   EPOCH | RECOVERING | IDENTITY   not admitted: nothing written
--- Cost   about 7 us an item of five fields: HSET, and to unpack its values.
+-- Cost   about 8 us an item of five fields: HSET, and to unpack its values.
 --@include unpacked
 --@include identity
 --@include ids
