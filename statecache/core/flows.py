@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from statecache.core import entry, errors, items, model
+from statecache.core import entry, errors, fold, items, model
 
 # --- what a flow may yield, beside an Item (answered by an Outcome) ----------------------------------------------------
 
@@ -510,7 +510,7 @@ def hash_texts(found: model.Lookup) -> tuple[str, str, dict[str, msgspec.Raw]]:
     kept = found.checkpoint
     assert kept is not None
     own = f"{kept.state} {kept.version} {kept.entry_id} {kept.created_ms} {kept.machine_version} {kept.updated_ms}"
-    texts = texts_of(kept.data)
+    texts = fold.texts_of(kept.data)
     return flagged(own, len(texts), parked=bool(found.letters)), kept.recent, texts
 
 
@@ -522,14 +522,6 @@ def flagged(own: str, field_count: int, *, parked: bool = False) -> str:
     """``@`` with the flags of an instance with so many data fields."""
     flags = ("p" if parked else "") + ("w" if field_count > WIDE_ABOVE else "")
     return f"{own} {flags}" if flags else own
-
-
-_decode_texts = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
-
-
-def texts_of(data: str) -> dict[str, msgspec.Raw]:
-    """The JSON texts, as they are, of a checkpoint's data by name."""
-    return _decode_texts(data or "{}")
 
 
 def history(partition: int, machine: str, id: str) -> Generator[Wish, Any, list[model.Transition]]:

@@ -54,6 +54,11 @@ class Folded(msgspec.Struct, gc=False):
         )  # fmt: skip
 
 
+def texts_of(data: str) -> dict[str, msgspec.Raw]:
+    """The JSON texts, as they are, of a checkpoint's data by name."""
+    return _decode(data or "{}")
+
+
 def data_text(data: Mapping[str, msgspec.Raw]) -> str:
     return _encode(data).decode()
 

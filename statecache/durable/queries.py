@@ -337,11 +337,11 @@ def history(
     return [_transition_of(row) for row in connection.execute(_HISTORY, values).fetchall()]
 
 
-def recorded(connection: sa.Connection, machine: str, id: str) -> tuple[list[model.Transition], bool | None]:
-    """All of an instance's transitions, and whether it has open letters, in one look; None if there is no row to tell.
+def recorded(connection: sa.Connection, machine: str, id: str) -> tuple[list[model.Transition], bool]:
+    """All of an instance's transitions, and whether it may have open letters, in one look: without a row nothing tells.
     Served by the primary keys of transitions and of letters."""
     rows = connection.execute(_RECORDED, {"k_machine": machine, "k_id": id}).fetchall()
-    return [_transition_of(row) for row in rows], bool(rows[0][-1]) if rows else None
+    return [_transition_of(row) for row in rows], not rows or bool(rows[0][-1])
 
 
 def above_statement(partition: int, entry_id: entry.EntryId) -> sa.CompoundSelect[Any]:

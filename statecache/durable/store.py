@@ -243,8 +243,8 @@ class DurableStore:
         """
 
         def look(connection: sa.Connection) -> tuple[list[model.Transition], list[Letter]]:
-            rows, has_letters = queries.recorded(connection, machine, id)
-            if has_letters is False:
+            rows, may_have_letters = queries.recorded(connection, machine, id)
+            if not may_have_letters:
                 return rows, []
             waiting = letters.of_instance(connection, machine, id)
             return queries.history(connection, machine, id, 0, None, None), waiting

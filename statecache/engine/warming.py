@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from statecache.core import entry, errors, flows, items
+from statecache.core import entry, errors, flows, fold, items
 from statecache.durable.rows import Recents
 from statecache.engine import eviction
 from statecache.hot import scripts, store
@@ -304,7 +304,7 @@ class _Walk:
 
 
 def _cold(partition: int, address: str, own: str, ring: str, watermarks: Mapping[int, str], data: str) -> store.Cold:
-    texts = flows.texts_of(data)
+    texts = fold.texts_of(data)
     return partition, address, flows.flagged(own, len(texts)), ring, watermarks.get(partition, _BEGINNING), texts
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -679,11 +679,10 @@ def _hydrated(line: wire.Wire, count: int) -> list[str]:
     return codes
 
 
-def _shapes_packed(shapes: Iterable[Sequence[str]]) -> list[object]:
+def _shapes_packed(shapes: Collection[Sequence[str]]) -> list[object]:
     """What ``include/shapes.lua`` reads."""
-    values: list[object] = [0]
-    for count, names in enumerate(shapes, 1):
-        values[0] = count
+    values: list[object] = [len(shapes)]
+    for names in shapes:
         values.append(len(names))
         values += names
     return values

@@ -45,8 +45,8 @@ local time = call('TIME')
 local at = time[1] .. sub('00000' .. time[2], -6, -4)
 
 -- Tables are made with a place for their first element: one that grows to it costs a single call as much as its TIME.
--- Of each move: texts that its items have in common (of the key, the entry's begin and end, the end of `@`), and where its pairs
--- stand; and, by the state that it comes from, what those items have in common.
+-- Of each move: 1 to 4 texts that its items have in common (of the key, the entry's begin and end, the end of `@`); 5, by the state
+-- that it comes from, what those items have in common; 6 the event; 7 the deadlines; 8 and 9 where its pairs begin and end.
 local moves, timed, behind = { false }, false, 2
 for n = 1, values[1] do
   local machine, event, version, deadlines = values[behind], values[behind + 1], values[behind + 2], values[behind + 3]
