@@ -67,11 +67,11 @@ $(BIN)/python: | python
 # Marks the last installation: made again when pyproject.toml changes.
 $(VENV)/.installed: pyproject.toml $(BIN)/python
 	$(PIP) install --editable .
-	@touch $@
+	@: > $@
 
 $(VENV)/.installed-for-development: pyproject.toml $(BIN)/python
 	$(PIP) install --editable '.[test,check,bench]'
-	@touch $@ $(VENV)/.installed
+	@: > $(VENV)/.installed; : > $@
 
 # Chaos: real servers and client processes, seeded faults, judged from the clients' ledgers (docs/testing.md).
 .PHONY: chaos
