@@ -147,14 +147,14 @@ MUTANTS = [
             ),
             Patch(
                 "statecache/hot/store.py",
-                "            if confirm is not None and not _read_confirmation(line, confirm):\n"
-                "                outcomes = unconfirmed(outcomes)\n",
-                "            if confirm is not None:\n"
-                "                other = self.wires.take()\n"
-                "                other.send(_confirm_command(confirm))\n"
-                "                if not _read_confirmation(other, confirm):\n"
-                "                    outcomes = unconfirmed(outcomes)\n"
-                "                other.close()\n",
+                "        if confirm is not None and not _read_confirmation(line, confirm):\n"
+                "            return unconfirmed(outcomes)\n",
+                "        if confirm is not None:\n"
+                "            other = self.wires.take()\n"
+                "            other.send(_confirm_command(confirm))\n"
+                "            if not _read_confirmation(other, confirm):\n"
+                "                outcomes = unconfirmed(outcomes)\n"
+                "            other.close()\n",
             ),
         ),
         (f"{_DURABILITY}test_replica_that_does_not_answer",),
@@ -248,8 +248,8 @@ MUTANTS = [
             ),
             Patch(
                 "statecache/hot/store.py",
-                "            except redis.ResponseError as error:\n                self.wires.distrust(line)\n",
-                "            except redis.ResponseError as error:\n",
+                "        except redis.ResponseError as error:\n            self.wires.distrust(line)\n",
+                "        except redis.ResponseError as error:\n",
             ),
         ),
         (f"{_CLIENT}test_unknown_scripts_are_not_simply_loaded_again",),

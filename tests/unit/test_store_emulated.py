@@ -89,7 +89,7 @@ def test_bulk_calls(world: EmulatedWorld) -> None:
 def test_call_that_meets_a_recovery_begins_again(world: EmulatedWorld) -> None:
     world.start("1")
     other = world.more()
-    with before_call(world.hot, "apply_stream", other.recover):
+    with before_call(world.hot, "packed_apply", other.recover):
         assert world.orders.transition("1", "pay").version == 2
     assert world.hot.stamp == scripts.Stamp(*_pair(world))
 
