@@ -16,6 +16,8 @@ from statecache.core import codec, entry, errors, model
 _decode = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _encode = msgspec.json.encode
 
+_SHAPES_MAX = 10_000
+
 Finals = Callable[[str, int], frozenset[str]]
 """Final states of a machine's version."""
 Instance = tuple[str, str]
@@ -36,6 +38,8 @@ class Folded(msgspec.Struct, gc=False):
     machine_version: int
     recent: str
     data: str
+    names: tuple[str, ...] | None = None
+    """The fields of ``data`` in its order, one tuple for all instances that have the same; None where nobody looked."""
 
     @classmethod
     def of_checkpoint(cls, row: model.Checkpoint) -> Folded:
@@ -82,18 +86,53 @@ def after(before: Folded | None, records: Sequence[entry.Entry], partition: int)
     """
     first, last = records[0], records[-1]
     created_ms, recent = (before.created_ms, before.recent) if before else (first.at_ms, "")
-    data = _decode(before.data) if before else {}
-    for record in records:
-        if record.increments or record.unset:
-            apply_patch(data, record)
-        elif record.patch:
-            data.update(_decode(record.patch))
+    data, names = _data_after(before, records)
     for record in records if len(records) == 1 else records[-codec.RING_LENGTH :]:
         recent += codec.token_of(record.transition_id)
     return Folded(
         first.machine, first.id, partition, last.to_state, last.version, last.entry_id, created_ms, last.at_ms,
-        last.machine_version, recent[-codec.RING_BYTES :], data_text(data),
+        last.machine_version, recent[-codec.RING_BYTES :], data, names,
     )  # fmt: skip
+
+
+def _data_after(before: Folded | None, records: Sequence[entry.Entry]) -> tuple[str, tuple[str, ...] | None]:
+    """The data text behind some entries, and its names. A patch of all the fields that there are is the text itself: what
+    was before it need not be taken apart, nor anything put together."""
+    text, names = (before.data, before.names) if before else ("", ())
+    data: dict[str, msgspec.Raw] | None = None
+    for record in records:
+        if record.increments or record.unset:
+            data = texts_of(text) if data is None else data
+            apply_patch(data, record)
+            names = None
+        elif record.patch:
+            patch = _decode(record.patch)
+            if data is None:
+                if names == () or (names is not None and len(patch) == len(names) and _shared(patch) is names):
+                    text, names = record.patch, names or _shared(patch)
+                    continue
+                data = texts_of(text)
+            data.update(patch)
+    if data is None:
+        return text or "{}", names
+    if names is None or len(names) != len(data):
+        names = _shared(data)
+    return data_text(data), names
+
+
+_shapes: dict[tuple[str, ...], tuple[str, ...]] = {}
+
+
+def _shared(data: Iterable[str]) -> tuple[str, ...]:
+    """A dictionary's names as the one tuple of these names. Bounded, because names are input: one that is not remembered
+    is no other's."""
+    names = tuple(data)
+    shared = _shapes.get(names)
+    if shared is None:
+        shared = names
+        if len(_shapes) < _SHAPES_MAX:
+            _shapes[names] = names
+    return shared
 
 
 def apply_patch(data: dict[str, msgspec.Raw], record: entry.Entry) -> None:

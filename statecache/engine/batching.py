@@ -151,21 +151,25 @@ class Plan:
         """
         before = self._before
         wanted: list[fold.Instance] = []
+        unsure: list[tuple[fold.Instance, list[entry.Entry]]] = []
         for groups in self._groups.values():
             for instance, records in groups.items():
+                version = records[0].version
                 cached = cache.get(instance)
-                if cached is not None and cached.version == records[0].version - 1:
-                    before[instance] = cached
-                elif records[0].version != 1:
+                goes_on = version == 1
+                if cached is not None and cached.version == version - 1:
+                    before[instance], goes_on = cached, True
+                if not goes_on:
                     wanted.append(instance)
+                if len(records) > 1 or not goes_on:
+                    unsure.append((instance, records))
         for instance, row in load(wanted).items() if wanted else ():
             before[instance] = fold.Folded.of_checkpoint(row)
-        for groups in self._groups.values():
-            for instance, records in groups.items():
-                try:
-                    fold.require_next(before.get(instance), records)
-                except errors.IntegrityError as error:
-                    self.put_aside([instance], str(error))
+        for instance, records in unsure:
+            try:
+                fold.require_next(before.get(instance), records)
+            except errors.IntegrityError as error:
+                self.put_aside([instance], str(error))
 
     def fold(self, finals: fold.Finals) -> None:
         """Fold every instance that was not put aside onto what is before it: into rows of checkpoints, those that change and

@@ -327,11 +327,22 @@ MUTANTS = [
         (
             Patch(
                 "statecache/engine/batching.py",
-                "                    fold.require_next(before.get(instance), records)\n",
-                "                    pass\n",
+                "                fold.require_next(before.get(instance), records)\n",
+                "                pass\n",
             ),
         ),
         (f"{_FLUSHER}test_versions_that_do_not_go_on_are_put_aside[sqlite-2]",),
+    ),
+    Mutant(
+        "a patch of some fields taken for all",
+        (
+            Patch(
+                "statecache/core/fold.py",
+                "len(patch) == len(names) and _shared(patch) is names",
+                "len(patch) == len(names)",
+            ),
+        ),
+        ("tests/property/test_folding.py::test_fold_of_texts_is_that_of_values",),
     ),
     Mutant(
         "trim including the witness",
