@@ -163,6 +163,8 @@ class Batcher:
                     if waiter in self._queue:
                         self._queue.remove(waiter)
         self._hand_over(me, again=error is not None)
+        if not company:
+            return
         if outcomes is not None and error is None:
             for waiter, outcome in zip(company, outcomes[1:], strict=True):
                 waiter.outcome = outcome
@@ -180,10 +182,12 @@ class Batcher:
     def _hand_over(self, me: _Waiter | items.Item, *, again: bool = False) -> None:
         """Let the next of the queue lead in the place of ``me``, if that leads, and wake it. ``again``: perhaps it was made a
         leader, and not woken."""
-        heirs: list[_Waiter | items.Item] = []
         with self._lock:
             leaders, queue = self._leaders, self._queue
             leaders.pop(id(me), None)
+            if not queue and not again:
+                return
+            heirs: list[_Waiter | items.Item] = []
             while queue and len(leaders) < self._leaders_max:
                 heir = queue[0]
                 leaders[id(heir)] = heir
