@@ -46,6 +46,16 @@ def unpaced(bench: Bench) -> Iterator[Measure]:
     yield from _together(bench, 1, 0.0, None)
 
 
+@row("together.two-flushers", "the same with two flusher processes, every move another instance, paced")
+def two_flushers(bench: Bench) -> Iterator[Measure]:
+    yield from _together(bench, 1, 20.0, ratio_at_least(15), flushers=2)
+
+
+@row("together.two-flushers-bursts", "the same with two flusher processes, four moves in a row, paced")
+def two_flushers_bursts(bench: Bench) -> Iterator[Measure]:
+    yield from _together(bench, 4, 26.0, ratio_at_least(20), flushers=2)
+
+
 @dataclass
 class Stretch:
     """What one stretch of writing came to; CPU in seconds."""
@@ -66,7 +76,7 @@ class Stretch:
         return statistics.median(self.lags[-third:]) - statistics.median(self.lags[:third])
 
 
-def _together(bench: Bench, in_a_row: int, offered: float, target: Any) -> Iterator[Measure]:
+def _together(bench: Bench, in_a_row: int, offered: float, target: Any, *, flushers: int = 1) -> Iterator[Measure]:
     count = bench.pick(1000, 50_000, 200_000)
     seconds = bench.pick(1.5, 20.0, 60.0)
     servers = bench.servers
@@ -75,18 +85,18 @@ def _together(bench: Bench, in_a_row: int, offered: float, target: Any) -> Itera
     fleet.flush()
     peer = committer(bench, "postgresql", count, in_a_row)
     commits, stretches = [], []
-    with _processes(bench, url, count, in_a_row) as (writer, flusher):
+    with _processes(bench, url, count, in_a_row, flushers) as (writer, flushing):
         warm = _warmed(fleet, writer)
         for turn in range(bench.rounds(1, 2, 2)):
             bench.progress(f"stretch {turn + 1}: the peer")
             before = _peer(bench, peer)
             bench.progress(f"stretch {turn + 1}: {seconds:g} s")
-            stretches.append(_stretch(bench, fleet, writer, flusher, before * offered, seconds))
+            stretches.append(_stretch(bench, fleet, writer, flushing, before * offered, seconds))
             commits.append(statistics.mean([before, _peer(bench, peer)]))
     written = sum(one.written for one in stretches)
     _all_there(url, count + warm + written)
     bench.note = (
-        f"{count:,} instances, {in_a_row} moves in a row, {seconds:g} s a stretch, "
+        f"{count:,} instances, {in_a_row} moves in a row, {flushers} flusher{'s' * (flushers > 1)}, {seconds:g} s a stretch, "
         + (f"offered {offered:g} x the peer's rate" if offered else "as fast as the brake lets")
         + f", {written:,} transitions, all found in SQL after; {sum(one.refused for one in stretches):,} refusals by the brake"
     )
@@ -121,7 +131,12 @@ def _warmed(fleet: Fleet, writer: subprocess.Popen[str]) -> int:
 
 
 def _stretch(
-    bench: Bench, fleet: Fleet, writer: subprocess.Popen[str], flusher: psutil.Process, rate: float, seconds: float
+    bench: Bench,
+    fleet: Fleet,
+    writer: subprocess.Popen[str],
+    flushing: list[psutil.Process],
+    rate: float,
+    seconds: float,
 ) -> Stretch:
     """Let the writer write, and look at the lag meanwhile; then wait until all is flushed."""
     lags: list[float] = []
@@ -139,9 +154,9 @@ def _stretch(
             listener.join(_SAMPLE_SECONDS)
         return max(1, int(told.get("written", 0)))
 
-    used = sum(flusher.cpu_times()[:2])
+    used = _cpu_seconds(flushing)
     cost = bench.cost(work)
-    used = sum(flusher.cpu_times()[:2]) - used
+    used = _cpu_seconds(flushing) - used
     if not told:
         raise RuntimeError("the writer process died; its error is above")
     left = status.status(fleet.cache).backlog or 0
@@ -154,31 +169,38 @@ def _peer(bench: Bench, peer: Any) -> float:
     return float(bench.cost(lambda: peer.seconds_of(bench.pick(0.2, 2.0, 5.0))).rate)
 
 
+def _cpu_seconds(processes: list[psutil.Process]) -> float:
+    return sum(sum(process.cpu_times()[:2]) for process in processes)
+
+
 @contextmanager
 def _processes(
-    bench: Bench, url: str, count: int, in_a_row: int
-) -> Iterator[tuple[subprocess.Popen[str], psutil.Process]]:
-    """The writer, ready, and the flusher; both ended in the end."""
+    bench: Bench, url: str, count: int, in_a_row: int, flushers: int
+) -> Iterator[tuple[subprocess.Popen[str], list[psutil.Process]]]:
+    """The writer, ready, and the flushers; all ended in the end."""
     where = {
         "STATECACHE_REDIS_URL": bench.servers.valkey.url, "STATECACHE_DATABASE_URL": url, "STATECACHE_NAMESPACE": NAMESPACE,
         "STATECACHE_CALL_TIMEOUT_SECONDS": "30",
     }  # fmt: skip
     env = {**{name: value for name, value in os.environ.items() if not name.startswith("STATECACHE_")}, **where}
     log = (bench.servers.folder / "flusher.log").open("ab")
-    flusher = subprocess.Popen([sys.executable, "-m", "statecache", "flusher"], env=env, stdout=log, stderr=log)
+    flushing = [
+        subprocess.Popen([sys.executable, "-m", "statecache", "flusher"], env=env, stdout=log, stderr=log)
+        for _ in range(flushers)
+    ]
     writer = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.writer", str(count), str(in_a_row)],
         env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
         _line(writer)  # "ready"
-        if flusher.poll() is not None:
-            raise RuntimeError(f"the flusher ended with {flusher.returncode}")
-        yield writer, psutil.Process(flusher.pid)
+        if ended := [each.returncode for each in flushing if each.poll() is not None]:
+            raise RuntimeError(f"a flusher ended with {ended[0]}")
+        yield writer, [psutil.Process(each.pid) for each in flushing]
     finally:
-        for process in (writer, flusher):
+        for process in (writer, *flushing):
             process.terminate()
-        for process in (writer, flusher):
+        for process in (writer, *flushing):
             try:
                 process.wait(30.0)
             except subprocess.TimeoutExpired:
