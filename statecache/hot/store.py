@@ -147,21 +147,12 @@ class HotStore:
         ``timeout_seconds`` shortens the wait for the reply: then the outcomes are ``LOST``.
         """
         line: wire.Wire | None = None
-        is_answered = False
         try:
-            line = self.wires.take()
-            line.send(self.packed_apply(batch, line))
-            outcomes = self._answer(line, batch, self._shortened(timeout_seconds))
-            is_answered = True
+            with self.wires.wire() as line:
+                line.send(self.packed_apply(batch, line))
+                return self._answer(line, batch, self._shortened(timeout_seconds))
         except (redis.RedisError, OSError) as error:
-            outcomes = self._lost(batch, error, line)
-        finally:
-            if line is not None:
-                if is_answered:
-                    self.wires.give_back(line)
-                else:
-                    line.close()
-        return outcomes
+            return self._lost(batch, error, line)
 
     def apply_stream(
         self, chunks: Iterable[Sequence[items.Item]], timeout_seconds: float | None = None
