@@ -173,7 +173,7 @@ def _hydrated(row: Row, words: Sequence[str], attempt: int) -> Generator[Any, An
         return (yield from flows.sql_is_older(f"{row.machine}:{row.id}", attempt)), True
     if found.checkpoint is None:
         return attempt, False
-    code = yield flows.Hydrate(found)
+    code, _ = yield flows.Hydrate(found)
     if code in items.ADMISSION_CODES:
         yield flows.Admit(code)
     elif code == "OOM":

@@ -53,9 +53,13 @@ class Lookup(NamedTuple):
 
 
 class Hydrate(NamedTuple):
-    """Bring a checkpoint back into Redis. Answered by a reply code of ``hydrate.lua``, or ``OOM``."""
+    """Bring a checkpoint back into Redis. Answered by a reply code of ``hydrate.lua``, or ``OOM``, and an outcome or None.
+
+    The item may be sent right behind: it is judged as ever, whatever became of the hydration. None: it was not sent.
+    """
 
     found: model.Lookup
+    item: items.Item | None = None
 
 
 class Unpark(NamedTuple):
@@ -208,7 +212,7 @@ def transition(request: Request, answered: items.Outcome | None = None) -> Gener
                 continue
             if code == "MISS":
                 misses += 1
-                attempt = yield from _miss(request, outcome, attempt, misses)
+                attempt, answered = yield from _miss(request, outcome, attempt, misses)
             elif code in items.ADMISSION_CODES:
                 yield Admit(code)
                 # Nothing that was read before is used: begin again.
@@ -390,8 +394,11 @@ def _long_ago(request: Request) -> Generator[Wish, Any, model.Receipt | None]:
     return None if known is None else _receipt_of(request, known)
 
 
-def _miss(request: Request, outcome: items.Outcome, attempt: int, misses: int) -> Generator[Wish, Any, int]:
-    """Look a cold instance up and bring it back, or establish that it does not exist; returns the number of attempts."""
+def _miss(
+    request: Request, outcome: items.Outcome, attempt: int, misses: int
+) -> Generator[Wish, Any, tuple[int, items.Outcome | None]]:
+    """Look a cold instance up and bring it back, or establish that it does not exist; returns the number of attempts, and
+    the item's outcome if it was sent along."""
     item = request.item
     cold, evicted_to = outcome.words
     starting = "" in item.move.targets
@@ -399,19 +406,21 @@ def _miss(request: Request, outcome: items.Outcome, attempt: int, misses: int) -
         raise errors.NotFoundError(f"{request.address} does not exist")
     found: model.Lookup = yield Lookup(item.partition, item.move.machine, item.id)
     if found.watermark < entry.EntryId.parse(evicted_to):
-        return (yield from sql_is_older(request.address, attempt))
+        return (yield from sql_is_older(request.address, attempt)), None
     if found.checkpoint is None:
         if found.letters:
             raise _parked_error(request.address, found)
         if not starting:
             raise errors.NotFoundError(f"{request.address} does not exist")
         item.absent, item.asked_under = str(found.watermark), found.asked_under
-        return attempt
-    code = yield Hydrate(found)
+        return attempt, None
+    code, sent = yield Hydrate(found, item)
+    if sent is not None and sent.code != "MISS":
+        return attempt, sent
     if code in items.ADMISSION_CODES:
         yield Admit(code)
     elif code == "OOM":
-        return (yield from no_room(request.address, attempt))
+        return (yield from no_room(request.address, attempt)), None
     elif misses > 1:
         if code == "EXISTS":
             fields = yield Hot(item.partition, item.move.machine, item.id)
@@ -420,8 +429,8 @@ def _miss(request: Request, outcome: items.Outcome, attempt: int, misses: int) -
                     f"{request.address}: its key in Redis is there, but is no instance; run 'statecache verify'"
                 )
         if misses > _MISSES_MANY:
-            return (yield from no_room(request.address, attempt))
-    return attempt
+            return (yield from no_room(request.address, attempt)), None
+    return attempt, None
 
 
 def no_room(address: str, attempt: int) -> Generator[Wish, Any, int]:

@@ -42,8 +42,12 @@ _POSTGRESQL_ALONG_INDEXES = "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, RE
 _POSTGRESQL_17_LIMIT = "; SET LOCAL transaction_timeout = '{}s'"
 TRANSACTION_SECONDS_MAX = 120
 
-# Pools of the parent process, kept alive in a child: closing a SQLite or TLS connection here would disturb the parent's.
-_abandoned: list[sa.Pool] = []
+_KEPT_MAX = 4
+"""Of the pool's connections, those that stay with who reads."""
+
+# What the parent process was connected by, kept alive in a child: closing a SQLite or TLS connection here would disturb the
+# parent's.
+_abandoned: list[object] = []
 
 
 class Database:
@@ -59,7 +63,8 @@ class Database:
         else:
             self.reader = engine.execution_options(isolation_level="AUTOCOMMIT")
             self.writer = self._snapshots = engine
-        _forget_after_fork(engine)
+        self._kept: list[sa.Connection] = []
+        _forget_after_fork(self)
 
     @property
     def name(self) -> str:
@@ -88,8 +93,40 @@ class Database:
         return self._once_more(self._snapshots, unsorted)
 
     def alone(self, work: Callable[[sa.Connection], T]) -> T:
-        """Run ``work``, each statement of which commits by itself. It may be run twice, so repeating it must do no harm."""
-        return self._once_more(self.reader, work)
+        """Run ``work``, each statement of which commits by itself. It may be run twice, so repeating it must do no harm.
+
+        A few connections are kept aside for this: to take one of the pool, to turn it to autocommit and back, and to give it
+        back costs half as much as the look-up of a cold instance. One whose work failed is not kept.
+        """
+        with self.translated():
+            try:
+                return self._on_kept(work)
+            except sa.exc.DBAPIError as error:
+                if not error.connection_invalidated:
+                    raise
+            self._close_kept()
+            return self._on_kept(work)
+
+    def _on_kept(self, work: Callable[[sa.Connection], T]) -> T:
+        try:
+            connection = self._kept.pop()
+        except IndexError:
+            connection = self.reader.connect()
+        try:
+            result = work(connection)
+        except BaseException:
+            self._give_back(connection)
+            raise
+        if len(self._kept) < _KEPT_MAX:
+            self._kept.append(connection)
+        else:
+            self._give_back(connection)
+        return result
+
+    def _close_kept(self) -> None:
+        while self._kept:
+            with contextlib.suppress(IndexError):
+                self._give_back(self._kept.pop())
 
     def _once_more(self, engine: sa.Engine, work: Callable[[sa.Connection], T]) -> T:
         """Run ``work``, on a fresh connection if the pool's has died."""
@@ -159,6 +196,7 @@ class Database:
             connection.close()
 
     def close(self) -> None:
+        self._close_kept()
         self.engine.dispose()
 
 
@@ -247,15 +285,16 @@ def _rearm_idle_timeout(
         cursor.connection.execute("SELECT 1")
 
 
-def _forget_after_fork(engine: sa.Engine) -> None:
+def _forget_after_fork(database: Database) -> None:
     """In a child process, leave the parent's connections alone and start with an empty pool."""
-    reference = weakref.ref(engine)
+    reference = weakref.ref(database)
 
     def forget() -> None:
         inherited = reference()
         if inherited is not None:
-            _abandoned.append(inherited.pool)
-            inherited.dispose(close=False)
+            _abandoned.append((inherited.engine.pool, inherited._kept))
+            inherited._kept = []
+            inherited.engine.dispose(close=False)
 
     os.register_at_fork(after_in_child=forget)
 

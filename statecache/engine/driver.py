@@ -24,7 +24,7 @@ from statecache.engine.batcher import EXCHANGE_SECONDS_MIN, Batcher
 from statecache.engine.calls import Build
 from statecache.hot import claims as hot_claims
 from statecache.hot import scripts
-from statecache.hot.store import HotStore, Position
+from statecache.hot.store import Cold, HotStore, Position
 
 CHUNK_ITEMS = 125
 _UNFINISHED_MAX = 1000
@@ -114,6 +114,8 @@ class Driver:
         """Do what one flow wants."""
         if type(wish) is items.Item:
             return self._batcher.apply(wish, max(EXCHANGE_SECONDS_MIN, deadline - time.monotonic()))
+        if type(wish) is flows.Hydrate and wish.item is not None:
+            return self._hydrate_and_apply(wish.found, wish.item, deadline)
         return self.answers([wish], deadline)[0]
 
     def answers(self, wishes: Sequence[Any], deadline: float) -> Sequence[Any]:
@@ -318,8 +320,8 @@ class Driver:
         if kind is flows.Hydrate:
             asked_under = {wish.found.asked_under for wish in wishes}
             if len(asked_under) > 1:  # admitted to another epoch between their look-ups
-                return [self._hydrate([wish.found])[0] for wish in wishes]
-            return self._hydrate([wish.found for wish in wishes])
+                return [(self._hydrate([wish.found])[0], None) for wish in wishes]
+            return [(code, None) for code in self._hydrate([wish.found for wish in wishes])]
         if kind is flows.Find:
             return self._find(wishes, deadline)
         if kind is flows.Admit:
@@ -409,16 +411,17 @@ class Driver:
         return rows
 
     def _hydrate(self, found: Sequence[model.Lookup]) -> list[str]:
-        rows = []
-        for one in found:
-            kept = one.checkpoint
-            assert kept is not None
-            own, ring, texts = flows.hash_texts(one)
-            rows.append((kept.partition, f"{kept.machine}:{kept.id}", own, ring, str(one.watermark), texts))
-        codes = self.hot.hydrate(rows, _stamp_of(found[0]))
+        codes = self.hot.hydrate([_cold(one) for one in found], _stamp_of(found[0]))
         self._on_hydrated(codes.count("OK"))
         failpoints.hit("hydrate.done")
         return codes
+
+    def _hydrate_and_apply(self, found: model.Lookup, item: items.Item, deadline: float) -> tuple[str, items.Outcome]:
+        timeout_seconds = max(EXCHANGE_SECONDS_MIN, deadline - time.monotonic())
+        code, outcome = self.hot.hydrate_and_apply(_cold(found), item, _stamp_of(found), timeout_seconds)
+        self._on_hydrated(int(code == "OK"))
+        failpoints.hit("hydrate.done")
+        return code, outcome
 
     def _pause(self, attempt: int, deadline: float) -> bool:
         """Sleep, twice as long at each attempt, with jitter; False when the deadline has passed."""
@@ -434,6 +437,13 @@ def _meant(wish: flows.Find, records: Sequence[entry.Entry]) -> model.Transition
         if wish.transition_id in (None, record.transition_id) and wish.version in (None, record.version):
             return flows.transition_of(record)
     return None
+
+
+def _cold(found: model.Lookup) -> Cold:
+    kept = found.checkpoint
+    assert kept is not None
+    own, ring, texts = flows.hash_texts(found)
+    return kept.partition, f"{kept.machine}:{kept.id}", own, ring, str(found.watermark), texts
 
 
 def _stamp_of(found: model.Lookup) -> scripts.Stamp | None:

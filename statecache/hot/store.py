@@ -404,9 +404,28 @@ class HotStore:
                 line.send(self._packed_hydrate(rows, under or self.stamp))
                 in_flight.append(len(rows))
                 if len(in_flight) >= HYDRATIONS_IN_FLIGHT:
-                    yield _hydrated(line, in_flight.popleft())
+                    yield _hydrated(line.read_many(1)[0], in_flight.popleft())
             while in_flight:
-                yield _hydrated(line, in_flight.popleft())
+                yield _hydrated(line.read_many(1)[0], in_flight.popleft())
+
+    def hydrate_and_apply(
+        self, row: Cold, item: items.Item, under: scripts.Stamp | None, timeout_seconds: float | None = None
+    ) -> tuple[str, items.Outcome]:
+        """Bring an instance back and apply an item behind it, in one exchange: the code of the one, the outcome of the other.
+
+        Never raises for a server that fails once the item may have been applied: its outcome tells.
+        """
+        batch, line = (item,), None
+        try:
+            with self.wires.wire() as line:
+                line.send(self._packed_hydrate([row], under or self.stamp) + self.packed_apply(batch, line))
+                reply = line.read_many(1)[0]
+                outcome = self._answer(line, batch, self._shortened(timeout_seconds))[0]
+        except (redis.RedisError, OSError) as error:
+            return "", self._lost(batch, error, line)[0]
+        if outcome.code != "MISS" and isinstance(reply, redis.ResponseError):
+            return "", outcome
+        return _hydrated(reply, 1)[0], outcome
 
     def _packed_hydrate(self, rows: Sequence[Cold], under: scripts.Stamp) -> bytes:
         looks: dict[tuple[int, str], int] = {}
@@ -670,9 +689,8 @@ def _packed_call(start: bytes, key_parts: Sequence[bytes], key_count: int, *argu
     )
 
 
-def _hydrated(line: wire.Wire, count: int) -> list[str]:
+def _hydrated(reply: bytes | redis.ResponseError, count: int) -> list[str]:
     """The codes of one script call; an error reply that is one code for all of them is told as such."""
-    reply = line.read_many(1)[0]
     if isinstance(reply, redis.ResponseError):
         code = failures.code_of(reply, sent=True)
         if code not in ("NOSCRIPT", "OOM"):

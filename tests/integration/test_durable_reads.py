@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -241,6 +243,31 @@ def test_a_pooled_connection_that_died_is_replaced(postgres_server: servers.Post
         between.cut()
         assert store.counts("order") == {"placed": 1}
         store.close()
+
+
+@pytest.mark.postgres
+def test_all_connections_kept_for_reading_died(postgres_server: servers.PostgresServer, postgres_url: str) -> None:
+    """More read at once than are kept; then all that are kept are dead, and each reader needs one fresh one only."""
+    with proxy.Proxy(postgres_server.port) as between:
+        store = DurableStore.connect(between.url(postgres_url))
+        all_at_work = threading.Barrier(7)
+
+        def read_with_the_others(number: int) -> int:
+            def ask(connection: sa.Connection) -> int:
+                all_at_work.wait(30)
+                return int(connection.exec_driver_sql(f"SELECT {number}").scalar_one())
+
+            return store.database.read(ask)
+
+        with ThreadPoolExecutor(7) as pool:
+            assert list(pool.map(read_with_the_others, range(7))) == list(range(7))
+        assert store.database.engine.pool.checkedout() == 4  # type: ignore[attr-defined]
+        between.cut()
+        for _ in range(8):
+            assert store.identity().epoch == 0
+        assert store.database.engine.pool.checkedout() == 1  # type: ignore[attr-defined]
+        store.close()
+        assert store.database.engine.pool.checkedout() == 0  # type: ignore[attr-defined]
 
 
 @pytest.mark.postgres

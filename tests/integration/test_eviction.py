@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 
 from statecache import State, StateMachine
-from statecache.core import errors, model
+from statecache.core import errors, items, model
 from statecache.engine import eviction, letters
 from tests.integration.test_holes import _spoil
 from tests.support.servers import ValkeyServer
@@ -237,7 +237,7 @@ def test_no_memory_to_bring_it_back_is_waited_out(
         started(world, 2)
         assert eviction.evict(world.cache, idle_seconds=0).evicted == 2
         codes: list[str] = []
-        hydrate = world.hot.hydrate
+        hydrate, hydrate_and_apply = world.hot.hydrate, world.hot.hydrate_and_apply
 
         def without_memory(*arguments: Any) -> list[str]:
             world.client.config_set("maxmemory", 1 if not codes else 0)
@@ -245,7 +245,14 @@ def test_no_memory_to_bring_it_back_is_waited_out(
             world.client.config_set("maxmemory", 0)
             return codes[-len(arguments[0]) :]
 
-        with mock.patch.object(world.hot, "hydrate", without_memory):
+        def both_without_memory(*arguments: Any) -> tuple[str, items.Outcome]:
+            world.client.config_set("maxmemory", 1 if not codes else 0)
+            code, outcome = hydrate_and_apply(*arguments)
+            codes.append(outcome.code)
+            world.client.config_set("maxmemory", 0)
+            return code, outcome
+
+        with mock.patch.object(world.hot, "hydrate_and_apply", both_without_memory):
             assert world.orders.transition("o000", "pay").version == 2
         assert codes == ["OOM", "OK"]
         codes.clear()
@@ -435,9 +442,8 @@ def test_evicted_again_and_again_is_told_at_the_deadline(world: World) -> None:
         return codes
 
     assert world.evict("o000") == "OK"
-    with (
-        mock.patch.object(world.hot, "hydrate", brought_back_in_vain),
-        pytest.raises(errors.BackpressureError, match="no room to bring a cold instance back"),
-    ):
-        world.orders.transition("o000", "pay", timeout=0.5)
+    with mock.patch.object(world.hot, "hydrate", brought_back_in_vain):
+        (error,) = world.orders.transition_many([model.Move("o000", "pay")], timeout=0.5)
+    assert isinstance(error, errors.BackpressureError)
+    assert "no room to bring a cold instance back" in str(error)
     assert world.orders.transition("o000", "pay").version == 2

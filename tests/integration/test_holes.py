@@ -397,7 +397,7 @@ def test_h9_evicted_again_behind_the_look_up(world: World) -> None:
         world.flusher(world.cache).step()
         assert world.evict("1") == "OK"
 
-    with before_call(world.hot, "hydrate", by_others):
+    with before_call(world.hot, "hydrate_and_apply", by_others):
         receipt = world.orders.transition("1", "note")
     assert (receipt.version, receipt.from_state) == (3, "paid")
     world.flush()
@@ -411,7 +411,7 @@ def test_h10_slow_hydrator_overwrites_nothing(world: World) -> None:
     world.flush()
     world.evict("1")
     other = world.more().machine(Order)
-    with before_call(world.hot, "hydrate", lambda: other.transition("1", "pay")):
+    with before_call(world.hot, "hydrate_and_apply", lambda: other.transition("1", "pay")):
         assert world.orders.transition("1", "ship").version == 3
 
 
@@ -431,7 +431,7 @@ def test_h10_hydration_of_an_older_epoch_is_refused(world: World) -> None:
         found = other_cache.durable.lookup([("order", "1", world.partition_of("1"))])[0]
         assert other_cache.hot.evict([(world.partition_of("1"), "order:1", 2, str(found.watermark), 0)]) == ["OK"]
 
-    with before_call(world.hot, "hydrate", recover_and_move):
+    with before_call(world.hot, "hydrate_and_apply", recover_and_move):
         assert world.orders.transition("1", "ship").version == 3
     world.flush()
     world.verify()

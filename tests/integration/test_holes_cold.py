@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
+import redis
 
 from statecache.core import errors, model
 from statecache.engine import eviction
+from statecache.hot import wire
 from tests.support.worlds import Order, World, after_call, before_call
 
 
@@ -77,10 +80,40 @@ def test_h7_trimmed_between_the_look_up_and_the_hydration(world: World) -> None:
             pass
         assert len(world.log(world.partition_of("1"))) == 1, "the witness"
 
-    with before_call(world.hot, "hydrate", move_flush_and_trim):
+    with before_call(world.hot, "hydrate_and_apply", move_flush_and_trim):
         assert world.orders.transition("1", "pay").version == 4
     world.flush()
     assert world.versions("1") == [1, 2, 3, 4]
+    world.verify()
+
+
+@pytest.mark.parametrize("lost", [1, 2])
+def test_h16_connection_lost_behind_a_hydration_and_its_item(world: World, lost: int) -> None:
+    """H16. A cold call sends both scripts at once; both have run when the connection is lost, with the first reply or with the
+    second. It may have been applied: the item goes again, and finds its id in the ring."""
+    cold(world, "1")
+    hydrate_and_apply, reply_of = world.hot.hydrate_and_apply, wire.Wire._reply
+    replies: list[Any] = []
+
+    def losing(line: wire.Wire) -> Any:
+        replies.append(reply_of(line))
+        if len(replies) < lost:
+            return replies[-1]
+        while len(replies) < 2:
+            replies.append(reply_of(line))
+        raise redis.ConnectionError("lost, for the test")
+
+    def cut_off(*arguments: Any) -> Any:
+        with mock.patch.object(wire.Wire, "_reply", losing):
+            return hydrate_and_apply(*arguments)
+
+    with mock.patch.object(world.hot, "hydrate_and_apply", cut_off):
+        receipt = world.orders.transition("1", "pay")
+    assert (receipt.version, receipt.from_state, receipt.duplicate) == (2, "placed", True)
+    assert replies[0] == b"OK"
+    assert b"OK 2 " in replies[1]
+    world.flush()
+    assert world.versions("1") == [1, 2]
     world.verify()
 
 
