@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from benchmarks.servers import Servers
 
 SCALES = ("quick", "default", "full")
-THEMES = ("hot", "aio", "threads", "flush", "durable", "together", "history", "memory", "scale", "cold")
+THEMES = ("machine", "hot", "aio", "threads", "flush", "durable", "together", "history", "memory", "scale", "cold")
 
 
 @dataclass(frozen=True)

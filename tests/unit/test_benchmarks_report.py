@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import __main__ as command
 from benchmarks import harness, report
-from benchmarks.harness import Measure, own_at_most, ratio_at_least, ratio_at_most
+from benchmarks.harness import Measure, own_at_least, own_at_most, ratio_at_least, ratio_at_most
 
 
 def test_a_ratio_is_judged_by_the_median_of_its_pairs() -> None:
@@ -28,6 +28,28 @@ def test_a_bound_on_our_own_figure_needs_no_peer() -> None:
     told = report.document_of(Measure("CPU", "us/item", [9.0, 12.0, 10.0], targets=(own_at_most(10),)), "valkey9")
     assert (told["ratio"], told["targets"][0]["met"]) == ([], True)
     assert report.line(told) == "CPU | 10 (9 - 12) us/item |  |  | <= 10 us/item | met"
+
+
+def test_a_figure_that_is_behind_says_so_and_what_the_machine_has_to_do_with_it() -> None:
+    """The machine has half of the speed of the one where the targets were set: rates and CPU time are told by it too."""
+    speed = report.document_of(Measure("rate", "/s", [50.0, 40.0, 60.0], "there", [100.0] * 3), "valkey9")
+    rate = Measure("rate", "/s", [60.0], "peer", [10.0], (ratio_at_least(10), own_at_least(100), own_at_least(130)))
+    cost = Measure("CPU", "us/item", [19.0], targets=(own_at_most(10), own_at_most(9), own_at_most(20)))
+    wait = Measure("lag", "s", [1.5], targets=(own_at_most(1),))
+    rows = [
+        {"name": name, "title": "", "note": "", "error": "", "measures": measures}
+        for name, measures in (
+            ("machine.server", [speed]),
+            ("a.row", [report.document_of(one, "valkey9") for one in (rate, cost, wait)]),
+        )
+    ]
+    assert report.speed_of(rows) == 0.5
+    assert [report.verdict(measure, 0.5) for measure in rows[1]["measures"]] == [
+        "**behind**, **behind** (at this machine's speed met), **behind**",
+        "**behind** (at this machine's speed met), **behind**, met",
+        "**behind**",
+    ]
+    assert (report.speed_of(rows[1:]), report.verdict(rows[1]["measures"][1])) == (0, "**behind**, **behind**, met")
 
 
 def test_a_target_of_another_server_is_not_judged() -> None:
