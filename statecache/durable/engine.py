@@ -99,29 +99,28 @@ class Database:
         back costs half as much as the look-up of a cold instance. One whose work failed is not kept.
         """
         with self.translated():
+            connection = self._reading()
             try:
-                return self._on_kept(work)
-            except sa.exc.DBAPIError as error:
-                if not error.connection_invalidated:
+                result = work(connection)
+            except BaseException as error:
+                gone = connection.invalidated and isinstance(error, Exception)
+                self._give_back(connection)
+                if not gone:
                     raise
-            self._close_kept()
-            return self._on_kept(work)
+                self._close_kept()
+                with self.reader.connect() as fresh:
+                    return work(fresh)
+            if len(self._kept) < _KEPT_MAX:
+                self._kept.append(connection)
+            else:
+                self._give_back(connection)
+            return result
 
-    def _on_kept(self, work: Callable[[sa.Connection], T]) -> T:
+    def _reading(self) -> sa.Connection:
         try:
-            connection = self._kept.pop()
+            return self._kept.pop()
         except IndexError:
-            connection = self.reader.connect()
-        try:
-            result = work(connection)
-        except BaseException:
-            self._give_back(connection)
-            raise
-        if len(self._kept) < _KEPT_MAX:
-            self._kept.append(connection)
-        else:
-            self._give_back(connection)
-        return result
+            return self.reader.connect()
 
     def _close_kept(self) -> None:
         while self._kept:

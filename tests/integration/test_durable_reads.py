@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from statecache.core import codec, entry, errors, model
 from statecache.durable.rows import Advance, Idle
 from statecache.durable.store import DurableStore
-from tests.support import batches, proxy, servers
+from tests.support import batches, plans, proxy, servers
 from tests.support.batches import NOW_MS, Log, flushed, ids, partition_of
 
 
@@ -48,7 +48,8 @@ def test_a_look_up_is_one_statement(store: DurableStore, size: int) -> None:
     statement is one snapshot, under READ COMMITTED and in SQLite."""
     flushed(store, Log().batch(ids(10)))
     seen = _statements(store)
-    assert len(store.lookup([("order", id, partition_of(id)) for id in ids(size)])) == size
+    with plans.prepared(lambda _connection, statement, _values: seen.append(statement)):
+        assert len(store.lookup([("order", id, partition_of(id)) for id in ids(size)])) == size
     assert len([statement for statement in seen if "BEGIN" not in statement]) == 1
 
 
@@ -242,6 +243,9 @@ def test_a_pooled_connection_that_died_is_replaced(postgres_server: servers.Post
         flushed(store, Log().batch(["a"]))
         between.cut()
         assert store.counts("order") == {"placed": 1}
+        between.cut()
+        (found,) = store.lookup([("order", "a", partition_of("a"))])
+        assert found.checkpoint is not None
         store.close()
 
 
@@ -278,6 +282,7 @@ def test_sql_is_away(postgres_server: servers.PostgresServer, postgres_url: str)
         for ask in (
             store.identity,
             lambda: store.lookup([("order", "a", 1)]),
+            lambda: store.lookup([("order", "a", 1), ("order", "b", 1)]),
             lambda: list(store.iterate_checkpoints()),
         ):
             with pytest.raises(errors.UnavailableError) as away:

@@ -11,11 +11,14 @@ import json
 import re
 import sqlite3
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
+from unittest import mock
 
 import sqlalchemy as sa
+
+from statecache.durable import queries
 
 SMALL = {
     "statecache_store": "one row",
@@ -54,6 +57,19 @@ class Scan(NamedTuple):
     statement: str
 
 
+@contextmanager
+def prepared(note: Callable[[sa.Connection, str, Any], None]) -> Iterator[None]:
+    """Tells of the statements that SQLAlchemy's events do not tell of, before they run: with their text and parameters."""
+    rows = queries._Prepared.rows
+
+    def told(asked: Any, connection: sa.Connection, values: Mapping[str, object]) -> Any:
+        note(connection, *asked.bound(connection.dialect, values))
+        return rows(asked, connection, values)
+
+    with mock.patch.object(queries._Prepared, "rows", told):
+        yield
+
+
 class Plans:
     """Explains what runs while it listens: on one engine, or on all of this process."""
 
@@ -68,9 +84,14 @@ class Plans:
 
     def __enter__(self) -> Plans:
         sa.event.listen(self._target, "before_cursor_execute", self._explain)
+        self._prepared = prepared(
+            lambda connection, text, values: self._explain(connection, None, text, values, None, False)
+        )
+        self._prepared.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._prepared.__exit__(None, None, None)
         sa.event.remove(self._target, "before_cursor_execute", self._explain)
 
     @contextmanager
@@ -86,20 +107,20 @@ class Plans:
         return [statement for on, statement in self._seen if on == path]
 
     def _explain(
-        self, connection: sa.Connection, _cursor: Any, statement: str, values: Any, context: Any, _many: bool
+        self, connection: sa.Connection, _cursor: Any, statement: str, values: Any, context: Any, many: bool
     ) -> None:
         if not statement.startswith(_WORDS) or "statecache_" not in statement or "brin_summarize" in statement:
             return
         self._seen[self._path, statement] += 1
         if self._seen[self._path, statement] > _EXPLAINED_EACH:
             return
-        values = values[0] if isinstance(values, list) else values
+        values = values[0] if many else values
         raw: Any = connection.connection.dbapi_connection
         if connection.dialect.name == "sqlite":
             self._judge_sqlite(raw, statement, values)
             return
         self._judge_postgresql(_plan(raw.execute("EXPLAIN (FORMAT JSON) " + statement, values)), statement, False)
-        if context.execution_options.get("stream_results"):
+        if context is not None and context.execution_options.get("stream_results"):
             return  # cursors that stream are not prepared
         generic = "EXPLAIN (FORMAT JSON, GENERIC_PLAN) " + _numbered(statement, values)
         with raw.cursor() as cursor:
