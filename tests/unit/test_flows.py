@@ -202,7 +202,32 @@ def test_cold_instance_is_looked_up_hydrated_and_tried_again() -> None:
     assert (wish.machine, wish.id) == ("order", "1")
     wish = call.answer(model.Lookup(W, KEPT))
     assert wish.found.checkpoint is KEPT
-    assert type(call.answer("OK")) is items.Item
+    assert type(call.answer(("OK", None))) is items.Item
+
+
+def cold_call() -> Call:
+    """A call that wants a hydration, its item behind it."""
+    call = transition()
+    item = call.wish
+    call.answer("MISS 1 1-9")
+    assert call.answer(model.Lookup(W, KEPT)).item is item
+    return call
+
+
+def test_item_sent_behind_its_hydration_decides() -> None:
+    """Whatever became of the hydration: another one may have brought the instance back, or moved it, meanwhile."""
+    for code in ("OK", "EXISTS", "STALE 1-9", "OOM", "EPOCH", ""):
+        assert cold_call().result((code, outcome("OK 3 1-6 placed placed"))).version == 3
+        assert isinstance(cold_call().error((code, outcome("STATE paid 3"))), errors.InvalidTransitionError)
+        call = cold_call()
+        assert isinstance(call.answer((code, outcome("LOST", errors.UnavailableError("away")))), flows.Pause)
+        assert call.answer(True).retry, "it may have been applied"
+
+
+def test_item_sent_behind_its_hydration_that_misses_begins_again() -> None:
+    """Refused, without memory, or evicted again between the two: what became of the hydration says what comes next."""
+    for code, wanted in (("OK", items.Item), ("STALE 1-9", items.Item), ("OOM", flows.Pause), ("EPOCH", flows.Admit)):
+        assert isinstance(cold_call().answer((code, outcome("MISS 1 1-9"))), wanted)
 
 
 def test_nothing_cold_means_not_found_without_a_look_up() -> None:
@@ -240,7 +265,7 @@ def test_refused_hydration_forgets_what_was_read() -> None:
     call = transition()
     call.answer("MISS 1 1-9")
     call.answer(model.Lookup(W, KEPT))
-    assert isinstance(call.answer("EPOCH"), flows.Admit)
+    assert isinstance(call.answer(("EPOCH", None)), flows.Admit)
     assert type(call.answer(None)) is items.Item
 
 
