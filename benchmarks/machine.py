@@ -6,6 +6,7 @@ and the same number of connections as there (``redis-benchmark -P 100 HSET``, ei
 
 from __future__ import annotations
 
+import itertools
 import random
 import selectors
 import socket
@@ -43,24 +44,25 @@ def _hset(number: int) -> bytes:
 
 def _rate(bench: Bench, writes: list[bytes], seconds: float) -> float:
     """Commands a second: each connection writes again when its last hundred is answered."""
-    chosen, waiting = selectors.DefaultSelector(), [0] * _CONNECTIONS
+    chosen, waiting, following = selectors.DefaultSelector(), [0] * _CONNECTIONS, itertools.cycle(writes)
     lines = [socket.create_connection(("127.0.0.1", bench.servers.valkey.port), 10) for _ in waiting]
-    sent = done = 0
+
+    def write(place: int) -> None:
+        waiting[place] = _REPLY * _TOGETHER
+        lines[place].sendall(next(following))
+
+    done = 0
     begun = time.perf_counter()
     for place, line in enumerate(lines):
         chosen.register(line, selectors.EVENT_READ, place)
-        waiting[place] = _REPLY * _TOGETHER
-        line.sendall(writes[sent % _WRITES])
-        sent += 1
+        write(place)
     while (took := time.perf_counter() - begun) < seconds:
         for key, _ in chosen.select(1):
-            place = key.data
-            waiting[place] -= len(lines[place].recv(65536))
-            if not waiting[place]:
-                waiting[place] = _REPLY * _TOGETHER
+            waiting[key.data] -= len(lines[key.data].recv(65536))
+            if not waiting[key.data]:
                 done += _TOGETHER
-                lines[place].sendall(writes[sent % _WRITES])
-                sent += 1
+                write(key.data)
     for line in lines:
         line.close()
+    chosen.close()
     return done / took

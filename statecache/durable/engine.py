@@ -90,54 +90,55 @@ class Database:
                 connection.exec_driver_sql(_POSTGRESQL_ALONG_INDEXES)
             return work(connection)
 
-        return self._once_more(self._snapshots, unsorted)
+        return self._once_more(self._snapshots.connect, self._give_back, unsorted)
 
     def alone(self, work: Callable[[sa.Connection], T]) -> T:
         """Run ``work``, each statement of which commits by itself. It may be run twice, so repeating it must do no harm.
 
         A few connections are kept aside for this: to take one of the pool, to turn it to autocommit and back, and to give it
-        back costs half as much as the look-up of a cold instance. One whose work failed is not kept.
+        back takes a third of the look-up of a cold instance. One whose work failed is not kept.
         """
-        with self.translated():
-            connection = self._reading()
-            try:
-                result = work(connection)
-            except BaseException as error:
-                gone = connection.invalidated and isinstance(error, Exception)
-                self._give_back(connection)
-                if not gone:
-                    raise
-                self._close_kept()
-                with self.reader.connect() as fresh:
-                    return work(fresh)
-            if len(self._kept) < _KEPT_MAX:
-                self._kept.append(connection)
-            else:
-                self._give_back(connection)
-            return result
+        return self._once_more(self._lent, self._keep, work)
 
-    def _reading(self) -> sa.Connection:
+    def _lent(self) -> sa.Connection:
         try:
             return self._kept.pop()
         except IndexError:
             return self.reader.connect()
 
-    def _close_kept(self) -> None:
-        while self._kept:
-            with contextlib.suppress(IndexError):
-                self._give_back(self._kept.pop())
+    def _keep(self, connection: sa.Connection) -> None:
+        if len(self._kept) < _KEPT_MAX:
+            self._kept.append(connection)
+        else:
+            self._give_back(connection)
 
-    def _once_more(self, engine: sa.Engine, work: Callable[[sa.Connection], T]) -> T:
-        """Run ``work``, on a fresh connection if the pool's has died."""
+    def _close_kept(self) -> None:
+        kept, self._kept = self._kept, []
+        for connection in kept:
+            self._give_back(connection)
+
+    def _once_more(
+        self,
+        connect: Callable[[], sa.Connection],
+        end: Callable[[sa.Connection], None],
+        work: Callable[[sa.Connection], T],
+    ) -> T:
+        """Run ``work``, on a fresh connection if the one at hand has died. One that served well goes to ``end``."""
         with self.translated():
+            connection = connect()
             try:
-                with engine.connect() as connection:
-                    return work(connection)
-            except sa.exc.DBAPIError as error:
-                if not error.connection_invalidated:
+                result = work(connection)
+            except BaseException as error:
+                is_gone = connection.invalidated and isinstance(error, Exception)
+                self._give_back(connection)
+                if not is_gone:
                     raise
-            with engine.connect() as connection:
-                return work(connection)
+            else:
+                end(connection)
+                return result
+            self._close_kept()
+            with connect() as fresh:
+                return work(fresh)
 
     @contextlib.contextmanager
     def transaction(self, *, limit_seconds: int | None = TRANSACTION_SECONDS_MAX) -> Iterator[sa.Connection]:

@@ -147,6 +147,18 @@ async def test_many_calls_of_one_instance_stand_in_one_script_call(
     assert [row.patch.get("n") for row in await orders.history("1")] == [None, *range(500)]
 
 
+async def test_evicted_again_before_its_item_is_repeated(
+    world: worlds.World, cache: AsyncStateCache, orders: AsyncMachineHandle
+) -> None:
+    """A call of its own brings it back in a thread, and the item follows later: evicted between the two, it begins again."""
+    world.start("1")
+    world.flush()
+    world.evict("1")
+    with worlds.after_call(cache.sync.hot, "hydrate", lambda: world.evict("1")):
+        assert (await orders.transition("1", "pay")).version == 2
+    assert applied(world, "1") == ["@start", "pay"]
+
+
 async def test_a_cold_instance_is_not_overtaken_while_it_comes_back(
     world: worlds.World, cache: AsyncStateCache, orders: AsyncMachineHandle
 ) -> None:
