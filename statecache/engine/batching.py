@@ -142,7 +142,7 @@ class Plan:
 
     def place(
         self,
-        cache: Mapping[fold.Instance, fold.Folded],
+        remembered: Callable[[fold.Instance], fold.Folded | None],
         load: Callable[[Sequence[fold.Instance]], Mapping[fold.Instance, model.Checkpoint]],
     ) -> None:
         """Find what is before every instance: in the last folds, or in SQL where those do not lead up to it.
@@ -155,7 +155,7 @@ class Plan:
         for groups in self._groups.values():
             for instance, records in groups.items():
                 version = records[0].version
-                cached = cache.get(instance)
+                cached = remembered(instance)
                 goes_on = version == 1
                 if cached is not None and cached.version == version - 1:
                     before[instance], goes_on = cached, True

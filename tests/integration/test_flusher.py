@@ -360,6 +360,35 @@ def test_next_batch_is_read_while_this_one_is_committed(world: World) -> None:
     world.verify()
 
 
+def test_a_steady_load_is_read_ahead_and_waits_for_no_pause(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step takes all that there is, and enough that more is to be expected. What comes while SQL works on it is found ahead:
+    the next step reads nothing itself. A look that found nothing is no answer: what came after it is moved by the next step."""
+    monkeypatch.setattr(flusher_module, "STEADY_ENTRIES", 10)
+    world.flush()  # the marks
+    flusher = world.flusher()
+    _orders(world, 5)
+    with before_call(flusher, "_start_ahead", lambda: _orders(world, 3, "meanwhile")):
+        step = flusher.step()
+    assert (step.entries, step.more) == (10, True)
+    ahead = flusher._ahead
+    assert ahead is not None
+    ahead.join()
+    with mock.patch.object(world.hot, "read", wraps=world.hot.read) as read:
+        step = flusher.step()
+    assert (step.entries, step.more) == (6, False)
+    assert not read.called
+    _orders(world, 5, "again")
+    assert flusher.step().more
+    assert flusher._ahead is not None
+    flusher._ahead.join()
+    assert flusher._ahead.look is not None
+    assert not any(batch.records for batch in flusher._ahead.look.batches)
+    world.orders.start("late")
+    step = flusher.step()
+    assert (step.entries, step.more) == (1, False)
+    world.verify()
+
+
 def test_what_was_read_ahead_is_not_used_behind_another_flusher(world: World) -> None:
     """It has looked ahead of its own commit; another one moves SQL's watermark past that: the next step reads again."""
     world.flush()  # the marks
