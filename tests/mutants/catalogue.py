@@ -422,6 +422,28 @@ MUTANTS = [
         (f"{_FLUSHER}test_what_was_read_ahead_is_not_used_behind_another_flusher",),
     ),
     Mutant(
+        "a look ahead that found nothing is taken for the log",
+        (
+            Patch(
+                "statecache/engine/flusher.py",
+                "        if not any(batch.records for batch in batches):\n",
+                "        if False:\n",
+            ),
+        ),
+        (f"{_FLUSHER}test_a_steady_load_is_read_ahead_and_waits_for_no_pause",),
+    ),
+    Mutant(
+        "the flusher forgets by age of the first fold, not of the last",
+        (
+            Patch(
+                "statecache/engine/folds.py",
+                "            before = known.pop(instance, None)",
+                "            before = known.get(instance)",
+            ),
+        ),
+        ("tests/unit/test_folds.py::test_who_has_not_moved_for_longest_goes_first",),
+    ),
+    Mutant(
         "the flusher remembers folds of an older epoch",
         (
             Patch(
