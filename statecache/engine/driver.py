@@ -159,15 +159,17 @@ class Driver:
                     sent.append((built, requests, held))
                     yield [request.item for request in requests]
                 elif held:
-                    unfinished.extend(_lanes(held))
+                    put_off(held)
+
+        def put_off(ones: list[Running]) -> None:
+            unfinished.extend(_lanes(ones))
+            if sum(map(len, unfinished)) >= _UNFINISHED_MAX:  # the brake is on, or all are guarded: do not pile up more
+                self._finish(unfinished, results, deadline, patience_seconds)
+                unfinished.clear()
 
         for _, outcomes in self.hot.apply_stream(opened()):
             built, requests, held = sent.popleft()
-            left = self._answered(built, requests, outcomes, results)
-            unfinished += _lanes(left + held)
-            if sum(map(len, unfinished)) >= _UNFINISHED_MAX:  # the brake is on: do not pile up more
-                self._finish(unfinished, results, deadline, patience_seconds)
-                unfinished = []
+            put_off(self._answered(built, requests, outcomes, results) + held)
         self._finish(unfinished, results, deadline, patience_seconds)
 
     def _opened(

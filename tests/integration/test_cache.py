@@ -14,6 +14,7 @@ import pytest
 
 from statecache import Move, State, StateCache, StateMachine
 from statecache.core import errors, flows, items, model
+from statecache.engine import driver as driver_module
 from statecache.engine import letters, verify
 from tests.support import servers, waiting
 from tests.support.worlds import Order, World, after_call, before_call, together
@@ -251,6 +252,27 @@ def test_guarded_move_of_a_bulk_call_is_not_overtaken_by_its_successor(lite: Wor
         first, second = lite.orders.transition_many([Move("1", "approve"), Move("1", "note", data={"n": 1})])
     assert (first.event, first.version) == ("approve", 3)
     assert (second.event, second.version, second.from_state) == ("note", 4, "paid")
+
+
+def test_a_long_list_of_guarded_moves_is_looked_at_in_parts(lite: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None of them leaves before its guard has looked: all would be begun, and looked at in one go, however many. Every
+    third one is no guarded move, and has gone before."""
+    monkeypatch.setattr(driver_module, "_UNFINISHED_MAX", 50)
+    ids = [f"g{number}" for number in range(900)]
+    lite.orders.start_many([(id, {"amount": 5}) for id in ids])
+    looks: list[int] = []
+    hashes = lite.hot.hashes
+    monkeypatch.setattr(lite.hot, "hashes", lambda asked: looks.append(len(asked)) or hashes(asked))
+    results = lite.orders.transition_many([Move(id, "note" if n % 3 == 0 else "approve") for n, id in enumerate(ids)])
+    assert {(one.version, one.state) for one in results[0::3]} == {(2, "placed")}
+    assert {(one.version, one.state) for one in results[1::3] + results[2::3]} == {(2, "paid")}
+    assert sum(looks) == 600
+    assert max(looks) <= 50 + 125
+    looks.clear()
+    results = lite.orders.transition_many([Move(id, "approve") for id in ids[0::3]])
+    assert {(one.version, one.state) for one in results} == {(3, "paid")}
+    assert sum(looks) == 300
+    assert max(looks) <= 50 + 125
 
 
 # --- threads and forks ----------------------------------------------------------------------------------------------------
