@@ -57,7 +57,7 @@ BATCH_ENTRIES_MIN = 100
 LOOK_SECONDS_MAX = 5.0
 """How old a look may be that was taken ahead: the next step may come at any time."""
 STEADY_ENTRIES = 1000
-"""A step that moved as many will find more at once: what was written while SQL worked. No pause comes behind it, and the thread
+"""A step that moved as many expects more at once: what was written while SQL worked. No pause comes behind it, and the thread
 looks ahead beside it. With the pause and without the look ahead one flusher moved a sixth less beside its writers."""
 READ_ENTRIES_MAX = 1000
 """How many entries one script call reads: Redis does nothing else meanwhile (about 5 us an entry). With 5,000 a ``get`` that
@@ -278,10 +278,11 @@ class Flusher:
 
     def _start_ahead(self) -> None:
         """Let the look begin that was put off until SQL has something to do."""
-        if self._ahead is not None and not self._ahead.ident:
+        ahead = self._ahead  # another thread that ends may take it away
+        if ahead is not None and not ahead.ident:
             # No thread to be had (limits, the interpreter's end): the next step looks.
             with contextlib.suppress(RuntimeError):
-                self._ahead.start()
+                ahead.start()
 
     def _foreseen(self, rows: Sequence[PartitionRow], pair: scripts.Stamp) -> _Look | None:
         """What was found ahead, if SQL stands where it was looked for and nothing stood in the way."""

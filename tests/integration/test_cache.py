@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import pickle
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -273,6 +273,51 @@ def test_a_long_list_of_guarded_moves_is_looked_at_in_parts(lite: World, monkeyp
     assert {(one.version, one.state) for one in results} == {(3, "paid")}
     assert sum(looks) == 300
     assert max(looks) <= 50 + 125
+
+
+def test_guards_look_while_chunks_before_them_are_in_flight(lite: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Moves without a guard leave; then come so many guarded ones that those are finished before the replies of the former were
+    read. If a guard's look fails in that moment, the call ends with its error, and the wire on which a reply is still to come
+    is not used again: the next call would read that one."""
+    monkeypatch.setattr(driver_module, "_UNFINISHED_MAX", 50)
+    ids = [f"f{number}" for number in range(500)]
+    lite.orders.start_many([(id, {"amount": 5}) for id in ids])
+    in_flight = [0]
+    looks: list[int] = []
+    pack, answer, hashes = lite.hot.packed_apply, lite.hot._answer, lite.hot.hashes
+
+    def counted(change: int, call: Callable[..., Any]) -> Callable[..., Any]:
+        def counting(*arguments: Any, **named: Any) -> Any:
+            in_flight[0] += change
+            return call(*arguments, **named)
+
+        return counting
+
+    def looked(asked: Any) -> Any:
+        looks.append(in_flight[0])
+        if failing:
+            raise RuntimeError("a guard's own error")
+        return hashes(asked)
+
+    failing = False
+    monkeypatch.setattr(lite.hot, "packed_apply", counted(1, pack))
+    monkeypatch.setattr(lite.hot, "_answer", counted(-1, answer))
+    monkeypatch.setattr(lite.hot, "hashes", looked)
+    moves = [Move(id, "note" if n < 150 else "approve") for n, id in enumerate(ids)]
+    results = lite.orders.transition_many(moves)
+    assert {(one.version, one.state) for one in results[:150]} == {(2, "placed")}
+    assert {(one.version, one.state) for one in results[150:]} == {(2, "paid")}
+    assert max(looks) > 0
+    failing, before = True, len(looks)
+    lite.orders.transition_many([Move(id, "note", {"amount": 6}) for id in ids])
+    with pytest.raises(RuntimeError, match="own error"):
+        lite.orders.transition_many([Move(id, "note" if n < 150 else "approve") for n, id in enumerate(ids)])
+    assert looks[before] > 0
+    failing = False
+    results = lite.orders.transition_many([Move(id, "note", {"n": n}) for n, id in enumerate(ids)])
+    assert [(one.id, one.event) for one in results] == [(id, "note") for id in ids]
+    assert {one.version for one in results[150:]} == {4}
+    lite.verify()
 
 
 # --- threads and forks ----------------------------------------------------------------------------------------------------

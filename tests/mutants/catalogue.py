@@ -905,6 +905,31 @@ MUTANTS = [
         (f"{_THREADS}test_a_followers_time_is_its_own",),
     ),
     Mutant(
+        "a stream that ends with a chunk in flight gives its wire back",
+        (
+            Patch(
+                "statecache/hot/store.py",
+                "                if in_flight:\n                    line.close()\n                else:\n",
+                "                if True:\n",
+            ),
+        ),
+        ("tests/integration/test_cache.py::test_guards_look_while_chunks_before_them_are_in_flight",),
+    ),
+    Mutant(
+        "guarded moves pile up without a bound",
+        (
+            Patch(
+                "statecache/engine/driver.py",
+                "                    put_off(held)\n",
+                "                    unfinished.extend(_lanes(held))\n",
+            ),
+        ),
+        (
+            "tests/integration/test_cache.py::test_a_long_list_of_guarded_moves_is_looked_at_in_parts",
+            "tests/integration/test_cache.py::test_guards_look_while_chunks_before_them_are_in_flight",
+        ),
+    ),
+    Mutant(
         "batch: a guard looks before its turn",
         (
             Patch(

@@ -59,6 +59,15 @@ def test_the_bytes_of_data_count() -> None:
     assert len(known) == 10
 
 
+def test_text_that_is_no_ascii_counts_as_what_it_may_take() -> None:
+    """The bound would be of characters, a quarter of the bytes, where an emoji makes each character take four."""
+    known = folds.Folds(10 * EACH)
+    known.remember(_fold("emoji", "\N{PARTY POPPER}" + "x" * EACH))
+    known.remember(_many(range(6)))
+    assert len(known) == 6
+    assert known.get(("order", "emoji")) is None
+
+
 def test_much_more_than_there_is_room_for() -> None:
     known = folds.Folds(100 * EACH)
     for start in range(0, 50_000, 1000):
