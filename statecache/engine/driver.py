@@ -152,6 +152,12 @@ class Driver:
         unfinished: list[list[Running]] = []
         sent: deque[tuple[list[int], list[flows.Request], list[Running]]] = deque()
 
+        def put_off(ones: list[Running]) -> None:
+            unfinished.extend(_lanes(ones))
+            if sum(map(len, unfinished)) >= _UNFINISHED_MAX:  # the brake is on, or all are guarded: do not pile up more
+                self._finish(unfinished, results, deadline, patience_seconds)
+                unfinished.clear()
+
         def opened() -> Iterator[list[items.Item]]:
             for indexes in _chunks(ids, self._batch_items_max):
                 built, requests, held = self._opened(indexes, build, results)
@@ -160,12 +166,6 @@ class Driver:
                     yield [request.item for request in requests]
                 elif held:
                     put_off(held)
-
-        def put_off(ones: list[Running]) -> None:
-            unfinished.extend(_lanes(ones))
-            if sum(map(len, unfinished)) >= _UNFINISHED_MAX:  # the brake is on, or all are guarded: do not pile up more
-                self._finish(unfinished, results, deadline, patience_seconds)
-                unfinished.clear()
 
         for _, outcomes in self.hot.apply_stream(opened()):
             built, requests, held = sent.popleft()
