@@ -45,6 +45,17 @@ def tasks(bench: Bench) -> Iterator[Measure]:
         yield _latency("p99", 99, own, name, samples, *([own_at_most(50)] if "50" in name else []))
 
 
+@row("aio.tasks-50", "50 tasks on one `AsyncStateCache`")
+def fifty_tasks(bench: Bench) -> Iterator[Measure]:
+    count, calls = 50, bench.pick(4, 200, 400)
+    name = next(iter(POOLS))
+    own, peers = _measured(bench, count, calls, bench.rounds(2, 5, 7), [name])
+    bench.note = f"{count} tasks of {calls} transitions each, an instance each, plain event loop"
+    yield Measure("rate", "/s", [one[0] for one in own], name, [one[0] for one in peers[name]])
+    yield _latency("p50", 50, own, name, peers[name])
+    yield _latency("p99", 99, own, name, peers[name])
+
+
 @row("aio.task-1", "one task on `AsyncStateCache`")
 def one_task(bench: Bench) -> Iterator[Measure]:
     calls = bench.pick(50, 2000, 5000)

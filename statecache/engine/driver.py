@@ -495,17 +495,15 @@ def _chunks(ids: Sequence[Any], items_max: int) -> Iterator[Sequence[int]]:
 
 def _tapered(count: int, size: int) -> Iterator[range]:
     """The numbers below ``count`` in ranges of ``size`` at most: of a quarter of it, a half, three quarters, and then whole
-    ones, the last two being halves of what is left."""
-    several = count > size
-    start, quarters = 0, 1 if several else 4
-    while start < count:
-        left = count - start
-        length = -(-size * quarters // 4)
-        if several and size // 2 < left <= length:
-            length = -(-left // 2)
-        yield range(start, min(start + length, count))
+    ones, the last two being halves of what is left. Less than a quarter is not worth two."""
+    start, quarters = 0, 1 if count > size else 4
+    while count - start > (length := -(-size * quarters // 4)):
+        yield range(start, start + length)
         start += length
         quarters = min(quarters + 1, 4)
+    left = count - start
+    middle = start + (left + 1) // 2 if left > size // 4 else count
+    yield from filter(None, (range(start, middle), range(middle, count)))
 
 
 def _joined(lanes: Iterable[list[Any]], items_max: int) -> Iterator[list[Any]]:

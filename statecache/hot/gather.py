@@ -1,9 +1,14 @@
-"""Natural batching for asyncio: calls that arrive while an exchange is in flight leave together in the next one.
+"""Natural batching for asyncio: calls that arrive while exchanges are in flight leave together in the next one.
 
 No task, no timer and no knob: a call that finds nothing in flight is written to the socket before its caller even waits; the
 reply of an exchange sends the next one and then wakes its callers, so that the server works while Python distributes answers.
 Under light load a call leaves at once, under heavy load it leaves in company, bounded by items and bytes. All exchanges go
 through ONE connection, up to two of them at a time, so the server sees them in the order in which they left.
+
+*The second exchange* leaves when half of those that were under way lately wait for it. So the server has one half while Python
+has the other. If it left only when full, fifty callers would travel as one and forty-nine, and server and client take turns:
+half as many calls a second. ("Lately": at the last two replies, because two may come at once, before those whom the first one
+answered have called again.)
 
 *Order.* The writes of one instance leave in the order in which they were called (``Turn``), and a call does not leave while an
 earlier one of its instance wants something else (looks SQL up, waits, asks for admission): it would overtake it. Two of them
@@ -125,6 +130,10 @@ class Gatherer(Generic[Sent, Received]):
         self._alarm: asyncio.TimerHandle | None = None
         self._alarm_at = _NEVER
         self._is_closed = False
+        self._second_at = items_max
+        """How many must wait for a second exchange to leave."""
+        self._under_way = 0
+        """How many calls waited or were in flight when the last reply came."""
 
     # --- callers -------------------------------------------------------------------------------------------------------
 
@@ -186,9 +195,7 @@ class Gatherer(Generic[Sent, Received]):
         self._waiting.append(call)
         if turn is not None and turn.behind is not None:
             self._release(turn.behind)
-        if not self._in_flight or (
-            len(self._in_flight) < EXCHANGES_IN_FLIGHT and len(self._waiting) >= self._items_max
-        ):
+        if self._may_leave():
             self._send()
         return answer
 
@@ -233,11 +240,12 @@ class Gatherer(Generic[Sent, Received]):
 
     # --- exchanges -----------------------------------------------------------------------------------------------------
 
+    def _may_leave(self) -> bool:
+        in_flight = len(self._in_flight)
+        return not in_flight or (in_flight < EXCHANGES_IN_FLIGHT and len(self._waiting) >= self._second_at)
+
     def _send(self) -> None:
-        while self._waiting and (
-            not self._in_flight
-            or (len(self._in_flight) < EXCHANGES_IN_FLIGHT and len(self._waiting) >= self._items_max)
-        ):
+        while self._waiting and self._may_leave():
             pipe = self._pipe
             if pipe is None:
                 if self._connecting is None:
@@ -303,6 +311,9 @@ class Gatherer(Generic[Sent, Received]):
         exchange.replies.append(reply)
         if len(exchange.replies) < exchange.wanted:
             return
+        under_way = len(self._waiting) + sum([len(one.calls) for one in self._in_flight])
+        self._second_at = min(self._items_max, (max(under_way, self._under_way) + 1) // 2)
+        self._under_way = under_way
         self._in_flight.popleft()
         calls = exchange.calls
         assert self._pipe is not None

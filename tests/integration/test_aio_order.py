@@ -74,6 +74,15 @@ def applied(world: worlds.World, id: str) -> list[str]:
     return [row.event for row in world.orders.history(id)]
 
 
+async def all_in_flight(
+    link: proxy.Proxy, batches: list[list[str]], orders: AsyncMachineHandle, call: Awaitable[model.Receipt]
+) -> asyncio.Task[Any]:
+    """The same, and a second call behind it, of the instance ``beside``: no other may leave now."""
+    first = await in_flight(link, batches, call)
+    await in_flight(link, batches, orders.start("beside"))
+    return first
+
+
 async def in_flight(link: proxy.Proxy, batches: list[list[str]], call: Awaitable[model.Receipt]) -> asyncio.Task[Any]:
     """Start a call whose request does not arrive until the proxy passes it through."""
     link.hold()
@@ -98,6 +107,39 @@ async def test_calls_that_arrive_meanwhile_leave_together(cache: AsyncStateCache
     assert [seen.version for seen in reads] == [1] * 1000
 
 
+async def test_the_second_exchange_takes_half_of_the_callers(
+    cache: AsyncStateCache, orders: AsyncMachineHandle
+) -> None:
+    """Forty tasks, one call after another: the server has one half of them while the loop has the other. (As one exchange of
+    one and one of thirty-nine they waited for each other in turn.)"""
+    ids = [f"o{number}" for number in range(40)]
+    await asyncio.gather(*[orders.start(id) for id in ids])
+    batches = sent_by(cache)
+
+    async def caller(id: str) -> None:
+        for _ in range(20):
+            await orders.transition(id, "note")
+
+    await asyncio.gather(*[caller(id) for id in ids])
+    sizes = [len(batch) for batch in batches]
+    assert sum(sizes) == 800
+    assert max(sizes[len(sizes) // 4 :]) <= 20
+
+
+async def test_a_second_call_need_not_wait_for_the_first(
+    cache: AsyncStateCache, orders: AsyncMachineHandle, link: proxy.Proxy
+) -> None:
+    """Where callers were alone until now, one that comes while another is in flight leaves at once; the third waits."""
+    batches = sent_by(cache)
+    first = await all_in_flight(link, batches, orders, orders.start("first"))
+    third = asyncio.ensure_future(orders.start("third"))
+    await asyncio.sleep(0)
+    assert batches == [["first"], ["beside"]]
+    link.pass_through()
+    await first
+    assert (await third).version == 1
+
+
 async def test_a_script_call_is_bounded_by_bytes(
     cache: AsyncStateCache, orders: AsyncMachineHandle, link: proxy.Proxy
 ) -> None:
@@ -120,7 +162,7 @@ async def test_levels_of_durability_do_not_travel_together(
 ) -> None:
     """A WAIT behind the script speaks for its whole batch: calls that want another confirmation go by themselves."""
     batches = sent_by(cache)
-    first = await in_flight(link, batches, orders.start("first"))
+    first = await all_in_flight(link, batches, orders, orders.start("first"))
     asked = []
     for id, confirm in (("plain", None), ("confirmed", items.Confirm(False, 0, 0, 100)), ("plain2", None)):
         request = orders._sync.calls.door.start(id)
@@ -129,7 +171,7 @@ async def test_levels_of_durability_do_not_travel_together(
     link.pass_through()
     await first
     assert [(await one).code for one in asked] == ["OK"] * 3
-    assert batches == [["first"], ["plain"], ["confirmed"], ["plain2"]]
+    assert batches == [["first"], ["beside"], ["plain"], ["confirmed"], ["plain2"]]
 
 
 # --- order -------------------------------------------------------------------------------------------------------------
@@ -216,10 +258,10 @@ async def test_calls_of_one_instance_keep_their_order_in_trouble(
 async def test_a_repetition_is_not_overtaken_while_history_is_asked(
     world: worlds.World, orders: AsyncMachineHandle, cache: AsyncStateCache, link: proxy.Proxy
 ) -> None:
-    """After ten moves a call with an id of its own is answered OLD and asks history; ``ship``, which gathers with it behind a
-    call in flight, would be refused if it stood in the same script call."""
+    """After ten moves a call with an id of its own is answered OLD and asks history; ``ship``, which gathers with it behind
+    calls in flight, would be refused if it stood in the same script call."""
     world.start("1", ["note"] * 10)
-    first = await in_flight(link, sent_by(cache), orders.start("first"))
+    first = await all_in_flight(link, sent_by(cache), orders, orders.start("first"))
     calls = [
         asyncio.ensure_future(orders.transition("1", "pay", transition_id="mine")),
         asyncio.ensure_future(orders.transition("1", "ship")),
@@ -244,9 +286,9 @@ async def test_guarded_moves_keep_their_order(orders: AsyncMachineHandle) -> Non
 async def test_a_guard_looks_at_what_the_calls_before_it_left(
     world: worlds.World, orders: AsyncMachineHandle, link: proxy.Proxy, cache: AsyncStateCache, amounts: tuple[int, ...]
 ) -> None:
-    """``start``, notes that change the amount, and ``approve`` are called at once, behind a call in flight. A guard that read
+    """``start``, notes that change the amount, and ``approve`` are called at once, behind calls in flight. A guard that read
     at once would meet no order, or the amount before the note, and its verdict would stand."""
-    first = await in_flight(link, sent_by(cache), orders.start("first"))
+    first = await all_in_flight(link, sent_by(cache), orders, orders.start("first"))
     calls = [asyncio.ensure_future(orders.start("1", {"amount": amounts[0]}))]
     calls += [asyncio.ensure_future(orders.transition("1", "note", {"amount": amount})) for amount in amounts[1:]]
     approve = asyncio.ensure_future(orders.transition("1", "approve"))
@@ -288,10 +330,10 @@ async def test_a_guarded_call_runs_out_of_time_or_is_cancelled_in_its_place(
 async def test_a_call_cancelled_while_it_gathers_is_not_sent(
     world: worlds.World, cache: AsyncStateCache, orders: AsyncMachineHandle, link: proxy.Proxy
 ) -> None:
-    """A call is in flight (its request is held on the way); three gather behind it; the middle one is cancelled."""
+    """Two calls are in flight (their requests are held on the way); three gather behind them; the middle one is cancelled."""
     world.orders.start_many(["1", "2", "3", "4"])
     batches = sent_by(cache)
-    first = await in_flight(link, batches, orders.transition("1", "note"))
+    first = await all_in_flight(link, batches, orders, orders.transition("1", "note"))
     gathered = [asyncio.ensure_future(orders.transition(id, "note")) for id in ("2", "3", "4")]
     await asyncio.sleep(0)
     gathered[1].cancel()
@@ -299,7 +341,7 @@ async def test_a_call_cancelled_while_it_gathers_is_not_sent(
     link.pass_through()
     assert [(await one).version for one in (first, gathered[0], gathered[2])] == [2, 2, 2]
     assert gathered[1].cancelled()
-    assert batches == [["1"], ["2", "4"]]
+    assert batches == [["1"], ["beside"], ["2", "4"]]
     assert [len(applied(world, id)) for id in ("1", "2", "3", "4")] == [2, 2, 1, 2]
 
 
@@ -310,7 +352,7 @@ async def test_a_call_cancelled_in_flight_is_applied_once_and_harms_nobody(
     connection; the cancelled one's transition is there, once."""
     world.orders.start_many(["0", "1", "2", "3"])
     batches = sent_by(cache)
-    alone = await in_flight(link, batches, orders.transition("0", "note"))
+    alone = await all_in_flight(link, batches, orders, orders.transition("0", "note"))
     calls = [asyncio.ensure_future(orders.transition(id, "note")) for id in ("1", "2", "3")]
     await asyncio.sleep(0)
     connections = link.connections_made
@@ -323,7 +365,7 @@ async def test_a_call_cancelled_in_flight_is_applied_once_and_harms_nobody(
     cache.sync.hot.packed_apply = held_again  # type: ignore[method-assign]
     link.pass_through()
     await alone
-    await until(lambda: len(batches) == 2, "the batch to leave")
+    await until(lambda: len(batches) == 3, "the batch to leave")
     cache.sync.hot.packed_apply = leaves  # type: ignore[method-assign]
     calls[1].cancel()
     await asyncio.wait([calls[1]])
@@ -357,11 +399,11 @@ async def test_what_follows_a_cancelled_call_does_not_overtake_it(
 async def test_a_cancelled_call_lets_the_next_of_its_instance_go(
     world: worlds.World, cache: AsyncStateCache, orders: AsyncMachineHandle, link: proxy.Proxy
 ) -> None:
-    """Three notes of one order gather behind a call in flight; the first and the second are cancelled, by a timeout and by
+    """Three notes of one order gather behind calls in flight; the first and the second are cancelled, by a timeout and by
     their task group; the third is applied."""
     world.start("1")
     batches = sent_by(cache)
-    first = await in_flight(link, batches, orders.start("2"))
+    first = await all_in_flight(link, batches, orders, orders.start("2"))
 
     async def impatient() -> None:
         async with asyncio.timeout(0.01):
@@ -416,7 +458,7 @@ async def test_deadlines_are_each_calls_own(
     batches = sent_by(cache)
     await orders.get("1")
     connections = link.connections_made
-    short = await in_flight(link, batches, orders.transition("1", "note", timeout=0.3))
+    short = await all_in_flight(link, batches, orders, orders.transition("1", "note", timeout=0.3))
     gathered = asyncio.ensure_future(orders.transition("2", "note", timeout=0.3))
     patient = [asyncio.ensure_future(orders.transition(id, "note", timeout=20.0)) for id in ("1", "3", "4")]
     for call, message in ((short, "may have been applied|did not answer"), (gathered, "did not answer")):
@@ -426,7 +468,7 @@ async def test_deadlines_are_each_calls_own(
     link.pass_through()
     assert [(await call).version for call in patient] == [3, 2, 2]
     assert [len(applied(world, id)) for id in ("1", "2", "3", "4")] == [3, 1, 2, 2]
-    assert [sorted(batch) for batch in batches] == [["1"], ["1", "3", "4"]]
+    assert [sorted(batch) for batch in batches] == [["1"], ["beside"], ["1", "3", "4"]]
     assert link.connections_made == connections
 
 

@@ -680,6 +680,24 @@ def test_no_script_call_holds_more_items_than_the_setting(
         assert max(sizes) == 10
 
 
+@pytest.mark.parametrize(
+    ("count", "expected"),
+    [(31, [31]), (32, [16, 16]), (125, [63, 62]), (126, [32, 63, 31]), (300, [32, 63, 94, 56, 55])],
+)
+def test_a_short_list_leaves_in_two_halves(lite: World, count: int, expected: list[int]) -> None:
+    """The server works on one half while the client packs the other; a longer list begins with a small part."""
+    sizes: list[int] = []
+    original = lite.hot.packed_apply
+
+    def packed(chunk: Any, line: Any) -> bytes:
+        sizes.append(len(chunk))
+        return original(chunk, line)
+
+    lite.hot.packed_apply = packed  # type: ignore[method-assign]
+    assert all(isinstance(one, model.Receipt) for one in lite.orders.start_many([str(n) for n in range(count)]))
+    assert sizes == expected
+
+
 def test_bulk_calls_of_nothing(lite: World) -> None:
     assert lite.orders.start_many([]) == []
     assert lite.orders.transition_many([]) == []

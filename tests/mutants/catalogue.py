@@ -930,6 +930,31 @@ MUTANTS = [
         ),
     ),
     Mutant(
+        "batch: a second exchange leaves only when it is full",
+        (
+            Patch(
+                "statecache/hot/gather.py",
+                "min(self._items_max, (max(under_way, self._under_way) + 1) // 2)",
+                "self._items_max",
+            ),
+        ),
+        (
+            f"{_ORDER}test_the_second_exchange_takes_half_of_the_callers",
+            f"{_ORDER}test_a_second_call_need_not_wait_for_the_first",
+        ),
+    ),
+    Mutant(
+        "batch: a short list is one chunk",
+        (
+            Patch(
+                "statecache/engine/driver.py",
+                "middle = start + (left + 1) // 2 if left > size // 4 else count",
+                "middle = count",
+            ),
+        ),
+        ("tests/integration/test_cache.py::test_a_short_list_leaves_in_two_halves",),
+    ),
+    Mutant(
         "batch: a guard looks before its turn",
         (
             Patch(
