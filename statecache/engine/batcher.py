@@ -1,9 +1,10 @@
 """Natural batching for threads: calls that arrive while two script calls are in flight leave together in the next one.
 
 Leaders and followers, without a thread of its own, a timer or a knob. A caller leads while fewer than two do: it sends what is
-queued (at first only its own item). Who arrives meanwhile queues and sleeps. When the reply is there the leader hands
-leadership to the first in the queue BEFORE it wakes its followers, so that the server is never idle while Python distributes
-answers. A lone caller pays for two uncontended locks.
+queued (at first only its own item), up to half of the calls that are under way, so that the two have about as many each and
+the server has one half while Python has the other. Who arrives meanwhile queues and sleeps. When the reply is there the leader
+hands leadership to the first in the queue BEFORE it wakes its followers, so that the server is never idle while Python
+distributes answers. A lone caller pays for two uncontended locks.
 
 An interruption (a signal's handler raises in the main thread) ends only the caller that it meets, wherever it meets it: what
 ends a lead - leadership to the next, an answer to every follower - can be done twice, and is done again by who was interrupted
@@ -67,6 +68,8 @@ class Batcher:
         self._leaders: dict[int, _Waiter | items.Item] = {}
         """Who leads, by ``id``: waiters that were made leaders, and items of callers that found a place free."""
         self._leaders_max = leaders_max
+        self._companies: dict[int, Sequence[_Waiter]] = {}
+        """Who travels with a leader, by its ``id``; nothing for one that is alone, or has not gathered yet."""
 
     def apply(self, item: items.Item, timeout_seconds: float | None = None) -> items.Outcome:
         """Apply one item, in company if there is any. The leader's timeout is that of the exchange; whose answer it cuts
@@ -133,12 +136,15 @@ class Batcher:
         return outcomes[0]
 
     def _gather(self, leader: Any, company: list[_Waiter]) -> None:
-        """Take those of the queue that travel with its first, the leader: as many as fit, none that wants another
-        confirmation. Who is taken is in ``company`` before it is out of the queue: an interruption loses nobody."""
+        """Take those of the queue that travel with its first, the leader: as many as fit, not more than half of all, none that
+        wants another confirmation. Who is taken is in ``company`` before it leaves the queue: an interruption loses nobody."""
         with self._lock:
             queue, first = self._queue, leader.item
             size = len(first.tail)
-            while queue and len(company) + 1 < self._items_max:
+            under_way = len(queue) + len(self._leaders) + sum(map(len, self._companies.values()))
+            share = min(self._items_max, -(-under_way // self._leaders_max))
+            self._companies[id(leader)] = company
+            while queue and len(company) + 1 < share:
                 waiter = queue[0]
                 if id(waiter) in self._leaders:  # it leads, and who made it the leader was interrupted
                     queue.popleft()
@@ -185,6 +191,7 @@ class Batcher:
         with self._lock:
             leaders, queue = self._leaders, self._queue
             leaders.pop(id(me), None)
+            self._companies.pop(id(me), None)
             if not queue and not again:
                 return
             heirs: list[_Waiter | items.Item] = []

@@ -104,7 +104,8 @@ def test_calls_that_arrive_meanwhile_leave_together() -> None:
 
 
 def test_two_script_calls_are_in_flight() -> None:
-    """The second caller does not wait for the first one's answer; the third leaves with who came meanwhile."""
+    """The second caller does not wait for the first one's answer. The third leaves with half of all five that are under way
+    then, so that the last one travels beside it and not alone when all others are answered."""
     server = Server()
     batcher = Batcher(server.apply)
     calls = []
@@ -114,10 +115,11 @@ def test_two_script_calls_are_in_flight() -> None:
     calls += [Call(batcher, f"{number}") for number in range(4)]
     wait_until(lambda: len(batcher._queue) == 4, "four followers")
     server.gate.release()
-    wait_until(lambda: len(server.batches) == 3, "those who came meanwhile")
-    server.gate.release(2)
+    wait_until(lambda: len(server.batches) == 3, "half of those who came meanwhile")
+    server.gate.release(3)
     assert [call.answer().words for call in calls] == [[call.id] for call in calls]
-    assert [len(batch) for batch in server.batches] == [1, 1, 4]
+    assert [len(batch) for batch in server.batches] == [1, 1, 3, 1]
+    assert not batcher._companies
     server.gate.release()
     assert Call(batcher, "later").answer().words == ["later"]
 

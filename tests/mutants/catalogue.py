@@ -944,6 +944,17 @@ MUTANTS = [
         ),
     ),
     Mutant(
+        "batch: a leader takes all that wait",
+        (
+            Patch(
+                "statecache/engine/batcher.py",
+                "min(self._items_max, -(-under_way // self._leaders_max))",
+                "self._items_max",
+            ),
+        ),
+        ("tests/integration/test_cache_batching.py::test_two_script_calls_are_in_flight",),
+    ),
+    Mutant(
         "batch: a short list is one chunk",
         (
             Patch(
