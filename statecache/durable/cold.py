@@ -84,7 +84,7 @@ def recent(
         asked, values["k_partition"] = _RECENT_IN_PARTITION, partition
     rows = connection.execute(asked, values).fetchall()
     parked = keyed.parked(connection, [(machine, row[1]) for row in rows])
-    watermarks = {row.partition: str(row.watermark) for row in queries.partitions(connection, None)}
+    watermarks = {row.partition: str(row.watermark) for row in keyed.partitions(connection, None)}
     return Recents(rows, watermarks, {id for _, id in parked})
 
 

@@ -12,7 +12,7 @@ from statecache.durable import schema
 from statecache.durable.rows import Discard, Instance, Letter, Row
 
 _letters = schema.dead_letters.c
-_PARKED = (
+PARKED = (
     sa.select(_letters.machine, _letters.id)
     .distinct()
     .order_by(_letters.machine, _letters.id)
@@ -80,7 +80,7 @@ def of_instance(connection: sa.Connection, machine: str, id: str) -> list[Letter
 
 def parked(connection: sa.Connection, limit: int, after: Instance | None = None) -> list[Instance]:
     """Return up to ``limit`` instances that have open letters, by machine and id, behind ``after``."""
-    asked = _PARKED if after is None else _PARKED.where(sa.tuple_(_letters.machine, _letters.id) > sa.tuple_(*after))
+    asked = PARKED if after is None else PARKED.where(sa.tuple_(_letters.machine, _letters.id) > sa.tuple_(*after))
     return [(row.machine, row.id) for row in connection.execute(asked, {"k_limit": limit})]
 
 

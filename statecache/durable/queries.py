@@ -6,7 +6,7 @@ Which index serves which question is said beside each; ``tests/integration/test_
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -121,8 +121,9 @@ class _Keyed:
 class _Prepared:
     """A statement that is compiled once, and then goes to the driver as it is.
 
-    For the one question that a call of a cold instance waits for: SQLAlchemy's execution of a statement that it has compiled
-    before takes as long as the driver and PostgreSQL together. No event of SQLAlchemy's tells of it.
+    For the questions that somebody waits for alone, a cold instance's call and a lone durable one: SQLAlchemy's execution of a
+    statement that it has compiled before takes as long as the driver and PostgreSQL together. No event of SQLAlchemy's tells
+    of it.
     """
 
     def __init__(self, statement: sa.Select[Any]) -> None:
@@ -169,6 +170,9 @@ class Queries:
         self._single = generic.Generic()
         self._one = _Keyed(self._single)
         self._look_one_up = _Prepared(self._one.lookup)
+        self._one_standing = _Prepared(self._one.standing)
+        self._partitions = _Prepared(sa.select(schema.partitions).order_by(_partitions.partition))
+        self._few_parked = _Prepared(letters.PARKED)
 
     def _pages(
         self, connection: sa.Connection, name: str, keys: Sequence[bulk.Key] | Sequence[bulk.NamedKey]
@@ -178,6 +182,15 @@ class Queries:
         for start in range(0, len(keys), forms.keys_max):
             bound = forms.bind_keys(keys[start : start + forms.keys_max])
             yield connection.execute(statement, bound).fetchall()
+
+    def partitions(self, connection: sa.Connection, numbers: Sequence[int] | None) -> list[PartitionRow]:
+        """All are read, whichever are wanted: there are few, and a list of some takes SQLAlchemy longer than all rows."""
+        wanted = None if numbers is None else frozenset(numbers)
+        return [
+            PartitionRow(number, epoch, owner, entry.EntryId(*mark), entry.EntryId(tail_epoch, tail_seq), seen_ms)
+            for number, epoch, owner, *mark, tail_epoch, tail_seq, seen_ms in self._partitions.rows(connection, {})
+            if wanted is None or number in wanted
+        ]
 
     def lookup(self, connection: sa.Connection, addresses: Sequence[tuple[str, str, int]]) -> list[model.Lookup]:
         """Served by the primary keys of partitions, checkpoints and letters."""
@@ -193,7 +206,12 @@ class Queries:
     def standing(self, connection: sa.Connection, receipts: Sequence[tuple[str, str, int, int]]) -> list[Standing]:
         """Served by the primary keys of partitions, transitions and letters."""
         found: list[Standing] = []
-        for rows in self._pages(connection, "standing", receipts):
+        pages: Iterable[Any] = (
+            [self._one_standing.rows(connection, self._single.bind_keys(receipts))]
+            if len(receipts) == 1
+            else self._pages(connection, "standing", receipts)
+        )
+        for rows in pages:
             for watermark_epoch, watermark_seq, transition_id, epoch, seq, letter in rows:
                 watermark = entry.EntryId(watermark_epoch or 0, watermark_seq or 0)
                 entry_id = None if epoch is None else entry.EntryId(epoch, seq)
@@ -234,7 +252,7 @@ class Queries:
 
     def parked(self, connection: sa.Connection, instances: Sequence[Instance]) -> set[Instance]:
         """While few instances are parked, read them all (mostly none); else ask for these by the letters' primary key."""
-        few = letters.parked(connection, _PARKED_FEW + 1)
+        few = self._few_parked.rows(connection, {"k_limit": _PARKED_FEW + 1})
         if len(few) <= _PARKED_FEW:
             return set(few).intersection(instances)
         keys = [(machine, id, 0, 0) for machine, id in instances]
@@ -254,26 +272,6 @@ def _lookup_of(rows: Sequence[Sequence[Any]]) -> model.Lookup:
         checkpoint_of(checkpoint) if checkpoint[0] is not None else None,
         () if letter is None else tuple([codec.token_of(row[3]) for row in rows]),
     )
-
-
-# Statements on hot paths are built once: building one anew costs as much as asking it.
-_PARTITIONS = sa.select(schema.partitions).order_by(_partitions.partition)
-_SOME_PARTITIONS = _PARTITIONS.where(_partitions.partition.in_(sa.bindparam("numbers", expanding=True)))
-
-
-def partitions(connection: sa.Connection, numbers: Sequence[int] | None) -> list[PartitionRow]:
-    rows = (
-        connection.execute(_PARTITIONS)
-        if numbers is None
-        else connection.execute(_SOME_PARTITIONS, {"numbers": list(numbers)})
-    )
-    return [
-        PartitionRow(
-            row.partition, row.epoch, row.owner, entry.EntryId(row.watermark_epoch, row.watermark_seq),
-            entry.EntryId(row.tail_epoch, row.tail_seq), row.tail_seen_ms,
-        )
-        for row in rows
-    ]  # fmt: skip
 
 
 def counts(connection: sa.Connection, machine: str) -> dict[str, int]:

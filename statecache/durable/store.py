@@ -67,7 +67,7 @@ class DurableStore:
 
     def partitions(self, numbers: Sequence[int] | None = None) -> list[PartitionRow]:
         """Return the partitions' rows (all of them for None), by number, in one snapshot."""
-        return self.database.read(lambda connection: queries.partitions(connection, numbers))
+        return self.database.read(lambda connection: self.queries.partitions(connection, numbers))
 
     def durability_settings(self) -> dict[str, str]:
         """Return the database's settings that decide whether a commit survives power loss."""

@@ -16,6 +16,7 @@ import sqlalchemy as sa
 
 from statecache.core import errors, model
 from statecache.engine import eviction
+from tests.support import plans
 from tests.support.servers import ValkeyServer
 from tests.support.worlds import World
 
@@ -47,7 +48,8 @@ def counted(world: World) -> Iterator[Counter[str]]:
     world.client.config_resetstat()
     sa.event.listen(engine, "before_cursor_execute", note)
     try:
-        yield found
+        with plans.prepared(note):
+            yield found
     finally:
         sa.event.remove(engine, "before_cursor_execute", note)
     for name, told in world.client.info("commandstats").items():
@@ -78,11 +80,12 @@ def test_reading_many_of_which_some_are_hot_and_some_are_not_there(world: World)
 
 
 def test_moving_many(world: World) -> None:
-    """Six script calls find them cold (the first and last are small), one query, one script brings them back, four apply."""
+    """Seven script calls find them cold (the first and the last ones are small), one query, one script brings them back, four
+    apply."""
     with counted(world) as found:
         receipts = world.orders.transition_many([model.Move(id, "pay") for id in IDS])
     assert versions(receipts) == [2] * COUNT
-    assert (found["SQL"], found["evalsha"], found["xadd"]) == (1, 11, COUNT)
+    assert (found["SQL"], found["evalsha"], found["xadd"]) == (1, 12, COUNT)
     world.flush()
     world.verify()
 
