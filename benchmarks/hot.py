@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -154,8 +155,8 @@ def get_many(bench: Bench) -> Iterator[Measure]:
 
 
 def interleaved(bench: Bench, calls: int, *sides: Callable[[], Any]) -> list[list[list[float]]]:
-    """Latencies in microseconds, by round and side; the sides take turns call by call."""
-    clock = time.perf_counter
+    """Latencies in microseconds, by round and side; the sides take turns call by call, each time in another order."""
+    clock, dice = time.perf_counter, random.Random(7)
     for side in sides:
         for _ in range(calls // 10):
             side()
@@ -165,7 +166,7 @@ def interleaved(bench: Bench, calls: int, *sides: Callable[[], Any]) -> list[lis
         block: list[list[float]] = [[] for _ in sides]
         order = list(zip(sides, block, strict=True))
         for _ in range(calls):
-            order.append(order.pop(0))  # nobody always comes after the same one
+            dice.shuffle(order)  # who comes behind whom decides how warm the caches are
             for side, samples in order:
                 begun = clock()
                 side()
