@@ -161,8 +161,7 @@ class Gatherer(Generic[Sent, Received]):
             if ahead is None and behind.first is not None and not behind.first.done():
                 behind.first.set_result(None)
             self._release(behind)
-            if not self._in_flight:
-                self._send()
+            self._send()
         elif ahead is not None:
             self._last[turn.address] = ahead
         else:
@@ -195,8 +194,7 @@ class Gatherer(Generic[Sent, Received]):
         self._waiting.append(call)
         if turn is not None and turn.behind is not None:
             self._release(turn.behind)
-        if self._may_leave():
-            self._send()
+        self._send()
         return answer
 
     async def close(self) -> None:
@@ -245,6 +243,7 @@ class Gatherer(Generic[Sent, Received]):
         return not in_flight or (in_flight < EXCHANGES_IN_FLIGHT and len(self._waiting) >= self._second_at)
 
     def _send(self) -> None:
+        """Let go what may leave now."""
         while self._waiting and self._may_leave():
             pipe = self._pipe
             if pipe is None:
