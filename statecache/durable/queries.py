@@ -252,9 +252,9 @@ class Queries:
 
     def parked(self, connection: sa.Connection, instances: Sequence[Instance]) -> set[Instance]:
         """While few instances are parked, read them all (mostly none); else ask for these by the letters' primary key."""
-        few = self._few_parked.rows(connection, {"k_limit": _PARKED_FEW + 1})
+        few = {(machine, id) for machine, id in self._few_parked.rows(connection, {"k_limit": _PARKED_FEW + 1})}
         if len(few) <= _PARKED_FEW:
-            return set(few).intersection(instances)
+            return few.intersection(instances)
         keys = [(machine, id, 0, 0) for machine, id in instances]
         pages = self._pages(connection, "parked", keys)
         return {(row[0], row[1]) for rows in pages for row in rows if row[0] is not None}
