@@ -657,20 +657,26 @@ def test_a_list_that_is_none_is_refused(lite: World, bad: Any) -> None:
     assert lite.client.keys(f"{{{lite.namespace}:*:i:*") == []
 
 
+def sizes_from_now(world: World) -> list[int]:
+    """How many items each script call holds."""
+    sizes: list[int] = []
+    original = world.hot.packed_apply
+
+    def packed(chunk: Any, line: Any) -> bytes:
+        sizes.append(len(chunk))
+        return original(chunk, line)
+
+    world.hot.packed_apply = packed  # type: ignore[method-assign]
+    return sizes
+
+
 @pytest.mark.parametrize("client", ["sync", "async"])
 def test_no_script_call_holds_more_items_than_the_setting(
     redis_url: str, sqlite_url: str, namespace: str, client: str
 ) -> None:
     """``batch_items_max=10``: lists of many instances, of one instance, and single calls of many threads."""
     with World(redis_url, sqlite_url, namespace, client=client, batch_items_max=10) as world:
-        sizes: list[int] = []
-        original = world.hot.packed_apply
-
-        def packed(chunk: Any, line: Any) -> bytes:
-            sizes.append(len(chunk))
-            return original(chunk, line)
-
-        world.hot.packed_apply = packed  # type: ignore[method-assign]
+        sizes = sizes_from_now(world)
         ids = [f"o{number}" for number in range(35)]
         assert all(isinstance(one, model.Receipt) for one in world.orders.start_many(ids))
         moves = [Move(id, "note") for id in ids for _ in range(3)] + [Move("o0", "note")] * 25
@@ -686,14 +692,7 @@ def test_no_script_call_holds_more_items_than_the_setting(
 )
 def test_a_short_list_leaves_in_two_halves(lite: World, count: int, expected: list[int]) -> None:
     """The server works on one half while the client packs the other; a longer list begins with a small part."""
-    sizes: list[int] = []
-    original = lite.hot.packed_apply
-
-    def packed(chunk: Any, line: Any) -> bytes:
-        sizes.append(len(chunk))
-        return original(chunk, line)
-
-    lite.hot.packed_apply = packed  # type: ignore[method-assign]
+    sizes = sizes_from_now(lite)
     assert all(isinstance(one, model.Receipt) for one in lite.orders.start_many([str(n) for n in range(count)]))
     assert sizes == expected
 
@@ -707,14 +706,7 @@ def test_bulk_calls_of_nothing(lite: World) -> None:
 def test_a_long_list_of_one_instance_keeps_its_order_and_the_limit_of_a_script(lite: World) -> None:
     """2,500 moves of one instance: applied in order, in script calls of at most 1,000 items."""
     lite.start("1")
-    sizes: list[int] = []
-    original = lite.hot.packed_apply
-
-    def packed(chunk: Any, line: Any) -> bytes:
-        sizes.append(len(chunk))
-        return original(chunk, line)
-
-    lite.hot.packed_apply = packed  # type: ignore[method-assign]
+    sizes = sizes_from_now(lite)
     receipts = lite.orders.transition_many(
         [Move("1", "note", data={"n": number}) for number in range(2500)], timeout=60.0
     )
