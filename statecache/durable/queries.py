@@ -6,7 +6,7 @@ Which index serves which question is said beside each; ``tests/integration/test_
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -169,14 +169,16 @@ class Queries:
         self._many = _Keyed(forms)
         self._single = generic.Generic()
         self._one = _Keyed(self._single)
-        self._look_one_up = _Prepared(self._one.lookup)
-        self._one_standing = _Prepared(self._one.standing)
+        self._alone = {"lookup": _Prepared(self._one.lookup), "standing": _Prepared(self._one.standing)}
         self._partitions = _Prepared(sa.select(schema.partitions).order_by(_partitions.partition))
         self._few_parked = _Prepared(letters.PARKED)
 
     def _pages(
         self, connection: sa.Connection, name: str, keys: Sequence[bulk.Key] | Sequence[bulk.NamedKey]
     ) -> Iterator[Any]:
+        if len(keys) == 1 and name in self._alone:
+            yield self._alone[name].rows(connection, self._single.bind_keys(keys))
+            return
         forms, statements = (self._single, self._one) if len(keys) == 1 else (self._forms, self._many)
         statement = getattr(statements, name)
         for start in range(0, len(keys), forms.keys_max):
@@ -195,8 +197,6 @@ class Queries:
     def lookup(self, connection: sa.Connection, addresses: Sequence[tuple[str, str, int]]) -> list[model.Lookup]:
         """Served by the primary keys of partitions, checkpoints and letters."""
         keys = [(machine, id, 0, partition) for machine, id, partition in addresses]
-        if len(keys) == 1:
-            return [_lookup_of(self._look_one_up.rows(connection, self._single.bind_keys(keys)))]
         found: list[model.Lookup] = []
         for rows in self._pages(connection, "lookup", keys):
             for _, mine in itertools.groupby(rows, key=_first):
@@ -206,12 +206,7 @@ class Queries:
     def standing(self, connection: sa.Connection, receipts: Sequence[tuple[str, str, int, int]]) -> list[Standing]:
         """Served by the primary keys of partitions, transitions and letters."""
         found: list[Standing] = []
-        pages: Iterable[Any] = (
-            [self._one_standing.rows(connection, self._single.bind_keys(receipts))]
-            if len(receipts) == 1
-            else self._pages(connection, "standing", receipts)
-        )
-        for rows in pages:
+        for rows in self._pages(connection, "standing", receipts):
             for watermark_epoch, watermark_seq, transition_id, epoch, seq, letter in rows:
                 watermark = entry.EntryId(watermark_epoch or 0, watermark_seq or 0)
                 entry_id = None if epoch is None else entry.EntryId(epoch, seq)

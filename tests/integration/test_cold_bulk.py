@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-import sqlalchemy as sa
 
 from statecache.core import errors, model
 from statecache.engine import eviction
@@ -44,14 +43,9 @@ def counted(world: World) -> Iterator[Counter[str]]:
     def note(*_: Any) -> None:
         found["SQL"] += 1
 
-    engine = world.durable.database.engine
     world.client.config_resetstat()
-    sa.event.listen(engine, "before_cursor_execute", note)
-    try:
-        with plans.prepared(note):
-            yield found
-    finally:
-        sa.event.remove(engine, "before_cursor_execute", note)
+    with plans.told(world.durable.database.engine, note):
+        yield found
     for name, told in world.client.info("commandstats").items():
         found[name.removeprefix("cmdstat_")] += told["calls"]
     found["connections"] = world.client.info("stats")["total_connections_received"]

@@ -11,6 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import msgspec
@@ -21,7 +22,7 @@ from statecache.aio import AsyncStateCache
 from statecache.core import errors, model
 from statecache.engine import commits, letters
 from statecache.engine.leases import Leases, leave_quietly
-from tests.support import refusing, waiting, worlds
+from tests.support import plans, refusing, waiting, worlds
 
 LONG = 30.0
 
@@ -78,17 +79,17 @@ def gathered(cache: StateCache, count: int, looked: int = 1) -> None:
     waiting.wait_until(are_there, f"{count} waiters", LONG)
 
 
-def standings(cache: StateCache) -> list[int]:
-    """How many receipts each statement asks for that asks where receipts stand, from now on."""
-    seen: list[int] = []
-    original = cache.durable.standing
+@contextmanager
+def standings(cache: StateCache) -> Iterator[list[str]]:
+    """The statements that ask where receipts stand, meanwhile."""
+    seen: list[str] = []
 
-    def standing(receipts: Any) -> Any:
-        seen.append(len(receipts))
-        return original(receipts)
+    def note(_connection: Any, statement: str, _values: Any) -> None:
+        if "statecache_transitions" in statement and "statecache_dead_letters" in statement:
+            seen.append(statement)
 
-    cache.durable.standing = standing  # type: ignore[method-assign]
-    return seen
+    with plans.told(cache.durable.database.engine, note):
+        yield seen
 
 
 def started(world: worlds.World, count: int, prefix: str = "n") -> list[model.Receipt]:
@@ -101,13 +102,13 @@ def started(world: worlds.World, count: int, prefix: str = "n") -> list[model.Re
 def test_threads_share_their_looks(world: worlds.World) -> None:
     """The first of 32 looks, and pauses; the others come; one commit ends the pause; the second look answers all."""
     receipts = started(world, 32)
-    seen = standings(world.cache)
-    calls = [Call(world.cache, receipt) for receipt in receipts]
-    gathered(world.cache, 32)
-    assert seen == [1]
-    assert world.flusher().step().entries == 32
-    assert [call.result() for call in calls] == [None] * 32
-    assert seen == [1, 32]
+    with standings(world.cache) as seen:
+        calls = [Call(world.cache, receipt) for receipt in receipts]
+        gathered(world.cache, 32)
+        assert len(seen) == 1
+        assert world.flusher().step().entries == 32
+        assert [call.result() for call in calls] == [None] * 32
+        assert len(seen) == 2
 
 
 def test_tasks_share_their_looks(world: worlds.World, redis_url: str, database_url: str, namespace: str) -> None:
@@ -116,21 +117,21 @@ def test_tasks_share_their_looks(world: worlds.World, redis_url: str, database_u
     async def main() -> tuple[list[Any], int]:
         async with AsyncStateCache.connect(redis_url, database_url, namespace) as cache:
             orders = await cache.machine(worlds.Order)
-            seen = standings(cache.sync)
-            tasks = [
-                asyncio.create_task(orders.start(f"t{number}", durability="durable", timeout=LONG))
-                for number in range(200)
-            ]
-            group = cache.sync.commits._waiting
-            while len(group) < 201 or not any(one.looked for one in list(group)):  # and the thread that serves them
-                await asyncio.sleep(0.01)
-            before = len(seen)
-            assert before <= 2
-            flusher = world.flusher(cache.sync)
-            assert (await asyncio.to_thread(flusher.step)).entries == 200
-            results = await asyncio.gather(*tasks)
-            assert not group
-            return results, len(seen) - before
+            with standings(cache.sync) as seen:
+                tasks = [
+                    asyncio.create_task(orders.start(f"t{number}", durability="durable", timeout=LONG))
+                    for number in range(200)
+                ]
+                group = cache.sync.commits._waiting
+                while len(group) < 201 or not any(one.looked for one in list(group)):  # and the thread that serves them
+                    await asyncio.sleep(0.01)
+                before = len(seen)
+                assert before <= 2
+                flusher = world.flusher(cache.sync)
+                assert (await asyncio.to_thread(flusher.step)).entries == 200
+                results = await asyncio.gather(*tasks)
+                assert not group
+                return results, len(seen) - before
 
     results, looks = asyncio.run(main())
     assert {one.id for one in results} == {f"t{number}" for number in range(200)}

@@ -70,6 +70,21 @@ def prepared(note: Callable[[sa.Connection, str, Any], None]) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def told(target: Any, note: Callable[[sa.Connection, str, Any], None]) -> Iterator[None]:
+    """Tells of all statements of an engine: those of SQLAlchemy's events, and the prepared ones."""
+
+    def listen(connection: sa.Connection, _cursor: Any, statement: str, values: Any, *_: Any) -> None:
+        note(connection, statement, values)
+
+    sa.event.listen(target, "before_cursor_execute", listen)
+    try:
+        with prepared(note):
+            yield
+    finally:
+        sa.event.remove(target, "before_cursor_execute", listen)
+
+
 class Plans:
     """Explains what runs while it listens: on one engine, or on all of this process."""
 
