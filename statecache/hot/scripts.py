@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 
+import msgspec
+
 from statecache.hot import resp
 
 NAMES = (
@@ -80,9 +82,9 @@ class Script:
     call: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Stamp:
-    """The epoch and owner that a client believes in."""
+class Stamp(msgspec.Struct, frozen=True):
+    """The epoch and owner that a client believes in. (Not a dataclass: each script call looks its script up by it, and such a
+    one is hashed and compared in Python.)"""
 
     epoch: int
     owner: str
