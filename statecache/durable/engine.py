@@ -56,6 +56,7 @@ class Database:
     def __init__(self, engine: sa.Engine) -> None:
         self.engine = engine
         self.dialect = engine.dialect
+        self._errors = (sa.exc.SQLAlchemyError, engine.dialect.loaded_dbapi.Error)
         if engine.dialect.name == "sqlite":
             self.reader: sa.Engine = engine
             self.writer: sa.Engine = engine.execution_options(**{_SQLITE_BEGIN: "BEGIN IMMEDIATE"})
@@ -130,7 +131,7 @@ class Database:
                 result = work(connection)
             except BaseException as error:
                 is_gone = connection.invalidated and isinstance(error, Exception)
-                self._give_back(connection)
+                self._give_back(connection, error)
                 if not is_gone:
                     raise
             else:
@@ -152,8 +153,10 @@ class Database:
             with self.translated():
                 yield connection
             self._commit(connection)
-        finally:
-            self._give_back(connection)
+        except BaseException as error:
+            self._give_back(connection, error)
+            raise
+        self._give_back(connection)
 
     def _begin(self, limit_seconds: int | None) -> sa.Connection:
         with self.translated():
@@ -173,8 +176,8 @@ class Database:
                 whole = _POSTGRESQL_17_LIMIT.format(limit_seconds) if recent else ""
                 # Who waits for a lock gives way before the limit comes: that is no failure of the server's.
                 connection.exec_driver_sql(_POSTGRESQL_LIMITS.format(min(30, limit_seconds * 2 // 3)) + whole)
-        except BaseException:
-            self._give_back(connection)
+        except BaseException as error:
+            self._give_back(connection, error)
             raise
         return connection
 
@@ -187,13 +190,17 @@ class Database:
         except errors.UnavailableError as error:
             raise faults.CommitUnknown(f"whether SQL committed is unknown: {error}") from error.__cause__
 
-    def _give_back(self, connection: sa.Connection) -> None:
-        """Roll back what was not committed. A connection that cannot even do that is thrown away."""
+    def _give_back(self, connection: sa.Connection, error: BaseException | None = None) -> None:
+        """Roll back what was not committed. A connection that cannot even do that is thrown away, and so is one that neither
+        the driver nor we gave up: a signal's exception (a job's timeout) may have left its statement under way."""
+        if error is not None and not isinstance(error, (*self._errors, errors.StateCacheError)):
+            connection.invalidate()
+        lent = None if connection.invalidated else connection.connection
         try:
             connection.close()
-        except (sa.exc.SQLAlchemyError, self.dialect.loaded_dbapi.Error):
-            connection.invalidate()
-            connection.close()
+        except self._errors:
+            if lent is not None:
+                lent.invalidate()  # not the connection, which may be closed already and its place in the pool still taken
 
     def close(self) -> None:
         self._close_kept()
@@ -232,7 +239,22 @@ def _create_engine(url: URL) -> sa.Engine:
         options |= {"isolation_level": "READ COMMITTED", "skip_autocommit_rollback": True}
         if url.get_driver_name() == "psycopg":
             options["connect_args"] = {"connect_timeout": CONNECT_TIMEOUT_SECONDS}
+            if "prepare_threshold" in url.query:
+                options["connect_args"]["prepare_threshold"] = _threshold_of(url.query["prepare_threshold"])
+                url = url.difference_update_query(["prepare_threshold"])
     return sa.create_engine(url, **options)
+
+
+def _threshold_of(text: str | tuple[str, ...]) -> int | None:
+    """psycopg's setting, which it takes from no URL: how often a statement runs before it is prepared; None for never."""
+    if text == "none":
+        return None
+    if isinstance(text, str) and text.isascii() and text.isdigit():
+        return int(text)
+    raise errors.ConfigurationError(
+        "the database URL's prepare_threshold is refused: it is a number, or 'none' for a transaction pooler that knows no "
+        "prepared statements"
+    )
 
 
 def _parse(url: str) -> URL:

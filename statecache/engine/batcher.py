@@ -144,13 +144,13 @@ class Batcher:
             under_way = len(queue) + len(self._leaders) + sum(map(len, self._companies.values()))
             share = min(self._items_max, -(-under_way // self._leaders_max))
             self._companies[id(leader)] = company
-            while queue and len(company) + 1 < share:
+            while queue:
                 waiter = queue[0]
                 if id(waiter) in self._leaders:  # it leads, and who made it the leader was interrupted
                     queue.popleft()
                     continue
                 size += len(waiter.item.tail)
-                if size > BATCH_BYTES_MAX or waiter.item.confirm != first.confirm:
+                if len(company) + 1 >= share or size > BATCH_BYTES_MAX or waiter.item.confirm != first.confirm:
                     break
                 company.append(waiter)
                 queue.popleft()

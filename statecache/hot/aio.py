@@ -29,6 +29,9 @@ class _Transitions:
     def together(self, first: items.Item, other: items.Item) -> bool:
         return first.confirm == other.confirm
 
+    def holds_up(self, first: items.Item) -> bool:
+        return first.confirm is not None  # WAIT and WAITAOF block the connection
+
     def rides(self, ahead: items.Item) -> bool:
         # A repetition may be answered OLD, a guarded one VERSION, and come back: what stood behind it would have been applied.
         return not ahead.retry and not ahead.pinned
@@ -41,8 +44,7 @@ class _Transitions:
         if isinstance(answer, Exception):
             self._hot.wires.distrust(line)
             return [self.lost(answer, sent=True)] * len(batch)
-        outcomes = store.outcomes_of(answer)
-        self._hot.note_check(line, outcomes)
+        outcomes = self._hot.told(line, answer)
         confirm = store.strictest(batch)
         if confirm is None:
             return outcomes
@@ -64,6 +66,9 @@ class _Hashes:
 
     def together(self, first: Address, other: Address) -> bool:
         return True
+
+    def holds_up(self, first: Address) -> bool:
+        return False
 
     def rides(self, ahead: Address) -> bool:
         return True

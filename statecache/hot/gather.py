@@ -8,7 +8,8 @@ through ONE connection, up to two of them at a time, so the server sees them in 
 *The second exchange* leaves when half of those that were under way lately wait for it. So the server has one half while Python
 has the other. If it left only when full, fifty callers would travel as one and forty-nine, and server and client take turns:
 half as many calls a second. ("Lately": at the last two replies, because two may come at once, before those whom the first one
-answered have called again.)
+answered have called again.) None leaves behind one that waits for a replica or a disk: the server would begin with it only when
+that wait has ended, and its own time would run meanwhile.
 
 *Order.* The writes of one instance leave in the order in which they were called (``Turn``), and a call does not leave while an
 earlier one of its instance wants something else (looks SQL up, waits, asks for admission): it would overtake it. Two of them
@@ -49,6 +50,9 @@ class Speech(Protocol[Sent, Received]):
     def size(self, wish: Sent) -> int: ...
 
     def together(self, first: Sent, other: Sent) -> bool: ...
+
+    def holds_up(self, first: Sent) -> bool:
+        """Whether the server takes nothing more from the connection until the exchange that begins so is answered."""
 
     def rides(self, ahead: Sent) -> bool:
         """Whether another call of the same instance may stand behind this one in the same exchange."""
@@ -92,10 +96,11 @@ class _Call:
 
 
 class _Exchange:
-    __slots__ = ("calls", "expires_at", "replies", "wanted")
+    __slots__ = ("calls", "expires_at", "holds_up", "replies", "wanted")
 
     def __init__(self, expires_at: float) -> None:
         self.calls: list[_Call] = []
+        self.holds_up = False
         self.replies: list[Any] = []
         self.wanted = 0
         self.expires_at = expires_at
@@ -239,8 +244,12 @@ class Gatherer(Generic[Sent, Received]):
     # --- exchanges -----------------------------------------------------------------------------------------------------
 
     def _may_leave(self) -> bool:
-        in_flight = len(self._in_flight)
-        return not in_flight or (in_flight < EXCHANGES_IN_FLIGHT and len(self._waiting) >= self._second_at)
+        in_flight = self._in_flight
+        return not in_flight or (
+            len(self._waiting) >= self._second_at
+            and len(in_flight) < EXCHANGES_IN_FLIGHT
+            and not in_flight[-1].holds_up
+        )
 
     def _send(self) -> None:
         """Let go what may leave now."""
@@ -258,6 +267,7 @@ class Gatherer(Generic[Sent, Received]):
             except Exception as error:
                 self._tell_all(exchange, error, sent=False)
                 continue
+            exchange.holds_up = self._speech.holds_up(exchange.calls[0].wish)
             self._in_flight.append(exchange)
             if exchange.expires_at < self._alarm_at:
                 self._set_alarm(exchange.expires_at)

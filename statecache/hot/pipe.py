@@ -10,6 +10,7 @@ A pipe is used for its whole life or not at all: what goes wrong on it ends it, 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -27,13 +28,13 @@ def pool_of(url: str, socket_timeout_seconds: float) -> Any:
 
 
 class Pipe(asyncio.Protocol):
-    """``fresh`` until its first call, which compares the server's identity (``hot.wire.Checked``)."""
+    """``fresh`` until a call has compared the server's identity (``hot.wire.Checked``)."""
 
     def __init__(
         self, connection: Any, on_reply: Callable[[Any], None], on_lost: Callable[[Pipe, Exception], None]
     ) -> None:
         self.fresh = True
-        self.check_sent_at = 0.0
+        self.checks: deque[float] = deque()
         self._connection = connection
         self._on_reply = on_reply
         self._on_lost = on_lost

@@ -3,8 +3,8 @@
 What can fail, and what happens then. A server that cannot be reached, or a reply that does not come, is an outcome
 (``UNSENT``, ``LOST``), not an exception: the flow decides, and repeats with the same transition id. ``NOSCRIPT`` is an
 outcome too: nothing here loads a script but ``admit``, which compares the server's identity and loads on the same connection.
-As the server may change between those two steps, the first call on every connection compares the identity again, inside the
-script (protocol hole H13).
+As the server may change between those two steps, calls on a new connection compare the identity again, inside the script, until
+one was answered (protocol hole H13).
 """
 
 from __future__ import annotations
@@ -219,8 +219,7 @@ class HotStore:
         """Read the reply to a chunk. Raises redis-py's errors when it does not come."""
         outcomes: list[items.Outcome]
         try:
-            outcomes = outcomes_of(line.read(timeout_seconds))
-            self.note_check(line, outcomes)
+            outcomes = self.told(line, line.read(timeout_seconds))
         except redis.ResponseError as error:
             self.wires.distrust(line)
             outcomes = [failures.outcome_of(error, sent=True)] * len(chunk)
@@ -251,14 +250,17 @@ class HotStore:
             chunk = in_flight.popleft()
             yield chunk, self._lost(chunk, error, line)
 
-    def note_check(self, line: wire.Checked, outcomes: Sequence[items.Outcome]) -> None:
-        """Tell what a script call said of the server, if it was asked or refused."""
-        if line.check_sent_at or outcomes[0].code in items.ADMISSION_CODES:
+    def told(self, line: wire.Checked, reply: bytes) -> list[items.Outcome]:
+        """The outcomes of the oldest script call in flight. Notes what they say of the server, if it was asked or refused."""
+        sent_at = line.checks.popleft()  # first: the next reply is the next call's, whatever this one holds
+        outcomes = outcomes_of(reply)
+        if sent_at or outcomes[0].code in items.ADMISSION_CODES:
             admitted = not any(outcome.code in items.ADMISSION_CODES for outcome in outcomes)
-            self.wires.checked(line, admitted=admitted)
+            self.wires.checked(line, sent_at if admitted else 0.0)
+        return outcomes
 
     def packed_apply(self, chunk: Sequence[items.Item], line: wire.Checked) -> bytes:
-        """The bytes of one script call. Notes that this call compares the identity, if it is time to."""
+        """The bytes of one script call, to be sent on this wire at once: it notes whether the call compares the identity."""
         stamp = self.stamp
         for item in chunk:
             if item.asked_under is not None and item.asked_under != (stamp.epoch, stamp.owner):
@@ -267,7 +269,7 @@ class HotStore:
         key_count = 2 * len(partitions)
         due = self.wires.identity_due(line, self.identity_interval_seconds)
         confirm = strictest(chunk)
-        return b"".join(
+        packed = b"".join(
             [
                 _HEADERS[6 + key_count],
                 scripts.stamped("apply", stamp, self.emulated).call,
@@ -279,6 +281,8 @@ class HotStore:
                 _confirm_command(confirm) if confirm is not None else b"",
             ]
         )
+        line.checks.append(due)  # last: what cannot be packed is not sent, and gets no reply
+        return packed
 
     # --- reads -------------------------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ Half of what a redis-py call costs is its wrapping, and its connection alone is 
 (URL, TLS, login, database), and from then on bytes go to the socket and replies come from hiredis.
 redis-py >= 6 repeats calls by itself, which would apply a transition twice: our connections never do (``NoBackoff``, 0
 retries), and a wire that failed, timed out or was cancelled is closed and never used again. So a wire has one socket for its
-whole life, and its first call can be told from the others: that one asks the script to compare the server's identity.
+whole life, and its first calls can be told from the others: those ask the script to compare the server's identity.
 
 A wire looks for its reply for a moment before it goes to sleep: to be woken up costs more than to look, on a virtual machine
 with an idle core 60 us a call, which is more than the server's work. Where replies take longer (a list of items, a server
@@ -19,6 +19,7 @@ import socket
 import struct
 import threading
 import time
+from collections import deque
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -37,18 +38,18 @@ REST_MAX = 255
 
 
 class Checked(Protocol):
-    """A connection of either flavour, as far as identity checks go."""
+    """A connection of either flavour, as far as identity checks go: ``fresh`` until a check on it was answered well, ``checks``
+    for each script call in flight, oldest first, when its check was sent, 0.0 where it makes none."""
 
     fresh: bool
-    check_sent_at: float
+    checks: deque[float]
 
 
 class Wire:
     """One connection, used by one thread at a time."""
 
     __slots__ = (
-        "_connection", "_is_plain", "_reader", "_rest", "_resting", "_socket", "_timeout_seconds", "check_sent_at", "fresh",
-        "pid",
+        "_connection", "_is_plain", "_reader", "_rest", "_resting", "_socket", "_timeout_seconds", "checks", "fresh", "pid",
     )  # fmt: skip
 
     def __init__(self, connection: Any) -> None:
@@ -67,7 +68,7 @@ class Wire:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(self._timeout_seconds))
             self._limit(self._timeout_seconds)
         self.fresh = True
-        self.check_sent_at = 0.0
+        self.checks: deque[float] = deque()
         self.pid = os.getpid()
 
     def _limit(self, timeout_seconds: float | None) -> None:
@@ -277,9 +278,9 @@ class Wires:
             self._idle.append(wire)
 
     def distrust(self, wire: Checked) -> None:
-        """Forget that this wire's call compared the identity: its script did not run."""
-        wire.fresh = True
-        self.checked_at = 0.0
+        """The oldest call in flight on this wire has not compared the identity: its script did not run."""
+        wire.checks.popleft()
+        self.checked(wire, 0.0)
 
     def wire(self) -> Exchange:
         """A wire for one exchange (a context manager), which raises redis-py's errors."""
@@ -299,21 +300,18 @@ class Wires:
         for wire in idle:
             wire.close()
 
-    def identity_due(self, wire: Checked, interval_seconds: float) -> bool:
-        """Tell whether this call must compare the server's identity, and note that it does (``checked`` tells the end).
+    def identity_due(self, wire: Checked, interval_seconds: float) -> float:
+        """When the next call on this wire compares the server's identity, for ``wire.checks``: now, or 0.0 if it need not.
 
-        The first call on a connection must, and every call later than the interval after the last check was *sent*: a
-        reply says nothing about what the server became after it (protocol hole H13).
+        All calls on a connection must until one has been answered well, and every call later than the interval after the last
+        check was *sent*: a reply says nothing about what the server became after it (protocol hole H13).
         """
         now = time.monotonic()
-        if wire.fresh or now - self.checked_at > interval_seconds:
-            wire.fresh = False
-            wire.check_sent_at = wire.check_sent_at or now
-            return True
-        return False
+        return now if wire.fresh or now - self.checked_at > interval_seconds else 0.0
 
-    def checked(self, wire: Checked, *, admitted: bool) -> None:
-        """The reply to a check has come. Until then, and after a refusal, other calls must check too: what a check that is
-        under way will say is not known, and a server that was found untrue stays so until it is recovered."""
-        self.checked_at = wire.check_sent_at if admitted else 0.0
-        wire.check_sent_at = 0.0
+    def checked(self, wire: Checked, sent_at: float) -> None:
+        """The check that was sent then was answered well; 0.0: the server refused, or cannot have looked. Until a check is
+        answered other calls must check too: what it will say is not known, and a server that was found untrue stays so
+        until it is recovered, whatever those say that are connected to another."""
+        self.checked_at = sent_at
+        wire.fresh = not sent_at

@@ -140,6 +140,53 @@ async def test_a_second_call_need_not_wait_for_the_first(
     assert (await third).version == 1
 
 
+async def test_nothing_leaves_behind_a_call_that_waits_for_a_replica(
+    cache: AsyncStateCache, orders: AsyncMachineHandle, link: proxy.Proxy
+) -> None:
+    """The server takes nothing from the connection while it waits for a replica: the socket timeout of what is sent behind
+    would run meanwhile, and two such waits in a row would end the connection for all."""
+    batches = sent_by(cache)
+    request = orders._sync.calls.door.start("confirmed")
+    request.item.confirm = items.Confirm(False, 0, 0, 100)
+    link.hold()
+    first = cache.hot.apply(request.item, float("inf"), None)
+    second = asyncio.ensure_future(orders.start("second"))
+    await asyncio.sleep(0)
+    assert batches == [["confirmed"]]
+    link.pass_through()
+    assert (await first).code == "OK"
+    assert (await second).version == 1
+
+
+async def test_the_reply_of_an_unchecked_call_says_nothing_of_the_check_behind_it(
+    world: worlds.World, cache: AsyncStateCache, orders: AsyncMachineHandle, link: proxy.Proxy
+) -> None:
+    """H13: the first call is in flight and compares no identity, the second one does, three others leave when the first is
+    answered. The second one's check has no answer yet: so they compare too."""
+    compares: list[bool] = []
+    hot = cache.sync.hot
+    batches = sent_by(cache)
+    leaves = hot.packed_apply
+
+    def packed(chunk: Any, line: Any) -> bytes:
+        text = leaves(chunk, line)
+        compares.append(bool(line.checks[-1]))
+        return text
+
+    hot.packed_apply = packed  # type: ignore[method-assign]
+    hot.identity_interval_seconds = 3600.0
+    first = await in_flight(link, batches, orders.start("first"))
+    hot.wires.checked_at = 0.0
+    second = await in_flight(link, batches, orders.start("second"))
+    others = [asyncio.ensure_future(orders.start(id)) for id in ("third", "fourth", "fifth")]
+    await asyncio.sleep(0)
+    link.pass_through()
+    for task in (first, second, *others):
+        assert (await task).version == 1
+    assert batches == [["first"], ["second"], ["third", "fourth", "fifth"]]
+    assert compares == [False, True, True]
+
+
 async def test_a_script_call_is_bounded_by_bytes(
     cache: AsyncStateCache, orders: AsyncMachineHandle, link: proxy.Proxy
 ) -> None:

@@ -1115,7 +1115,7 @@ def test_interrupted_call_leaves_no_reply_to_the_next(lite: World) -> None:
         send = type(line).send
 
         class Interrupted:
-            fresh, pid = line.fresh, line.pid
+            fresh, pid, checks = line.fresh, line.pid, line.checks
             close, read = line.close, line.read
 
             def send(self, packed: bytes) -> None:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dis
 import itertools
-import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -16,7 +14,7 @@ import pytest
 from statecache.core import errors, items
 from statecache.engine import batcher as batcher_module
 from statecache.engine.batcher import Batcher
-from tests.support.waiting import wait_until
+from tests.support.waiting import interrupted_when, wait_until
 
 
 class Interrupt(BaseException):
@@ -70,27 +68,6 @@ class Call(threading.Thread):
         return self.result
 
 
-@contextmanager
-def interrupted_when(condition: Callable[[], object]) -> Iterator[None]:
-    """Interrupt the main thread, by a signal, when the condition holds."""
-
-    def handler(number: int, frame: object) -> None:
-        raise Interrupt
-
-    def interrupt() -> None:
-        wait_until(condition, "the moment of the interruption")
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)  # type: ignore[arg-type]
-
-    before = signal.signal(signal.SIGUSR1, handler)
-    thread = threading.Thread(target=interrupt)
-    thread.start()
-    try:
-        yield
-    finally:
-        thread.join()
-        signal.signal(signal.SIGUSR1, before)
-
-
 def test_calls_that_arrive_meanwhile_leave_together() -> None:
     server = Server()
     batcher = Batcher(server.apply, leaders_max=1)
@@ -131,7 +108,7 @@ def test_interrupted_follower_leaves_the_others_served() -> None:
     batcher = Batcher(server.apply, leaders_max=1)
     leader = Call(batcher, "leader")
     wait_until(lambda: server.batches, "the leader's batch")
-    with pytest.raises(Interrupt), interrupted_when(lambda: batcher._queue):
+    with pytest.raises(Interrupt), interrupted_when(Interrupt, lambda: batcher._queue):
         batcher.apply(item("interrupted"))
     later = Call(batcher, "later")
     wait_until(lambda: batcher._queue, "the later call in the queue")
@@ -188,9 +165,9 @@ class Interruption:
         return self
 
 
-@pytest.mark.parametrize("leaders_max", [1, 2])
+@pytest.mark.parametrize(("leaders_max", "items_max"), [(1, 250), (2, 250), (1, 1)])
 @pytest.mark.parametrize("role", ["lone", "leader", "heir", "follower"])
-def test_interrupted_at_every_place(role: str, leaders_max: int) -> None:
+def test_interrupted_at_every_place(role: str, leaders_max: int, items_max: int) -> None:
     """One caller, in each role, is interrupted between any two steps: before and after it has taken its batch, between sending
     and reading, before it hands leadership on, between that and the answers of its followers. Whoever else is there is
     answered: with OK if his batch was answered, with LOST if it went with the interrupted one; nothing is sent twice, and the
@@ -198,7 +175,7 @@ def test_interrupted_at_every_place(role: str, leaders_max: int) -> None:
     for nth in itertools.count(1):
         interruption = Interruption(nth)
         server = Server()
-        batcher = Batcher(server.apply, leaders_max=leaders_max)
+        batcher = Batcher(server.apply, items_max, leaders_max)
         others: list[Call] = []
 
         def enter(id: str, tracer: Any = None, server: Any = server, batcher: Any = batcher) -> Call:

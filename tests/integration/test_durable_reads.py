@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from statecache.durable.rows import Advance, Idle
 from statecache.durable.store import DurableStore
 from tests.support import batches, plans, proxy, servers
 from tests.support.batches import NOW_MS, Log, flushed, ids, partition_of
+from tests.support.waiting import interrupted_when
 
 
 @pytest.fixture
@@ -293,3 +295,66 @@ def test_sql_is_away(postgres_server: servers.PostgresServer, postgres_url: str)
         between.pass_through()
         assert store.identity().epoch == 0
         store.close()
+
+
+@pytest.mark.postgres
+@pytest.mark.parametrize(("threshold", "prepared"), [("none", False), ("0", True)])
+def test_the_url_says_whether_statements_are_prepared(postgres_url: str, threshold: str, prepared: bool) -> None:
+    """A transaction pooler may know no prepared statements: ``prepare_threshold=none`` in the URL is for it."""
+    asked = sa.text("SELECT count(*) FROM pg_prepared_statements WHERE statement LIKE '%statecache_partitions%'")
+    with closing(DurableStore.connect(f"{postgres_url}?prepare_threshold={threshold}")) as made:
+        for _ in range(10):
+            made.partitions()
+        assert bool(made.database.read(lambda connection: connection.execute(asked).scalar_one())) is prepared
+
+
+class JobTimeoutError(Exception):
+    """What RQ's handler of SIGALRM raises."""
+
+
+class Stopped(BaseException):
+    """What no ``except Exception`` sees."""
+
+
+@pytest.mark.postgres
+@pytest.mark.parametrize("kind", [JobTimeoutError, Stopped])
+@pytest.mark.parametrize("what", ["prepared", "built", "in a transaction", "in a snapshot"])
+def test_interrupted_statement_takes_no_place_of_the_pool(
+    postgres_server: servers.PostgresServer, postgres_url: str, kind: type[BaseException], what: str
+) -> None:
+    """A signal's handler raises while a statement is under way. Its connection, busy still, is not used again and not counted
+    as lent: after as many interruptions as the pool has places SQL is there as before. The caller sees the handler's own
+    exception."""
+    made = DurableStore.connect(postgres_url)
+
+    def ask() -> object:
+        if what == "prepared":
+            return made.partitions()
+        if what == "built":
+            return made.identity()
+        if what == "in a snapshot":
+            return made.beginning_with("order", "1", 10)
+        with made.flush_transaction() as tx:
+            return tx.checkpoints([("order", "1")])
+
+    ask()
+    tables = ("partitions", "store", "checkpoints")
+    name = postgres_url.rsplit("/", 1)[1]
+    with closing(made), postgres_server.connect(name) as other, postgres_server.connect(name) as looking:
+
+        def waiting() -> int:
+            asked = (
+                "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+            )
+            (count,) = looking.execute(asked).fetchone() or (0,)
+            return int(count)
+
+        other.autocommit = False
+        other.execute(";".join(f"LOCK TABLE statecache_{table} IN ACCESS EXCLUSIVE MODE" for table in tables))
+        for _ in range(16):
+            before = waiting()  # PostgreSQL's ends of connections that are gone wait on
+            with pytest.raises(kind), interrupted_when(kind, lambda before=before: waiting() > before):  # type: ignore[misc]
+                ask()
+        other.rollback()
+        ask()
+        assert made.database.engine.pool.checkedout() <= 1  # what reads keep

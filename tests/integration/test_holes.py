@@ -7,12 +7,13 @@ Some are forced where their subject is tested: H3 and H6 (recoverer killed at ea
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
-from statecache.core import entry, errors, model
+from statecache.core import entry, errors, items, model
 from statecache.durable.flush import FlushTransaction
 from statecache.engine import letters, recovery
 from statecache.hot import scripts
@@ -601,6 +602,62 @@ def test_h13b_first_call_on_a_connection_compares_the_identity(world: World) -> 
         request = world.orders.calls.door.transition(model.Move("1", "note"))
         (outcome,) = world.hot.apply([request.item])
         assert outcome.code == "IDENTITY"
+    finally:
+        held.close()
+
+
+def _codes(world: World, chunks: Iterator[list[items.Item]]) -> dict[str, str]:
+    """The code of each item's outcome, sent chunk by chunk, two script calls in flight."""
+    answered = world.hot.apply_stream(chunks)
+    return {
+        item.id: outcome.code for chunk, outcomes in answered for item, outcome in zip(chunk, outcomes, strict=True)
+    }
+
+
+def _note(world: World, id: str) -> list[items.Item]:
+    return [world.orders.calls.door.transition(model.Move(id, "note")).item]
+
+
+def test_h13_reply_of_an_unchecked_call_says_nothing_of_the_check_behind_it(world: World) -> None:
+    """H13 with two script calls in flight. The first leaves within the interval and compares nothing. The client stands still
+    while the server becomes an untrue one; the second compares. The first one's reply is read: it is not the answer to that
+    check, so the third, which leaves now, compares too. (It went unchecked, was applied, and what it was told was lost.)"""
+    for id in "1234":
+        world.start(id)
+    world.hot.identity_interval_seconds = 3600.0
+    world.orders.transition("1", "note")
+
+    def chunks() -> Iterator[list[items.Item]]:
+        yield _note(world, "1")
+        wait_until(lambda: world.orders.get("1").version == 3, "the first to be applied")
+        world.disown()
+        world.hot.wires.checked_at = 0.0  # the interval is over
+        for id in "234":
+            yield _note(world, id)
+
+    assert _codes(world, chunks()) == {"1": "OK", "2": "IDENTITY", "3": "IDENTITY", "4": "IDENTITY"}
+
+
+def test_h13_all_calls_on_a_connection_compare_until_one_is_answered(world: World) -> None:
+    """H13b with two script calls in flight on a new connection, whose server is not the true one, while another connection's
+    check is young: the second call compares as the first one does, because the answer is not there yet. So do all later
+    ones, even if the other connection is found true again meanwhile."""
+    for id in "123":
+        world.start(id)
+    world.hot.identity_interval_seconds = 3600.0
+    held = world.hot.wires.take()
+    world.orders.transition("1", "note")
+    world.hot.wires.discard_idle()
+    world.disown()
+
+    def chunks() -> Iterator[list[items.Item]]:
+        yield _note(world, "1")
+        yield _note(world, "2")
+        world.hot.wires.checked_at = time.monotonic()
+        yield _note(world, "3")
+
+    try:
+        assert _codes(world, chunks()) == {"1": "IDENTITY", "2": "IDENTITY", "3": "IDENTITY"}
     finally:
         held.close()
 

@@ -611,11 +611,41 @@ MUTANTS = [
         (
             Patch(
                 "statecache/hot/wire.py",
-                "        if wire.fresh or ",
-                "        if ",
+                "        return now if wire.fresh or now",
+                "        return now if now",
             ),
         ),
         (f"{_HOLES}test_h13b_first_call_on_a_connection_compares_the_identity",),
+    ),
+    Mutant(
+        "a connection is trusted from its first call on",
+        (
+            Patch(
+                "statecache/hot/store.py",
+                "        line.checks.append(due)",
+                "        line.fresh = False\n        line.checks.append(due)",
+            ),
+        ),
+        (f"{_HOLES}test_h13_all_calls_on_a_connection_compare_until_one_is_answered",),
+    ),
+    Mutant(
+        "a refused connection is trusted when another is found true",
+        (Patch("statecache/hot/wire.py", "        wire.fresh = not sent_at\n", "        wire.fresh = False\n"),),
+        (f"{_HOLES}test_h13_all_calls_on_a_connection_compare_until_one_is_answered",),
+    ),
+    Mutant(
+        "any reply answers the check that was sent last",
+        (
+            Patch(
+                "statecache/hot/store.py",
+                "        sent_at = line.checks.popleft()",
+                "        sent_at = max(line.checks)\n        line.checks.popleft()",
+            ),
+        ),
+        (
+            f"{_HOLES}test_h13_reply_of_an_unchecked_call_says_nothing_of_the_check_behind_it",
+            "tests/integration/test_aio_order.py::test_the_reply_of_an_unchecked_call_says_nothing_of_the_check_behind_it",
+        ),
     ),
     Mutant(
         "a partition of another deployment is fenced",
