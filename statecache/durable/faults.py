@@ -95,6 +95,13 @@ _MESSAGES: dict[type[errors.StateCacheError], str] = {
 }
 
 
+_NO_SUCH_STATEMENT = ("26000", "42P05")
+_POOLER = (
+    "; behind a transaction pooler that knows no prepared statements, put ?prepare_threshold=none at the end of the database's "
+    "URL"
+)
+
+
 def kind_of(error: BaseException) -> type[errors.StateCacheError] | None:
     """Return the class of ours that a driver's error means, or None for a mistake of the program."""
     original = getattr(error, "orig", None) or error
@@ -133,7 +140,8 @@ def _detail(kind: type[errors.StateCacheError], error: BaseException) -> str:
     parts = [type(original).__name__, code, constraint]
     if kind not in (Refused, KeyHit):
         parts.append(": " + (str(original).splitlines() or [""])[0])
-    return " ".join(part for part in parts if part).replace(" : ", ": ")
+    hint = _POOLER if code in _NO_SUCH_STATEMENT else ""
+    return " ".join(part for part in parts if part).replace(" : ", ": ") + hint
 
 
 @contextlib.contextmanager

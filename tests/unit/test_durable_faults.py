@@ -80,6 +80,16 @@ def test_errors_without_a_code() -> None:
     assert faults.kind_of(sa.exc.ArgumentError("a mistake of ours")) is None
 
 
+@pytest.mark.parametrize("kind", [psycopg.errors.InvalidSqlStatementName, psycopg.errors.DuplicatePreparedStatement])
+def test_a_pooler_without_prepared_statements_is_told_of(kind: type[psycopg.Error]) -> None:
+    """What PgBouncer 1.18 answers in transaction mode."""
+    with (
+        pytest.raises(errors.StateCacheError, match="prepare_threshold=none"),
+        faults.translated(pysqlite.dialect(dbapi=sqlite3)),
+    ):
+        raise _wrapped(kind('prepared statement "_pg3_0"'))
+
+
 def test_data_stays_out_of_messages_and_the_driver_error_is_the_cause() -> None:
     dialect = pysqlite.dialect(dbapi=sqlite3)
     original = psycopg.errors.UniqueViolation("Key (id)=(secret) already exists.")
