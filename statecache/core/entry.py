@@ -59,6 +59,7 @@ class EntryId(msgspec.Struct, frozen=True, order=True, gc=False):
 
 
 ZERO = EntryId(0, 0)
+_NUMBER_END = 2**63
 
 
 class Entry(msgspec.Struct, frozen=True, gc=False):
@@ -107,9 +108,16 @@ def parse_line(line: str) -> Entry:
         (entry_id, machine, id, version, event, source, target, at, transition_id, actor, reason, occurred, patch, unset,
          increments, machine_version) = line.split(SEPARATOR)  # fmt: skip
         epoch, seq = entry_id.split("-")
+        number, at_ms, of_machine = int(version), int(at), int(machine_version)
+        if (number | at_ms | of_machine << 32) >> 63:  # SQL has columns of 64 bits, and of 32 for the machine's version
+            raise ValueError("a number is out of range")
+        if occurred and not -_NUMBER_END < int(occurred) < _NUMBER_END:
+            raise ValueError("a number is out of range")
+        if event == EVENT_EPOCH:
+            EntryId.parse(source)
         return Entry(
-            EntryId(int(epoch), int(seq)), intern(machine), id, int(version), intern(event), intern(source),
-            intern(target), int(at), transition_id, actor, reason, occurred, patch, unset, increments, int(machine_version),
+            EntryId(int(epoch), int(seq)), intern(machine), id, number, intern(event), intern(source), intern(target), at_ms,
+            transition_id, actor, reason, occurred, patch, unset, increments, of_machine,
         )  # fmt: skip
     except ValueError as error:
         entry_id, *parts = line.split(SEPARATOR)

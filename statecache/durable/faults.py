@@ -152,6 +152,9 @@ def translated(dialect: sa.Dialect) -> Iterator[None]:
     except (sa.exc.SQLAlchemyError, dialect.loaded_dbapi.Error, UnicodeEncodeError, OverflowError) as error:
         kind = kind_of(error)
         if kind is None:
-            raise
+            original = getattr(error, "orig", None)
+            if original is None:
+                raise
+            raise original from error  # a signal's handler raised it while SQLAlchemy prepared the statement
         message = _MESSAGES.get(kind, _MESSAGES[errors.UnavailableError])
         raise kind(f"{message} ({_detail(kind, error)})") from (getattr(error, "orig", None) or error)

@@ -148,8 +148,8 @@ class GroupCommit:
         self._someone_flushes = someone_flushes
         self._flushes_here = flushes_here
         self._wake = wake
-        self._helping = threading.Lock()
         self._lock = threading.Lock()  # over what follows, until the blank line
+        self._helper: object | None = None
         self._waiting: dict[Waiter, None] = {}
         self._server: Waiter | None = None
         self._leader: int | None = None
@@ -236,20 +236,25 @@ class GroupCommit:
     # --- leader and followers ----------------------------------------------------------------------------------------
 
     def _take_part(self, mine: Waiter) -> None:
+        me = threading.get_ident()
         try:
             with self._lock:
                 self._waiting[mine] = None
                 if self._leader is None:
-                    mine.leads = True
-                    self._leader = threading.get_ident()
+                    mine.leads, self._leader = True, me
             if not mine.leads:
                 self._follow(mine)
             if mine.leads:
                 self._lead(mine)
-        finally:
-            if mine.leads:
-                self._tell()  # of an interrupted round
-            self._leave(mine)
+            self._part(mine)
+        except BaseException:
+            self._part(mine, again=True)  # perhaps interrupted in the midst of it
+            raise
+
+    def _part(self, mine: Waiter, *, again: bool = False) -> None:
+        if mine.leads:
+            self._tell()  # of an interrupted round
+        self._leave(mine, again=again)
 
     def _follow(self, mine: Waiter) -> None:
         """Until answered, or made the leader; or until the leader should have told."""
@@ -265,22 +270,24 @@ class GroupCommit:
             mine.ended = True
         mine.expire()
 
-    def _leave(self, mine: Waiter) -> None:
-        """Be gone; a leader hands over to the first that has a thread."""
+    def _leave(self, mine: Waiter, *, again: bool = False) -> None:
+        """Be gone; a leader hands over to the first that has a thread. ``again``: perhaps it did, and has not woken it."""
         with self._lock:
             self._waiting.pop(mine, None)
             mine.ended = True
             if mine is self._server and not any(one.tell for one in self._waiting):
                 self._server = None
-            if not mine.leads:
-                return
-            mine.leads = False
-            heir = next((one for one in self._waiting if one.tell is None), None)
-            if heir is None:
-                self._leader = None
-            else:
-                heir.leads = True
-                heir.wake()
+            heir = next((one for one in self._waiting if one.leads), None) if again else None
+            if mine.leads:
+                heir = next((one for one in self._waiting if one.tell is None), None)
+                # Nothing is called from here on, so no signal's handler can come in between: then two would lead, or none.
+                mine.leads = False
+                if heir is None:
+                    self._leader = None
+                else:
+                    heir.leads = True
+        if heir is not None:
+            heir.wake()
 
     def _lead(self, mine: Waiter) -> None:
         while not mine.ended:
@@ -330,7 +337,9 @@ class GroupCommit:
             self._untold[-1].wake()
             self._untold.pop()
 
-    def _ask(self, waiting: Sequence[Waiter]) -> None:
+    def _ask(self, waiting: Sequence[Waiter], *, again: bool = False) -> None:
+        """One statement for all. What goes wrong with one's receipts goes wrong each time, and is raised in its call; what does
+        not come again was raised by a signal's handler (a job's timeout), and ends the call of this thread."""
         addresses = [one.addresses[index] for one in waiting for index in one.left]
         if not addresses:
             return
@@ -339,12 +348,14 @@ class GroupCommit:
         except errors.UnavailableError as error:
             self._note(error, waiting)
             return
-        except Exception as error:  # raised in the call that it belongs to
-            if len(waiting) == 1:
+        except Exception as error:
+            if again:
                 waiting[0].error = error
-            else:
-                for one in waiting:
-                    self._ask([one])
+                return
+            for one in waiting:
+                self._ask([one], again=True)
+            if not any(one.error for one in waiting):
+                raise
             return
         start = 0
         for one in waiting:
@@ -401,12 +412,22 @@ class GroupCommit:
 
     def help(self, deadline: float, partitions: Sequence[int] | None) -> bool:
         """Run a step of the flusher, unless another thread does; True if it moved entries."""
-        if not self._helping.acquire(blocking=False):
-            return False  # what that one commits gives the signal
+        mine = object()
         try:
-            return self._push(deadline, partitions)
-        finally:
-            self._helping.release()
+            with self._lock:
+                if self._helper is not None:
+                    return False  # what that one commits gives the signal
+                self._helper = mine
+            moved = self._push(deadline, partitions)
+            self._end_help(mine)
+            return moved
+        except BaseException:
+            self._end_help(mine)  # not in a ``finally``, which may be interrupted at its first step
+            raise
+
+    def _end_help(self, mine: object) -> None:
+        if self._helper is mine:
+            self._helper = None
 
 
 def _is_answered(one: Waiter) -> bool:

@@ -65,6 +65,8 @@ came at that moment took up to 40 ms instead of 12; with 500 the flusher itself 
 FLUSH_SECONDS_MAX = 30
 """PostgreSQL ends a longer transaction: its process was perhaps stopped, and others wait for its partitions. A batch that takes
 nearly as long is tried again in smaller ones; the smallest may take as long as any transaction."""
+_KEPT_MARKS = 200
+"""Into about how many parts the kept tail is divided; a part is trimmed when all of it is old enough."""
 _REFUSALS = (Refused, KeyHit)
 
 
@@ -332,8 +334,7 @@ class Flusher:
 
     def _forget(self, pair: scripts.Stamp) -> None:
         self._cache.clear()
-        self._kept.clear()
-        self._told.clear()
+        self._told.clear()  # not the marks of the kept tail: with each one forgotten it would grow for as long again
         self._stamp = pair
 
     # --- the SQL transaction -----------------------------------------------------------------------------------------
@@ -371,7 +372,7 @@ class Flusher:
         _log.error("dead letter: %s:%s, entry %s: %s", *instance, record.entry_id, error, extra=place)
         try:
             return self._transaction([batch], {instance: str(error)})
-        except KeyHit:  # another letter has its version: keep it under its entry id
+        except _REFUSALS:  # another letter has its version, or SQL refuses the letter too: keep it under its entry id
             return self._transaction([batch.estranged()], {})
 
     def _transaction(
@@ -430,7 +431,7 @@ class Flusher:
             return watermark
         now = time.monotonic()
         marks = self._kept.setdefault(partition, collections.deque([(now, entry.ZERO)]))
-        if marks[-1][1] < watermark:
+        if marks[-1][1] < watermark and now - marks[-1][0] >= self.log_keep_seconds / _KEPT_MARKS:
             marks.append((now, watermark))
         while len(marks) > 1 and marks[1][0] <= now - self.log_keep_seconds:
             marks.popleft()
@@ -467,7 +468,7 @@ class Flusher:
     ) -> None:
         """Step until told to stop, with ``leases`` only the partitions that they give. ``on_turn`` is called every time around.
 
-        Errors of the servers are logged and waited out, never fatal. The leases are left to the caller.
+        Errors are logged and waited out, never fatal. The leases are left to the caller.
         """
         failures, well = 0, True
         mine: Sequence[int] = self.partitions
@@ -479,14 +480,15 @@ class Flusher:
                     self._at_work = max(1, len(mine))
                 step = self.step(partitions=mine)
                 failures, well = 0, True
-            except errors.StateCacheError as error:
+            except Exception as error:  # also a mistake of ours: what is still well must not stop with it
                 failures += 1
                 well = not isinstance(error, errors.UnavailableError)
                 if not well:
                     self._revive()
                 # A database that gave way to another writer is no news, unless it goes on so.
                 level = logging.INFO if isinstance(error, Transient) and failures < 5 else logging.WARNING
-                _log.log(level, "flush failed, trying again: %s", error, extra={"failures": failures})
+                unknown = None if isinstance(error, errors.StateCacheError) else error
+                _log.log(level, "flush failed, trying again: %s", error, extra={"failures": failures}, exc_info=unknown)
                 stop.wait(min(2.0, 0.05 * 2 ** min(failures, 6)) * random.uniform(0.5, 1.0))
                 continue
             on_step(step)

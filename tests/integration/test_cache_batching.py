@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dis
 import itertools
 import sys
 import threading
@@ -14,11 +13,8 @@ import pytest
 from statecache.core import errors, items
 from statecache.engine import batcher as batcher_module
 from statecache.engine.batcher import Batcher
-from tests.support.waiting import interrupted_when, wait_until
-
-
-class Interrupt(BaseException):
-    """What a signal's handler raises: KeyboardInterrupt, SystemExit, a job's timeout."""
+from tests.support.interruptions import Interrupt, Interruption, interrupted_when
+from tests.support.waiting import wait_until
 
 
 class Server:
@@ -141,30 +137,6 @@ def test_interrupted_leader_loses_its_followers_calls_and_no_more() -> None:
     assert Call(batcher, "next").answer().code == "OK"
 
 
-class Interruption:
-    """A tracer that interrupts its thread at the ``nth`` place in the batcher's code where Python looks for signals: behind
-    a call, at the beginning of a function, at the end of a loop's turn."""
-
-    PLACES = frozenset({"RESUME", "CALL", "CALL_FUNCTION_EX", "JUMP_BACKWARD"})
-
-    def __init__(self, nth: int) -> None:
-        self.left = nth
-        self.before: dict[Any, str] = {}
-
-    def __call__(self, frame: Any, event: str, argument: object) -> Any:
-        if frame.f_code.co_filename != batcher_module.__file__:
-            return None
-        frame.f_trace_opcodes = True
-        if event == "opcode":
-            before = self.before.get(frame)
-            self.before[frame] = dis.opname[frame.f_code.co_code[frame.f_lasti]]
-            if before in self.PLACES:
-                self.left -= 1
-                if self.left == 0:
-                    raise Interrupt
-        return self
-
-
 @pytest.mark.parametrize(("leaders_max", "items_max"), [(1, 250), (2, 250), (1, 1)])
 @pytest.mark.parametrize("role", ["lone", "leader", "heir", "follower"])
 def test_interrupted_at_every_place(role: str, leaders_max: int, items_max: int) -> None:
@@ -173,7 +145,7 @@ def test_interrupted_at_every_place(role: str, leaders_max: int, items_max: int)
     answered: with OK if his batch was answered, with LOST if it went with the interrupted one; nothing is sent twice, and the
     next call is served."""
     for nth in itertools.count(1):
-        interruption = Interruption(nth)
+        interruption = Interruption(nth, batcher_module.__file__)
         server = Server()
         batcher = Batcher(server.apply, items_max, leaders_max)
         others: list[Call] = []

@@ -16,7 +16,7 @@ from statecache.durable.rows import Advance, Idle
 from statecache.durable.store import DurableStore
 from tests.support import batches, plans, proxy, servers
 from tests.support.batches import NOW_MS, Log, flushed, ids, partition_of
-from tests.support.waiting import interrupted_when
+from tests.support.interruptions import Interrupt, JobTimeoutError, interrupted_when
 
 
 @pytest.fixture
@@ -308,16 +308,8 @@ def test_the_url_says_whether_statements_are_prepared(postgres_url: str, thresho
         assert bool(made.database.read(lambda connection: connection.execute(asked).scalar_one())) is prepared
 
 
-class JobTimeoutError(Exception):
-    """What RQ's handler of SIGALRM raises."""
-
-
-class Stopped(BaseException):
-    """What no ``except Exception`` sees."""
-
-
 @pytest.mark.postgres
-@pytest.mark.parametrize("kind", [JobTimeoutError, Stopped])
+@pytest.mark.parametrize("kind", [JobTimeoutError, Interrupt])
 @pytest.mark.parametrize("what", ["prepared", "built", "in a transaction", "in a snapshot"])
 def test_interrupted_statement_takes_no_place_of_the_pool(
     postgres_server: servers.PostgresServer, postgres_url: str, kind: type[BaseException], what: str

@@ -595,6 +595,101 @@ def test_strangers_bytes_stop_nobody(world: World, text: bytes) -> None:
     assert world.versions("1") == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize(
+    ("part", "text"),
+    [
+        ("version", str(10**30)), ("version", "-1"), ("at_ms", str(10**30)), ("machine_version", str(2**31)),
+        ("occurred_ms", "abc"), ("occurred_ms", str(10**30)), ("event", "@epoch"),
+    ],
+)  # fmt: skip
+def test_records_that_look_like_ours_stop_nobody(world: World, part: str, text: str) -> None:
+    """P10. A stranger's record has as many parts as ours, but what no column takes or no mark says: it is kept as a stranger's,
+    and what is behind it is flushed, by a flusher and by a recovery."""
+    id = world.id(0)
+    world.start(id)
+    parts = dict.fromkeys(entry.PARTS, "") | {
+        "machine": "order", "id": "x", "version": "1", "event": "@start", "to_state": "placed", "at_ms": "1700000000000",
+        "transition_id": "theirs", "machine_version": "1", part: text,
+    }  # fmt: skip
+    for begun_by in (world.flush, world.disown):
+        last = _last(world, 0)
+        place = f"{last.epoch}-{last.seq + 1}"
+        world.client.xadd(world.keyspace.log(0), {"e": entry.SEPARATOR.join(parts.values())}, id=place)
+        begun_by()
+        world.orders.transition(id, "note")
+        world.flush()
+        assert len(world.durable.letters("@foreign", f"0:{place}")) == 1
+    assert world.versions(id) == [1, 2, 3]
+
+
+def test_letter_that_sql_refuses_is_kept_under_its_entry_id(lite: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """P10. SQL refuses an entry, and the letter of it too: it is kept as a stranger's, whose parts are one text."""
+    id = lite.id(0)
+    lite.start(id)
+    original = FlushTransaction.insert_letters
+
+    def refusing(self: Any, rows: Any, *arguments: Any) -> None:
+        if any(row[3] == "order" for row in rows):
+            raise faults.Refused("not this letter")
+        original(self, rows, *arguments)
+
+    def no_history(self: Any, lines: Any, *arguments: Any, **named: Any) -> None:
+        if any("note" in line for line in lines):
+            raise faults.Refused("not this entry")
+        history(self, lines, *arguments, **named)
+
+    history = FlushTransaction.insert_history
+    monkeypatch.setattr(FlushTransaction, "insert_letters", refusing)
+    monkeypatch.setattr(FlushTransaction, "insert_history", no_history)
+    lite.orders.transition(id, "note")
+    lite.flush()
+    (letter,) = lite.durable.letters("@foreign", f"0:{_last(lite, 0)}")
+    assert "note" in letter.entry.patch.split(entry.SEPARATOR)
+    assert lite.versions(id) == [1]
+
+
+def test_flusher_thread_outlives_a_mistake(lite: World) -> None:
+    """An error that nobody expects ends one step, not the thread that flushes all partitions."""
+    lite.start(lite.id(0))
+    flusher = lite.flusher()
+    stop, steps = threading.Event(), []
+
+    def broken() -> None:
+        raise ZeroDivisionError
+
+    with before_call(flusher, "_commit", broken):
+        thread = threading.Thread(target=flusher.run, args=(stop, steps.append))
+        thread.start()
+        wait_until(lambda: any(step.entries for step in steps), "the step behind the mistake")
+    stop.set()
+    thread.join()
+    assert lite.versions(lite.id(0)) == [1]
+
+
+@pytest.mark.parametrize("overtaken", [False, True])
+def test_kept_tail_is_as_long_as_it_should_be(lite: World, monkeypatch: pytest.MonkeyPatch, overtaken: bool) -> None:
+    """P11. 100 s of the log are kept, 10 entries every 10 s, a commit every second. Also a flusher that another process goes
+    ahead of now and then trims what is older, and remembers no mark of every commit."""
+    id, now = lite.id(0), [1000.0]
+    lite.start(id)
+    flusher, other = lite.flusher(log_keep_seconds=100.0), lite.more(log_keep_seconds=100.0)
+    monkeypatch.setattr("statecache.engine.flusher.time.monotonic", lambda: now[0])
+    for turn in range(40):
+        now[0] += 10
+        for _ in range(10):
+            lite.orders.transition(id, "note")
+        if overtaken and turn % 5 == 4:
+            with before_call(flusher, "_commit", lambda: lite.flusher(other).step(now[0] + 5)):
+                flusher.step(now[0] + 5)
+        else:
+            flusher.step(now[0] + 5)
+    assert 100 <= len(lite.log(0)) <= 125
+    for number in range(100_000):
+        now[0] += 0.01
+        flusher._trim_to(0, entry.EntryId(1, 1000 + number))
+    assert len(flusher._kept[0]) < 210
+
+
 def test_sql_that_went_back_is_flushed_again_from_the_kept_tail(world: World) -> None:
     """The log is kept for the age of the oldest backup. SQL is restored; nobody recovers, nobody is told: the flusher begins at
     SQL's watermark, which is all it trusts, and brings everything back, letter for letter."""

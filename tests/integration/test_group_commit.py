@@ -7,11 +7,14 @@ commit's signal, a deadline or a close ends them: a test decides when SQL is loo
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -23,6 +26,8 @@ from statecache.core import errors, model
 from statecache.engine import commits, letters
 from statecache.engine.leases import Leases, leave_quietly
 from tests.support import plans, refusing, waiting, worlds
+from tests.support.interruptions import Interrupt, Interruption, JobTimeoutError
+from tests.support.waiting import wait_until
 
 LONG = 30.0
 
@@ -423,3 +428,124 @@ def test_a_task_times_out_by_itself(world: worlds.World, redis_url: str, databas
                 assert one.receipt.id == id
 
     asyncio.run(main())
+
+
+# --- interruptions -----------------------------------------------------------------------------------------------------
+
+
+def _interrupted(work: Callable[[], object], nth: int) -> bool:
+    """Do something in a thread of its own that is interrupted at the ``nth`` place in the code; whether there was one."""
+    interruption = Interruption(nth, commits.__file__)
+
+    def body() -> None:
+        sys.settrace(interruption)
+        with suppress(Interrupt):
+            work()
+
+    thread = threading.Thread(target=body)
+    thread.start()
+    thread.join(LONG)
+    assert not thread.is_alive(), f"hangs, interrupted at place {nth}"
+    return interruption.left <= 0
+
+
+@pytest.mark.parametrize("what", ["wait", "flush"])
+def test_interrupted_at_every_place(what: str, tmp_path: Path) -> None:
+    """A wait, or a flush that helps, is interrupted between any two steps, also in the midst of handing over and of cleaning
+    up. The next caller's wait and flush go as if nothing had been."""
+    with worlds.EmulatedWorld(f"sqlite:///{tmp_path}/store.db") as lite:
+        lite.start("done")
+        lite.flush()
+        for nth in itertools.count(1):
+            lite.cache._make_parts()
+            group = lite.cache.commits
+            (*_, receipt) = lite.start(f"{nth}")
+
+            def work(group: Any = group, receipt: Any = receipt) -> None:
+                if what == "wait":
+                    group.wait([receipt], time.monotonic() + LONG)
+                else:
+                    lite.cache.flush(LONG)
+
+            met = _interrupted(work, nth)
+            assert group._leader is None, nth
+            assert not group._waiting, nth
+            assert group._helper is None, nth
+            lite.cache.wait_durable(receipt, LONG)
+            if not met:
+                assert nth > 5
+                return
+
+
+def test_leader_interrupted_at_every_place_of_its_end_hands_over_once(world: worlds.World) -> None:
+    """One leads and its receipt is answered while two wait behind it; it is interrupted at any place on its way out: before it
+    has named its heir, in between, before it has woken it. One of the others leads, and only one."""
+    group = world.cache.commits
+    receipts = started(world, 2)
+    for nth in itertools.count(1):
+        (done,) = world.start(f"done{nth}")
+        first = commits.Waiter([done], 2, float("inf"))
+        first.leads = True
+        others = [commits.Waiter([receipt], 2, float("inf")) for receipt in receipts]
+        group._waiting = dict.fromkeys((first, *others))
+        group._leader = threading.get_ident()
+        interruption = Interruption(nth, commits.__file__)
+
+        def body(first: Any = first, interruption: Any = interruption) -> None:
+            sys.settrace(interruption)
+            with suppress(Interrupt):
+                group._take_part(first)
+
+        first.ended = True  # it has its answer: all that is left is to go
+        thread = threading.Thread(target=body)
+        thread.start()
+        thread.join(LONG)
+        assert not thread.is_alive()
+        leading = [one for one in others if one.leads]
+        if first in group._waiting:
+            continue
+        assert [one.woken.is_set() for one in leading] == [True], nth
+        assert not first.leads
+        assert group._leader is not None
+        group._waiting, group._leader = {}, None
+        if interruption.left > 0:
+            assert nth > 10
+            return
+
+
+@pytest.mark.parametrize("others", [0, 1])
+def test_timeout_of_a_job_reaches_its_own_call(world: worlds.World, others: int) -> None:
+    """A signal's handler raises an ``Exception`` in the leader while SQL answers. It is no receipt's fault: the leader's caller
+    gets it, at once, and who waits beside it gets nothing of it."""
+    mine, theirs = world.start("1")[-1], world.start("2")[-1]
+    calls: list[Call] = []
+    standing, due = world.durable.standing, [True]
+
+    def slow(addresses: Any) -> Any:
+        if threading.current_thread() is threading.main_thread() and due:
+            while len(calls) < others:
+                calls.append(Call(world.cache, theirs))
+                wait_until(lambda: len(world.cache.commits._waiting) == 1 + len(calls), "the other to wait")
+            if len(addresses) == 1 + others:
+                due.clear()
+                raise JobTimeoutError
+        return standing(addresses)
+
+    world.durable.standing = slow  # type: ignore[method-assign]
+    if others:
+        asked = world.cache.commits._look
+        count = [0]
+
+        def twice() -> None:
+            """The other comes during the first look, and is in the second."""
+            asked()
+            count[0] += 1
+            if count[0] == 1:
+                world.cache.commits.signal.give()
+
+        world.cache.commits._look = twice  # type: ignore[method-assign]
+    with pytest.raises(JobTimeoutError):
+        world.cache.wait_durable(mine, LONG)
+    world.flusher().step()
+    world.cache.commits.signal.give()
+    assert [call.result() for call in calls] == [None] * others

@@ -1,12 +1,9 @@
-"""The only place where tests sleep, and the one from which they are interrupted."""
+"""The only place where tests sleep."""
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -26,24 +23,3 @@ def wait_until(
             raise AssertionError(f"waited {timeout_seconds} s in vain for: {description}")
         time.sleep(interval_seconds)
     return result
-
-
-@contextmanager
-def interrupted_when(kind: type[BaseException], condition: Callable[[], object]) -> Iterator[None]:
-    """Let a signal's handler raise this in the main thread, wherever that is, when the condition holds."""
-
-    def handler(number: int, frame: object) -> None:
-        raise kind
-
-    def interrupt() -> None:
-        wait_until(condition, "the moment of the interruption")
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)  # type: ignore[arg-type]
-
-    before = signal.signal(signal.SIGUSR1, handler)
-    thread = threading.Thread(target=interrupt)
-    thread.start()
-    try:
-        yield
-    finally:
-        thread.join()
-        signal.signal(signal.SIGUSR1, before)
