@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from rq.timeouts import JobTimeoutException
+
 from statecache.core import errors, failpoints
 from statecache.engine import eviction, exporting, retention, warming
 from statecache.engine import letters as engine_letters
@@ -118,7 +120,7 @@ def _retry_one(cache: StateCache, machine: str, id: str) -> tuple[int, int]:
         return engine_letters.retry(cache, machine, id), 0
     except errors.NotFoundError:  # somebody was quicker
         return 0, 0
-    except (errors.UnavailableError, errors.RecoveringError):
+    except (errors.UnavailableError, errors.RecoveringError, JobTimeoutException):
         raise
     except Exception as error:  # whatever SQL has against it now: the next instance's may be well
         _log.warning("letters of %s:%s stay: %s", machine, id, error)

@@ -96,7 +96,11 @@ def enqueue_due(queue: queues.SafeQueue, periodic: Periodic, now_seconds: float)
         pipeline.watch(key)
         note: Any = pipeline.get(key)
         last = _note(note)
-        if last is not None and last["interval"] == periodic.interval_seconds and last["period"] >= period:
+        if (
+            last is not None
+            and last["interval"] == periodic.interval_seconds
+            and period <= last["period"] <= period + 1
+        ):
             return None
         if last is not None and pipeline.hget(queues.SafeJob.key_for(str(last["id"])), "status") in _UNDER_WAY:
             return None

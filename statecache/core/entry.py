@@ -137,6 +137,11 @@ def foreign(partition: int, entry_id: EntryId, text: str) -> Entry:
     return Entry(entry_id, FOREIGN, f"{partition}:{entry_id}", 0, FOREIGN, "", "", 0, "", "", "", "", text, "", "", 0)
 
 
+def apart(partition: int, record: Entry) -> Entry:
+    """An entry as ``foreign`` keeps it: under its own id, where another has its version."""
+    return foreign(partition, record.entry_id, SEPARATOR.join(str(getattr(record, name)) for name in PARTS))
+
+
 def follows(entry_id: EntryId, cursor: EntryId, prev: EntryId | None) -> bool:
     """Tell whether the entry stands right behind ``cursor``; ``prev`` is that of a mark, else None (protocol hole H5)."""
     if prev is not None:

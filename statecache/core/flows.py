@@ -217,6 +217,7 @@ def transition(request: Request, answered: items.Outcome | None = None) -> Gener
                 yield Admit(code)
                 # Nothing that was read before is used: begin again.
                 item.absent, item.expected = "", request.expect_version or 0
+                item.asked = item.expected
                 guard_wanted = request.guard is not None
             elif code in _PAUSES:
                 item.retry = item.retry or code == "LOST"
@@ -227,7 +228,8 @@ def transition(request: Request, answered: items.Outcome | None = None) -> Gener
                 known = yield from _long_ago(request)
                 if known is not None:
                     return _confirmed(outcome, known)
-                guard_wanted = _pin(request, int(outcome.words[0]), verdict)
+                item.asked = int(outcome.words[0])
+                guard_wanted = _pin(request, item.asked, verdict)
             elif code == "VERSION":
                 guard_wanted = _pin(request, int(outcome.words[0]), verdict)
             else:
@@ -259,8 +261,8 @@ def _confirmed(outcome: items.Outcome, made: model.Receipt) -> model.Receipt:
 def _pin(request: Request, version: int, verdict: errors.StateCacheError | None) -> bool:
     """The instance is at another version than the item's: refuse, or ask for this version. True = consult the guard again.
 
-    An item that is a repetition is not applied up to this version (history was asked); what may happen until it is sent
-    again is refused by the script, because the item then names this version (H16).
+    What may happen until it is sent again is refused by the script, because the item then names this version; that a repetition
+    is not applied up to some version (history was asked) is another matter, which ``Item.asked`` tells it (H16).
     """
     if verdict is not None:
         raise verdict

@@ -237,7 +237,7 @@ def after_letters(before: Folded | None, records: Sequence[entry.Entry], partiti
     base = Folded(
         first.machine, first.id, partition, first.to_state, first.version, first.entry_id,
         before.created_ms if before else first.at_ms, first.at_ms, first.machine_version,
-        before.recent if before else "", data_text(data),
+        "", data_text(data),  # a ring ends at its instance's version: that of before would name others
     )  # fmt: skip
     require_next(base, records[1:])
     return after(base, records[1:], partition) if len(records) > 1 else base

@@ -73,11 +73,13 @@ class Item(msgspec.Struct, gc=False):
     """A guard has seen the version that it names: refused for its version it comes back, so nothing may be sent behind it."""
     claim: str = ""
     """The fencing token of the claim under which it is sent."""
+    asked: int = 0
+    """A repetition was not applied up to this version: history was asked, or its caller expects this version."""
 
     def pack_into(self, flat: list[object], partition_index: int, move_index: int, shape_index: int) -> None:
         """Append what ``apply.lua`` reads of an item."""
         if self.expected or self.retry or self.absent or self.unset or self.increments or self.claim:
-            extras = (1 if self.retry else 0, self.absent, self.unset, self.increments, self.claim)
+            extras = (self.asked if self.retry else -1, self.absent, self.unset, self.increments, self.claim)
             flat += (partition_index, self.id, move_index, self.token, self.tail, -shape_index, self.expected, extras)
         else:
             flat += (partition_index, self.id, move_index, self.token, self.tail, shape_index)

@@ -33,6 +33,8 @@ class Hash(msgspec.Struct, frozen=True):
     updated_ms: int
     ring: str
     data: dict[str, str]
+    parked: bool = False
+    """SQL refused an entry of it."""
 
     @classmethod
     def parse(cls, fields: Mapping[bytes, bytes]) -> Hash | None:
@@ -44,7 +46,7 @@ class Hash(msgspec.Struct, frozen=True):
             data = {name.decode(): text.decode() for name, text in fields.items() if name not in (b"@", b"@r", b"@c")}
             return cls(
                 words[0], int(words[1]), entry.EntryId.parse(words[2]), int(words[3]), int(words[4]), int(words[5]),
-                fields.get(b"@r", b"").decode(), data,
+                fields.get(b"@r", b"").decode(), data, "p" in "".join(words[6:]),
             )  # fmt: skip
         except ValueError:  # no number, no UTF-8
             return None
@@ -96,9 +98,13 @@ def sql_behind(
             continue
         mend.covered += next_version - 1 - sql.version
         now = _before(instance, partition, later, hot, sql, watermark, next_version - 1)
-        row = _reconciled(now, sql, transition_id, complete=hot is not None)
+        # A parked hash holds what SQL refused before it went back, and would refuse again, and all the mending with it.
+        complete = hot is not None and (not hot.parked or bool(sql.letters))
+        if not complete:
+            now = msgspec.structs.replace(now, data="{}")
+        row = _reconciled(now, sql, transition_id, complete=complete)
         address = ":".join(instance)
-        if hot is None or sql.letters:
+        if not complete or sql.letters:
             mend.letters.append(row[: len(_ENTRY_COLUMNS)])
             mend.parked += 1
             mend.findings.append(f"{address}: versions {sql.version + 1} to {now.version} are lost, parked")
@@ -128,7 +134,7 @@ def _before(
     if hot is not None:
         touched = {name for record in later for name in fold.touched(record)}
         data = {name: msgspec.Raw(text.encode()) for name, text in hot.data.items() if name not in touched}
-        ring = hot.ring[: len(hot.ring) - codec.TOKEN_LENGTH * len(later)] if later else hot.ring
+        ring = hot.ring[: max(0, len(hot.ring) - codec.TOKEN_LENGTH * len(later))]
     state = later[0].from_state if later else hot.state if hot else ""
     created = hot.created_ms if hot else kept.created_ms if kept else later[0].at_ms
     updated = later[0].at_ms if later else hot.updated_ms if hot else created
@@ -166,7 +172,11 @@ def diverged(
         strange = [one for one in records if (*instance, one.version, one.transition_id) not in held]
         if not strange:
             continue
-        mend.letters += [fold.entry_row(partition, one) for one in strange]
+        taken = {version for version, _ in known.get(instance, Known()).letters}
+        for one in strange:
+            # Letters are told apart by their versions: the second of a version is kept as a stranger's, as the flusher does.
+            mend.letters.append(fold.entry_row(partition, entry.apart(partition, one) if one.version in taken else one))
+            taken.add(one.version)
         mend.parked += 1
         versions = ", ".join(str(one.version) for one in strange[:10])
         mend.findings.append(

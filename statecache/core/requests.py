@@ -215,6 +215,8 @@ class Door:
         )
         if dropped or increments:
             item.unset, item.increments = dropped, increments
+        if expect_version is not None:
+            item.asked = expect_version
         return flows.Request(item, address, own_id, self.definition.available_events, expect_version, guard)
 
 

@@ -50,10 +50,14 @@ class Admission:
         """Return when Redis is admitted. Raises ``RecoveringError`` or ``UnavailableError`` at the deadline, and
         ``ConfigurationError`` for a Redis that belongs to another deployment."""
         stamp = self._hot.stamp
-        with self._lock:
+        if not self._lock.acquire(timeout=min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX)):
+            raise errors.RecoveringError("another call of this process is waiting for Redis to be admitted; try again")
+        try:
             if code in ("EPOCH", "NOSCRIPT") and self._hot.stamp != stamp:
                 return  # another thread has just been admitted
             self._ensure_alone(deadline)
+        finally:
+            self._lock.release()
 
     def _ensure_alone(self, deadline: float) -> None:
         attempt = 0
@@ -93,7 +97,7 @@ class Admission:
             if (
                 under_way
                 and not processes.is_gone(recovery.process)
-                and time.time() * 1000 - sign_ms < HEARTBEAT_STALE_MS
+                and abs(time.time() * 1000 - sign_ms) < HEARTBEAT_STALE_MS  # one from a clock ahead is no sign of life
             ):
                 return errors.RecoveringError(
                     f"a recovery is under way (epoch {row.epoch}); try again when it has ended"

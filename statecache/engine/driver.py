@@ -341,7 +341,8 @@ class Driver:
                 own = self.hot.own_field(partition, machine, id)
                 return None if own is None else int(own.split(b" ")[1])
             case flows.Unflushed(partition, machine, id, whole):
-                return self.hot.find(partition, machine, id, whole=whole)
+                code, entries = self.hot.find(partition, machine, id, whole=whole)
+                return code, self._not_discarded(entries) if whole else entries
             case flows.Recorded(machine, id):
                 return self._recorded(machine, id)
             case claims.Ask():
@@ -383,12 +384,20 @@ class Driver:
             part = str(wish.version) if wish.transition_id is None else wish.transition_id
             wanted = partitions.setdefault(wish.partition, {})
             wanted.setdefault((wish.machine, wish.id), []).append(part)
-        records = fold.by_instance(
+        entries = [
             record
             for partition, wanted in partitions.items()
             for record in self._log_entries(partition, wanted, deadline, whole=whole)
-        )
+        ]
+        records = fold.by_instance(self._not_discarded(entries) if whole else entries)
         return [_meant(wish, records.get((wish.machine, wish.id), ())) for wish in wishes]
+
+    def _not_discarded(self, entries: list[entry.Entry]) -> list[entry.Entry]:
+        """What counts of a log's entries below its watermark: not those that an operator discarded."""
+        if not entries:
+            return entries
+        gone = {(one.machine, one.id, one.entry_id) for one in self.durable.discards()}
+        return [one for one in entries if (one.machine, one.id, one.entry_id) not in gone]
 
     def _log_entries(
         self, partition: int, wanted: Mapping[tuple[str, str], Sequence[str]], deadline: float, *, whole: bool

@@ -542,6 +542,7 @@ class _Attempt:
         self._drop(row.partition, fenced, watermark, [])
         for start in range(0, len(mend.drops), _DROP_PAGE):
             self._drop(row.partition, fenced, watermark, mend.drops[start : start + _DROP_PAGE])
+            self._beat()
         move = Advance(
             row.partition, self.stamp.epoch, self.stamp.owner, row.watermark, watermark, probed.last, _now_ms()
         )
@@ -599,6 +600,7 @@ class _Attempt:
             for address in page:
                 letters = self._letters(address) if address in parked else ()
                 known[address] = mending.Known(kept.get(address), letters)
+            self._beat()
         return known
 
     def _in_sql(self, instances: Iterable[fold.Instance]) -> Iterator[tuple[str, str, int, str]]:
@@ -610,6 +612,7 @@ class _Attempt:
                 yield *instance, row.version, row.transition_id
             for version, transition_id in self._letters(instance):
                 yield *instance, version, transition_id
+            self._beat()
 
     # --- step 5 ------------------------------------------------------------------------------------------------------
 

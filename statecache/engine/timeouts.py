@@ -166,7 +166,7 @@ class Timeouts:
         deadline_ms = seen.updated_ms + timeout.ms
         if deadline_ms > now_ms:
             return None, _reminder(one, deadline_ms)
-        if seen.parked:
+        if seen.parked and self._cache.durable.letters(seen.machine, seen.id):  # without letters the call unparks it
             return None, _reminder(one, now_ms + RETRY_MS)
         move = model.Move(
             seen.id, timeout.event, actor=ACTOR, reason=f"timeout after {timeout.ms / 1000:g} s in {seen.state}",

@@ -89,6 +89,7 @@ class Lab:
         unset: Sequence[str] = (),
         increments: Sequence[Sequence[str]] = (),
         retry: bool = False,
+        asked: int = 0,
         absent: str = "",
         token: str = "",
     ) -> items.Item:
@@ -96,7 +97,8 @@ class Lab:
         tail = "\x1f".join([transition_id, "", "", "", codec.patch_text(pairs[::2], pairs[1::2]), " ".join(unset)])
         return items.Item(
             partition, id, move, expected, token or codec.token_of(transition_id), tail, tuple(pairs[::2]), list(pairs[1::2]),
-            transition_id, retry=retry, absent=absent, unset=list(unset), increments=[list(one) for one in increments],
+            transition_id, retry=retry, asked=asked, absent=absent, unset=list(unset),
+            increments=[list(one) for one in increments],
         )  # fmt: skip
 
     def apply(self, *batch: items.Item) -> list[str]:

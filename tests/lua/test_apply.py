@@ -99,12 +99,15 @@ def test_ring_that_dropped_nothing_answers_no_old(lab: Any) -> None:
     assert lab.apply(lab.item(lab.NOTE, retry=True))[0].startswith("OK 9 ")
 
 
-def test_old_is_not_asked_of_an_item_that_names_the_version(lab: Any) -> None:
-    """What history was asked for up to this version goes on; at any other version it is OLD again."""
+@pytest.mark.parametrize("expected", [0, 10])
+def test_old_is_not_asked_again_of_what_history_was_asked_for(lab: Any, expected: int) -> None:
+    """Of ten versions the ring holds eight: what history was asked for up to the second is new; that an item names the version
+    that it wants to find, as a guarded one does, says nothing of that."""
     lab.start()
-    lab.note(times=8)
-    assert lab.apply(lab.item(lab.NOTE, retry=True, expected=8)) == ["OLD 9"]
-    assert lab.apply(lab.item(lab.NOTE, retry=True, expected=9))[0].startswith("OK 10 ")
+    lab.note(times=9)
+    for asked in (0, 1):
+        assert lab.apply(lab.item(lab.NOTE, retry=True, asked=asked, expected=expected)) == ["OLD 10"]
+    assert lab.apply(lab.item(lab.NOTE, retry=True, asked=2, expected=expected))[0].startswith("OK 11 ")
 
 
 def test_token_across_two_others_is_no_hit(lab: Any) -> None:

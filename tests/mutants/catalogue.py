@@ -509,12 +509,34 @@ MUTANTS = [
         (*_codes("apply", "PARKED"), f"{_LETTERS}test_who_waits_for_it_is_told[sqlite sync]"),
     ),
     Mutant(
+        "a version that a guard has seen stands for a question to history",
+        (
+            Patch(
+                _ITEM,
+                "version - #ring / 8 > extras[1] then",
+                "version - #ring / 8 > extras[1] and expected ~= version + 0 then",
+            ),
+        ),
+        ("tests/integration/test_review_findings.py::test_repetition_of_a_guarded_call_is_applied_once",),
+    ),
+    Mutant(
+        "what was discarded counts as long as the log holds it",
+        (
+            Patch(
+                "statecache/engine/driver.py",
+                "        return [one for one in entries if (one.machine, one.id, one.entry_id) not in gone]",
+                "        return [one for one in entries if gone or one]",
+            ),
+        ),
+        ("tests/integration/test_review_findings.py::test_repetition_of_what_was_discarded_is_applied",),
+    ),
+    Mutant(
         "a ring that dropped ids is believed",
         (
             Patch(
                 _ITEM,
-                "  if extras and extras[1] == 1 and version + 0 > #ring / 8",
-                "  if false and version + 0 > #ring / 8",
+                "  if extras and extras[1] >= 0 and version - #ring / 8",
+                "  if false and version - #ring / 8",
             ),
         ),
         (*_codes("apply", "OLD"), f"{_CLIENT}test_an_id_that_the_ring_has_dropped"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import msgspec
 import pytest
 
 from statecache.core import codec, entry, fold, mending, model
@@ -165,7 +166,9 @@ def test_hash_of_its_fields() -> None:
     fields = {b"@": b"paid 3 1-7 10 2 20", b"@r": tokens(1, 2, 3).encode(), b"a": b'"x"'}
     found = mending.Hash.parse(fields)
     assert found == mending.Hash("paid", 3, EntryId(1, 7), 10, 2, 20, tokens(1, 2, 3), {"a": '"x"'})
-    assert mending.Hash.parse({**fields, b"@": b"paid 3 1-7 10 2 20 p"}) == found
+    for flags, parked in ((b"w", False), (b"p", True), (b"pw", True)):
+        flagged = mending.Hash.parse({**fields, b"@": b"paid 3 1-7 10 2 20 " + flags})
+        assert flagged == msgspec.structs.replace(found, parked=parked)
 
 
 @pytest.mark.parametrize("fields", [{}, {b"a": b"1"}, {b"@": b"nonsense"}, {b"?": b"WRONGTYPE"}])

@@ -43,7 +43,7 @@ def test_transition_as_an_item() -> None:
     )
     flat: list[object] = []
     item.pack_into(flat, 2, 5, 7)
-    extras = (0, "", ["c"], [["n", "2", "i"]], "")
+    extras = (-1, "", ["c"], [["n", "2", "i"]], "")
     assert flat == [2, "1", 5, item.token, item.tail, -7, 3, extras, "1", '"x"']
 
 

@@ -19,7 +19,8 @@ local items, here, refused, evicted, prefixes = cjson.decode(ARGV[1]), identity(
 local match, dry = string.match, ARGV[2] == '1'
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
--- A claim goes with the hash, so that its holder would be kept out: it is dropped when the claim has expired.
+-- A claim goes with the hash, so that its holder would be kept out: it is dropped when the claim has expired. But a parked one
+-- that SQL has decided about lets nobody in, its holder neither.
 local function claimed(key)
   local held = redis.call('HGET', key, '@c')
   return held and (tonumber(match(held, '^%S+ (%d+) ')) or 0) > now
@@ -48,7 +49,7 @@ for n = 1, #items do
     lines[n] = 'KEPT moved'
   elseif id_above(entry_id, watermark) then
     lines[n] = 'KEPT unflushed'
-  elseif match(flags, 'c') and claimed(key) then
+  elseif match(flags, 'c') and not (match(flags, 'p') and unpark == 1) and claimed(key) then
     lines[n] = 'KEPT claimed'
   else
     if not dry then

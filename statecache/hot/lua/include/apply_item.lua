@@ -43,7 +43,7 @@ while behind < last do
         local back = (#ring - place - 7) / 8
         line = 'DUP ' .. (version - back) .. ' ' .. (back == 0 and match(now, '^%S+ %d+ (%S+)') or '-') break
       end
-      if extras and extras[1] == 1 and version + 0 > #ring / 8 and expected ~= version + 0 then
+      if extras and extras[1] >= 0 and version - #ring / 8 > extras[1] then
         call('HSET', key, '@r', ring) -- it may prove a duplicate: a WAIT after this call speaks of it too
         line = 'OLD ' .. version break
       end

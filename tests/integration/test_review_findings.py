@@ -1,0 +1,284 @@
+"""What readings of the code found, each interleaving forced: repetitions behind guards, letters that were discarded, recoveries
+that met what they had not expected."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+
+import pytest
+
+from statecache import Move, State, StateMachine
+from statecache.core import codec, entry, errors, mending, model
+from statecache.durable import recoveries
+from statecache.engine import letters, timeouts
+from tests.support import refusing, worlds
+from tests.support.worlds import after_call, before_call
+
+ONLY_SYNC = pytest.mark.parametrize("client", ["sync"])
+
+
+def always(seen: model.Snapshot) -> bool:
+    return True
+
+
+class Tick(StateMachine):
+    """An instance that stays where it is, with a guard or without."""
+
+    open = State(initial=True)
+    shut = State(final=True)
+    note = open.to(open)
+    bump = open.to(open, guard=always)
+    close = open.to(shut)
+
+
+class Slow(StateMachine):
+    """An instance that is closed when nothing happens."""
+
+    waiting = State(initial=True, timeout=timedelta(milliseconds=50), on_timeout="expire")
+    expired = State(final=True)
+    note = waiting.to(waiting)
+    expire = waiting.to(expired)
+
+
+@pytest.fixture
+def world(redis_url: str, sqlite_url: str, namespace: str, client: str) -> Iterator[worlds.World]:
+    with worlds.World(redis_url, sqlite_url, namespace, client=client, log_keep_seconds=3600.0) as made:
+        yield made
+
+
+def refused(world: worlds.World, id: str, transition_id: str | None = None) -> model.Receipt:
+    """A transition that SQL refuses: its letter parks the instance. SQL takes everything again afterwards."""
+    refusing.refuse(world.durable)
+    receipt = world.orders.transition(id, "note", {"x": 1}, reason=refusing.REASON, transition_id=transition_id)
+    world.flush()
+    refusing.accept(world.durable)
+    assert world.durable.letters("order", id)
+    return receipt
+
+
+# --- repetitions -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("event", ["note", "bump"])
+@pytest.mark.parametrize("bulk", [False, True])
+def test_repetition_of_a_guarded_call_is_applied_once(world: worlds.World, event: str, bulk: bool) -> None:
+    """P4. A call with an id of its own, repeated after more moves than the ring remembers: history is asked, also where a guard
+    has looked at the instance and the item names the version that it saw."""
+    ticks = world.cache.machine(Tick)
+    ticks.start("a", {"n": 0})
+    first = ticks.transition("a", event, increment={"n": 1}, transition_id="evt_42")
+    for _ in range(9):
+        ticks.transition("a", "note")
+    again: object
+    if bulk:
+        (again,) = ticks.transition_many([Move("a", event, increment={"n": 1}, transition_id="evt_42")])
+    else:
+        again = ticks.transition("a", event, increment={"n": 1}, transition_id="evt_42")
+    assert isinstance(again, model.Receipt)
+    assert (again.duplicate, again.version) == (True, first.version)
+    assert ticks.get("a").data == {"n": 1}
+    assert ticks.transition("a", event, increment={"n": 1}, transition_id="evt_43").version == 12
+
+
+@ONLY_SYNC
+def test_repetition_of_what_was_discarded_is_applied(world: worlds.World) -> None:
+    """The log still holds an entry that an operator discarded. Its repetition is no duplicate: it was not applied."""
+    world.start("bad", ["pay"])
+    for _ in range(9):
+        world.orders.transition("bad", "note")
+    world.flush()
+    lost = refused(world, "bad", "evt_42")
+    letters.discard(world.cache, "order", "bad")
+    again = world.orders.transition("bad", "note", {"x": 2}, transition_id="evt_42")
+    assert (again.duplicate, again.version) == (False, lost.version)
+    assert world.orders.get("bad").data["x"] == 2
+
+
+@ONLY_SYNC
+def test_history_after_a_discard_has_no_fork(world: worlds.World) -> None:
+    """Two letters are discarded and two moves made anew; a flush comes between the looks of ``history``, which then reads the
+    whole log."""
+    world.start("bad", ["pay"])
+    world.flush()
+    refusing.refuse(world.durable)
+    for number, reason in ((3, refusing.REASON), (4, None)):
+        world.orders.transition("bad", "note", reason=reason, transition_id=f"gone{number}")
+    world.flush()
+    refusing.accept(world.durable)
+    letters.discard(world.cache, "order", "bad")
+    world.orders.transition("bad", "note", transition_id="new3")
+
+    def another() -> None:
+        world.orders.transition("bad", "note", transition_id="new4")
+
+    with after_call(world.durable, "recorded", world.flush), before_call(world.hot, "own_field", another, call=2):
+        rows = world.orders.history("bad")
+    assert [(row.version, row.transition_id) for row in rows][2:] == [(3, "new3"), (4, "new4")]
+
+
+# --- parked hashes ---------------------------------------------------------------------------------------------------
+
+
+@ONLY_SYNC
+@pytest.mark.parametrize("act", [letters.discard, letters.retry])
+def test_claimed_and_parked_instance_is_decided_about(world: worlds.World, act: Callable[..., int]) -> None:
+    """A worker holds an instance when an operator decides about its letter. The parked hash goes, and the claim with it: calls
+    went round and round until the claim's end, whatever their timeout."""
+    world.start("bad", ["pay"])
+    world.flush()
+    claim = world.orders.claim("bad", ttl=600, worker="w1")
+    refusing.refuse(world.durable)
+    claim.transition("note", {"seen": "refused"}, reason=refusing.REASON)
+    world.flush()
+    refusing.accept(world.durable)
+    act(world.cache, "order", "bad")
+    world.flush()
+    seen = world.orders.get("bad")
+    assert not seen.parked
+    assert ("seen" in seen.data) == (act is letters.retry)
+    assert world.orders.transition("bad", "note", timeout=5.0).version == seen.version + 1
+
+
+@ONLY_SYNC
+def test_timeout_of_a_hash_that_a_dead_act_left_parked(world: worlds.World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``discard`` dies between SQL's commit and the drop of the hash. The instance's timeout fires all the same."""
+    slow = world.cache.machine(Slow)
+    slow.start("a")
+    world.flush()
+    refusing.refuse(world.durable)
+    slow.transition("a", "note", reason=refusing.REASON)
+    world.flush()
+    refusing.accept(world.durable)
+
+    class DiedError(BaseException):
+        pass
+
+    def die() -> None:
+        raise DiedError
+
+    with pytest.raises(DiedError), before_call(letters, "_drop_hash", die):
+        letters.discard(world.cache, "slow", "a")
+    monkeypatch.setattr(timeouts, "RETRY_MS", 50)
+    fired = 0
+    for _ in range(40):
+        time.sleep(0.05)
+        fired += world.cache.timeouts.run()
+        if fired:
+            break
+    assert fired == 1
+    assert slow.get("a").state == "expired"
+
+
+# --- recoveries ------------------------------------------------------------------------------------------------------
+
+
+@ONLY_SYNC
+def test_split_brain_that_fails_back_to_a_version_with_a_letter(world: worlds.World) -> None:
+    """The primary takes version 3 and dies; a replica without it is promoted, its version 3 becomes a dead letter; then the old
+    primary's data are back. Two entries with one version, both are kept, and the store serves again."""
+    world.start("bad", ["pay"])
+    world.flush()
+    replica = world.redis_copy()
+    world.orders.transition("bad", "note", {"b": 1}, transition_id="B")
+    primary = world.redis_copy()
+    world.redis_back(replica)
+    world.cache.recover()
+    refused(world, "bad", "A")
+    world.redis_back(primary)
+    report = world.cache.recover()
+    assert report.partitions[world.partition_of("bad")].kind == "diverged"
+    assert [letter.entry.transition_id for letter in world.durable.letters("order", "bad")] == ["A"]
+    (kept,) = [id for machine, id in world.durable.parked_instances() if machine == entry.FOREIGN]
+    (letter,) = world.durable.letters(entry.FOREIGN, kept)
+    assert "B" in letter.entry.patch.split(entry.SEPARATOR)
+    assert world.orders.start(world.id(1 - world.partition_of("bad")), timeout=5.0).version == 1
+
+
+@ONLY_SYNC
+def test_sql_behind_a_hash_that_it_had_refused(world: worlds.World) -> None:
+    """A parked instance's hash holds what SQL refused; SQL is restored to before its letter. The row that stands for what is
+    lost has not that data: it waits for an operator, and everybody else goes on."""
+    mine = world.partition_of("bad")
+    world.start("bad", ["pay"])
+    world.flush()
+    old = world.sql_copy()
+    refused(world, "bad")
+    for id, _ in zip(world.ids(mine, "w"), range(3), strict=False):
+        world.start(id)
+    world.flush()
+    world.client.xtrim(world.keyspace.log(mine), maxlen=1, approximate=False)
+    world.sql_back(old)
+    world.disown()
+    with world.durable.database.writer.begin() as connection:
+        connection.exec_driver_sql(
+            "CREATE TRIGGER stubborn BEFORE INSERT ON statecache_transitions WHEN NEW.patch LIKE '%\"x\":1%' "
+            "BEGIN SELECT RAISE(ABORT, 'refused'); END"
+        )
+    report = world.cache.recover()
+    assert report.partitions[mine].kind == "SQL behind"
+    (letter,) = world.durable.letters("order", "bad")
+    assert letter.entry.event == entry.EVENT_RECONCILED
+    assert "x" not in letter.entry.patch
+    assert world.orders.start(world.id(1 - mine), timeout=5.0).version == 1
+
+
+@ONLY_SYNC
+def test_recoverer_that_died_with_its_clock_ahead_is_superseded(world: worlds.World) -> None:
+    """A sign of life from the future is none."""
+    row = world.durable.identity()
+    world.wipe()
+    ahead_ms = int(time.time() * 1000) + 3_600_000
+    recoveries.take(world.durable, (row.epoch, row.owner), row.epoch + 1, "dead", ahead_ms, "otherhost|1|1")
+    assert world.orders.start("x", timeout=10.0).version == 1
+
+
+@ONLY_SYNC
+def test_deadline_behind_another_threads_admission(world: worlds.World) -> None:
+    """One thread waits for a recovery that is under way, for as long as its own call may take. A call with a shorter timeout
+    does not wait for that."""
+    row = world.durable.identity()
+    world.wipe()
+    recoveries.take(
+        world.durable, (row.epoch, row.owner), row.epoch + 1, "busy", int(time.time() * 1000), "otherhost|1|1"
+    )
+    held, go_on = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        held.set()
+        go_on.wait(30)
+
+    with before_call(world.cache.admission, "_ensure_alone", hold):
+        patient = threading.Thread(target=world.cache.admission.ensure, args=("EPOCH", time.monotonic() + 60))
+        patient.start()
+        assert held.wait(10)
+        with pytest.raises(errors.RecoveringError):
+            world.orders.start("y", timeout=0.2)
+        assert patient.is_alive()
+        world.durable.database.alone(
+            lambda connection: connection.exec_driver_sql("UPDATE statecache_recoveries SET heartbeat_ms = 0")
+        )
+        go_on.set()
+        patient.join(60)
+    assert not patient.is_alive()
+
+
+def test_ring_before_more_entries_than_it_holds() -> None:
+    """Nine entries lie behind the hole: none of the hot ring's eight tokens is of before it."""
+    later = [
+        entry.Entry(
+            entry.EntryId(1, version), "order", "x", version, "note", "placed", "placed", 5, f"t{version}", "", "", "", "", "",
+            "", 1,
+        )
+        for version in range(21, 30)
+    ]  # fmt: skip
+    ring = "".join(codec.token_of(f"t{version}") for version in range(22, 30))
+    hot = mending.Hash("placed", 29, entry.EntryId(1, 29), 1, 1, 5, ring, {})
+    instance = ("order", "x")
+    mend = mending.sql_behind(
+        0, {instance: later}, {instance: hot}, {}, entry.EntryId(1, 20), lambda machine, version: frozenset(), "r"
+    )
+    ((*_, recent, _),) = mend.checkpoints
+    assert recent == ""
