@@ -9,9 +9,10 @@
 --          many pairs of states follow, and these pairs: from, to. A start's from is ""
 --        - the number of shapes; for each how many field names follow, and these: most items of a call have one in common
 --        - items to the end: partition index, id, move index, token, tail, shape index, then the texts of the shape's fields. A
---          negative shape index is followed by two values more, before the texts: expected version or 0, and [retry 0|1,
---          watermark at which SQL had no such instance or "", [unset field, ...], [[field, delta, i|f], ...], token of a claim
---          or ""]. The tail is the entry's text from transition id to unset
+--          negative shape index is followed by two values more, before the texts: expected version or 0, and [the version up
+--          to which a repetition was not applied, -1 for no repetition, watermark at which SQL had no such instance or "",
+--          [unset field, ...], [[field, delta, i|f], ...], token of a claim or ""]. The tail is the entry's text from
+--          transition id to unset
 --      2 '1': compare the server's identity first
 --      3 data fields that an instance may have
 --
