@@ -242,7 +242,7 @@ def transition(request: Request, answered: items.Outcome | None = None) -> Gener
         raise
 
 
-_NO_JUDGEMENT = frozenset({"LOST", "UNSENT", "UNREADY", "OOM", "MISS", *items.ADMISSION_CODES})
+_NO_JUDGEMENT = frozenset({"LOST", "UNSENT", "UNREADY", "OOM", "MISS", "ERROR", *items.ADMISSION_CODES})
 """Answers that do not tell whether an earlier attempt was applied."""
 _NO_VERDICTS = (errors.RecoveringError, errors.BackpressureError, errors.ConfigurationError)
 """What a caller must take for "not applied": true only if no attempt is open."""
@@ -369,6 +369,12 @@ def _duplicate(request: Request, version: int, *, last: bool) -> Generator[Wish,
             f"{request.address}: version {version} was applied before, but neither the log nor SQL has it; "
             "run 'statecache verify'"
         )
+    if known.transition_id != item.transition_id and known.covers_from is not None:
+        raise errors.IntegrityError(
+            f"{request.address}: by its transition_id this was applied before, as version {version}; of versions "
+            f"{known.covers_from} to {known.version} one row is all that SQL has ({known.event}), so the receipt cannot be "
+            "told. Do not repeat it under another id"
+        )
     if known.transition_id != item.transition_id:
         raise errors.InvalidDataError(
             f"{request.address}: transition_id {item.transition_id!r} is refused: its hash is that of {known.transition_id!r}, "
@@ -378,13 +384,14 @@ def _duplicate(request: Request, version: int, *, last: bool) -> Generator[Wish,
 
 
 def _receipt_of(request: Request, known: model.Transition) -> model.Receipt:
-    if known.event != request.item.move.event:
+    event = request.item.move.event  # what a row that stands for several versions does not tell
+    if known.event != event and known.covers_from is None:
         raise errors.InvalidDataError(
             f"{request.address}: transition_id {known.transition_id!r} is refused: it was used before, for the event "
             f"{known.event!r} at version {known.version}; an id names one transition"
         )
     return model.Receipt(
-        known.machine, known.id, known.event, known.from_state, known.to_state, known.version, known.entry_id, known.at_ms,
+        known.machine, known.id, event, known.from_state, known.to_state, known.version, known.entry_id, known.at_ms,
         known.transition_id, duplicate=True,
     )  # fmt: skip
 

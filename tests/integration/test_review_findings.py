@@ -13,7 +13,7 @@ import pytest
 from statecache import Move, State, StateMachine
 from statecache.core import codec, entry, errors, mending, model
 from statecache.durable import recoveries
-from statecache.engine import letters, timeouts
+from statecache.engine import letters, retention, timeouts
 from tests.support import refusing, worlds
 from tests.support.worlds import after_call, before_call
 
@@ -117,6 +117,50 @@ def test_history_after_a_discard_has_no_fork(world: worlds.World) -> None:
     with after_call(world.durable, "recorded", world.flush), before_call(world.hot, "own_field", another, call=2):
         rows = world.orders.history("bad")
     assert [(row.version, row.transition_id) for row in rows][2:] == [(3, "new3"), (4, "new4")]
+
+
+@ONLY_SYNC
+def test_repetition_of_what_one_row_stands_for(world: worlds.World) -> None:
+    """SQL was restored, and one row stands for versions whose ids Redis still remembers. Whoever repeats one is not told to
+    choose another id: it was applied."""
+    mine = world.partition_of("a")
+    world.start("a")
+    world.flush()
+    old = world.sql_copy()
+    for number in range(5):
+        world.orders.transition("a", "note", transition_id=f"t{number}")
+    world.flush()
+    world.client.xtrim(world.keyspace.log(mine), maxlen=1, approximate=False)
+    world.orders.start(world.id(mine, "w"))
+    world.flush()
+    world.client.xtrim(world.keyspace.log(mine), maxlen=1, approximate=False)
+    world.sql_back(old)
+    world.disown()
+    assert world.cache.recover().partitions[mine].kind == "SQL behind"
+    for number in range(5):
+        with pytest.raises(errors.IntegrityError, match=r"was applied before"):
+            world.orders.transition("a", "note", transition_id=f"t{number}")
+    assert world.orders.get("a").version == 6
+
+
+@ONLY_SYNC
+def test_repetition_of_the_last_of_what_was_archived(world: worlds.World) -> None:
+    """An ended instance's history is one row, with the id of its last transition: its repetition is a duplicate."""
+    world.start("a", ["pay"])
+    world.orders.transition("a", "ship", transition_id="h")
+    last = world.orders.transition("a", "deliver", transition_id="d")
+    world.flush()
+    later_ms = int(time.time() * 1000) + 1000
+    assert any(list(retention.run(world.cache, timedelta(0), None, now_ms=later_ms)))
+    again = world.orders.transition("a", "deliver", transition_id="d")
+    assert (again.duplicate, again.version, again.event, again.state) == (
+        True,
+        last.version,
+        "deliver",
+        last.state,
+    )
+    with pytest.raises(errors.IntegrityError, match="was applied before"):
+        world.orders.transition("a", "ship", transition_id="h")
 
 
 # --- parked hashes ---------------------------------------------------------------------------------------------------

@@ -409,3 +409,14 @@ def test_read_does_not_believe_an_older_sql() -> None:
     call.answer({})
     call.answer(("OK", True, entry.EntryId(1, 10)))
     assert isinstance(call.answer(model.Lookup(W, None)), flows.Pause)
+
+
+def test_error_behind_a_lost_attempt_says_that_it_may_have_been_applied() -> None:
+    """The reply to the first attempt is lost; to the second the server says that the user may not do this (any more). That is
+    no "not applied"."""
+    call = transition()
+    assert isinstance(call.answer(outcome("LOST", errors.UnavailableError("away"))), flows.Pause)
+    assert isinstance(call.answer(True), items.Item)
+    error = call.error(outcome("ERROR", errors.ConfigurationError("NOPERM")))
+    assert isinstance(error, errors.UnavailableError)
+    assert "may have been applied" in str(error)
