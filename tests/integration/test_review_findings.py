@@ -145,8 +145,8 @@ def test_repetition_of_what_one_row_stands_for(world: worlds.World) -> None:
 
 @ONLY_SYNC
 def test_repetition_of_what_was_archived(world: worlds.World) -> None:
-    """Of an ended instance's history the last transition is left, and one row with the id of the one before it, which stands for
-    all others. Repetitions of these two are duplicates."""
+    """Of an ended instance's history the last transition is left, and one row with the id of the one before it, which stands
+    for all others. Repetitions of these two are duplicates."""
     world.orders.start("a")
     receipts = {
         event: world.orders.transition("a", event, transition_id=f"id-{event}") for event in ("pay", "ship", "deliver")
