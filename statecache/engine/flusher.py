@@ -49,7 +49,7 @@ from statecache.durable.rows import PartitionRow
 from statecache.durable.store import DurableStore
 from statecache.engine import batching, folds, threads
 from statecache.engine.leases import Leases
-from statecache.hot import scripts
+from statecache.hot import scripts, watching
 from statecache.hot.store import HotStore, PartitionReply
 
 _log = logging.getLogger(__name__)
@@ -430,7 +430,13 @@ class Flusher:
         if self.log_keep_seconds <= 0:
             return watermark
         now = time.monotonic()
-        marks = self._kept.setdefault(partition, collections.deque([(now, entry.ZERO)]))
+        marks = self._kept.get(partition)
+        if (
+            marks is None
+        ):  # what this process does not remember the log itself tells, or restarts would keep it for ever
+            older_ms = self.hot.time_ms() - int(self.log_keep_seconds * 1000)
+            oldest = watching.newest_older(self.hot, partition, watermark, older_ms)
+            marks = self._kept[partition] = collections.deque([(now, oldest)])
         if marks[-1][1] < watermark and now - marks[-1][0] >= self.log_keep_seconds / _KEPT_MARKS:
             marks.append((now, watermark))
         while len(marks) > 1 and marks[1][0] <= now - self.log_keep_seconds:

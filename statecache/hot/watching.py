@@ -100,6 +100,30 @@ def _between(hot: HotStore, partition: int, cursor: entry.EntryId, tail: entry.E
     return count + (max(0, tail.seq - cursor.seq) if tail.epoch == cursor.epoch else 0)
 
 
+def newest_older(hot: HotStore, partition: int, watermark: entry.EntryId, than_ms: int) -> entry.EntryId:
+    """The id of the newest entry, up to the watermark and of its epoch, that was written before ``than_ms``; ``ZERO`` if none
+    is known. By halving, because times rise with the numbers: 17 round trips for 100,000. Raises ``UnavailableError``."""
+
+    def first_from(seq: int) -> entry.Entry | None:
+        begin = f"{watermark.epoch}-{seq}"
+        command = resp.command("XRANGE", hot.keyspace.log(partition), begin, str(watermark), "COUNT", 1)
+        found = _records(partition, _replies(hot, [command])[0])
+        return found[0] if found else None
+
+    first = first_from(0)
+    if first is None:
+        return entry.ZERO
+    newest, low, high = entry.ZERO, first.entry_id.seq, watermark.seq
+    while low <= high:
+        middle = (low + high) // 2
+        record = first_from(middle)
+        if record is None or record.machine == entry.FOREIGN or record.at_ms >= than_ms:
+            high = middle - 1
+        else:
+            newest, low = record.entry_id, max(middle, record.entry_id.seq) + 1
+    return newest
+
+
 def _records(partition: int, reply: Sequence[Any]) -> list[entry.Entry]:
     """The entries of an XRANGE reply, those too that statecache did not write."""
     found = []

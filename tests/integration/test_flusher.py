@@ -18,6 +18,7 @@ from statecache.durable.flush import FlushTransaction
 from statecache.durable.store import DurableStore
 from statecache.engine import flusher as flusher_module
 from statecache.engine import letters
+from statecache.hot import watching
 from tests.support import servers
 from tests.support.proxy import Proxy
 from tests.support.waiting import wait_until
@@ -705,6 +706,43 @@ def test_sql_that_went_back_is_flushed_again_from_the_kept_tail(world: World) ->
         pass
     assert {id: world.durable.history("order", id) for id in ids} == whole
     world.verify()
+
+
+def test_flusher_that_was_restarted_trims_what_is_old(lite: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """P11. Marks of the kept tail are in the flusher's memory. A new one finds in the log what is older, or each restart would
+    keep everything for as long again."""
+    ids = _orders(lite, 4)
+    lite.flusher(log_keep_seconds=100.0).step()
+    assert lite.log(0)[0] == "1-0"
+    later_ms = lite.hot.time_ms() + 200_000
+    lite.orders.transition_many([Move(id, "ship") for id in ids])
+    with lite.more(log_keep_seconds=100.0) as restarted:
+        monkeypatch.setattr(restarted.hot, "time_ms", lambda: later_ms)
+        lite.flusher(restarted, log_keep_seconds=100.0).step()
+    assert lite.log(0) == [str(lite.watermark(0))]
+
+
+def test_newest_entry_that_is_older(lite: World) -> None:
+    """Found by halving the numbers: whatever was trimmed before it, and wherever it lies. A stranger's record, whose time is
+    not known, is not passed."""
+    log = lite.keyspace.log(0)
+    lite.client.delete(log)
+    for seq in range(1, 101):
+        parts = dict.fromkeys(entry.PARTS, "") | {"machine": "order", "id": "x", "version": str(seq), "event": "note"}
+        parts |= {"to_state": "placed", "at_ms": str(seq * 1000), "transition_id": f"t{seq}", "machine_version": "1"}
+        text = "a stranger's" if seq == 70 else entry.SEPARATOR.join(parts.values())
+        lite.client.xadd(log, {"e": text}, id=f"1-{seq}")
+
+    def older(than_ms: int, watermark: int = 100) -> int:
+        return watching.newest_older(lite.hot, 0, entry.EntryId(1, watermark), than_ms).seq
+
+    for first in (1, 17):
+        lite.client.xtrim(log, minid=f"1-{first}", approximate=False)
+        assert [older(ms) for ms in (0, first * 1000, 20_001, 40_000, 41_500)] == [0, 0, 20, 39, 41]
+        assert older(10**9, watermark=69) == 69
+        assert older(10**9) in (69, 100)
+    lite.client.delete(log)
+    assert older(10**9) == 0
 
 
 def test_kept_tail_is_trimmed_by_age(lite: World) -> None:
