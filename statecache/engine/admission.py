@@ -8,6 +8,7 @@ not known to be gone: wait), or is needed: whoever meets the untrue Redis first 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import random
 import threading
@@ -44,19 +45,28 @@ class Admission:
         self._recover = recover
         self._auto_recover = auto_recover
         self._revive = revive
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     def ensure(self, code: str, deadline: float) -> None:
         """Return when Redis is admitted. Raises ``RecoveringError`` or ``UnavailableError`` at the deadline, and
         ``ConfigurationError`` for a Redis that belongs to another deployment."""
         stamp = self._hot.stamp
-        if not self._lock.acquire(timeout=min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX)):
-            raise errors.RecoveringError("another call of this process is waiting for Redis to be admitted; try again")
         try:
-            if code in ("EPOCH", "NOSCRIPT") and self._hot.stamp != stamp:
-                return  # another thread has just been admitted
-            self._ensure_alone(deadline)
-        finally:
+            if not self._lock.acquire(timeout=min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX)):
+                raise errors.RecoveringError(
+                    "another call of this process is waiting for Redis to be admitted; try again"
+                )
+            if (
+                code not in ("EPOCH", "NOSCRIPT") or self._hot.stamp == stamp
+            ):  # else another thread has just been admitted
+                self._ensure_alone(deadline)
+            self._let_go()
+        except BaseException:
+            self._let_go()  # not in a ``finally``, which a signal's handler may interrupt at its first step
+            raise
+
+    def _let_go(self) -> None:
+        with contextlib.suppress(RuntimeError):  # not held, or given back already: the lock knows whose it is
             self._lock.release()
 
     def _ensure_alone(self, deadline: float) -> None:

@@ -26,7 +26,7 @@ from statecache.core import errors, model
 from statecache.engine import commits, letters
 from statecache.engine.leases import Leases, leave_quietly
 from tests.support import plans, refusing, waiting, worlds
-from tests.support.interruptions import Interrupt, Interruption, JobTimeoutError
+from tests.support.interruptions import Interrupt, Interruption, JobTimeoutError, interrupted_at
 from tests.support.waiting import wait_until
 
 LONG = 30.0
@@ -433,22 +433,6 @@ def test_a_task_times_out_by_itself(world: worlds.World, redis_url: str, databas
 # --- interruptions -----------------------------------------------------------------------------------------------------
 
 
-def _interrupted(work: Callable[[], object], nth: int) -> bool:
-    """Do something in a thread of its own that is interrupted at the ``nth`` place in the code; whether there was one."""
-    interruption = Interruption(nth, commits.__file__)
-
-    def body() -> None:
-        sys.settrace(interruption)
-        with suppress(Interrupt):
-            work()
-
-    thread = threading.Thread(target=body)
-    thread.start()
-    thread.join(LONG)
-    assert not thread.is_alive(), f"hangs, interrupted at place {nth}"
-    return interruption.left <= 0
-
-
 @pytest.mark.parametrize("what", ["wait", "flush"])
 def test_interrupted_at_every_place(what: str, tmp_path: Path) -> None:
     """A wait, or a flush that helps, is interrupted between any two steps, also in the midst of handing over and of cleaning
@@ -467,7 +451,7 @@ def test_interrupted_at_every_place(what: str, tmp_path: Path) -> None:
                 else:
                     lite.cache.flush(LONG)
 
-            met = _interrupted(work, nth)
+            met = interrupted_at(nth, commits.__file__, work)
             assert group._leader is None, nth
             assert not group._waiting, nth
             assert group._helper is None, nth

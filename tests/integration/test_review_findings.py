@@ -3,18 +3,21 @@ that met what they had not expected."""
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 
 from statecache import Move, State, StateMachine
 from statecache.core import codec, entry, errors, mending, model
 from statecache.durable import recoveries
-from statecache.engine import letters, retention, timeouts
+from statecache.engine import admission, letters, retention, timeouts
 from tests.support import refusing, worlds
+from tests.support.interruptions import interrupted_at
 from tests.support.worlds import after_call, before_call
 
 ONLY_SYNC = pytest.mark.parametrize("client", ["sync"])
@@ -304,6 +307,18 @@ def test_deadline_behind_another_threads_admission(world: worlds.World) -> None:
         go_on.set()
         patient.join(60)
     assert not patient.is_alive()
+
+
+def test_interrupted_admission_leaves_nothing_locked(tmp_path: Path) -> None:
+    """A signal's handler raises between any two steps of an admission: the next call is admitted."""
+    with worlds.EmulatedWorld(f"sqlite:///{tmp_path}/store.db") as lite:
+        asked = lite.cache.admission
+        for nth in itertools.count(1):
+            met = interrupted_at(nth, admission.__file__, lambda: asked.ensure("IDENTITY", time.monotonic() + 30))
+            asked.ensure("IDENTITY", time.monotonic() + 1)
+            if not met:
+                assert nth > 10
+                return
 
 
 def test_ring_before_more_entries_than_it_holds() -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dis
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from tests.support.waiting import wait_until
@@ -64,3 +65,19 @@ class Interruption:
                 if self.left == 0:
                     raise Interrupt
         return self
+
+
+def interrupted_at(nth: int, file: str, work: Callable[[], object]) -> bool:
+    """Do something in a thread of its own that is interrupted at the ``nth`` place of a file's code; whether there was one."""
+    interruption = Interruption(nth, file)
+
+    def body() -> None:
+        sys.settrace(interruption)
+        with suppress(Interrupt):
+            work()
+
+    thread = threading.Thread(target=body)
+    thread.start()
+    thread.join(30)
+    assert not thread.is_alive(), f"hangs, interrupted at place {nth}"
+    return interruption.left <= 0
