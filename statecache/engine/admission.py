@@ -56,9 +56,9 @@ class Admission:
                 raise errors.RecoveringError(
                     "another call of this process is waiting for Redis to be admitted; try again"
                 )
-            if (
-                code not in ("EPOCH", "NOSCRIPT") or self._hot.stamp == stamp
-            ):  # else another thread has just been admitted
+            # Of an old epoch, and another thread has just been admitted to the new one: that is all that was wanted.
+            is_done = code in ("EPOCH", "NOSCRIPT") and self._hot.stamp != stamp
+            if not is_done:
                 self._ensure_alone(deadline)
             self._let_go()
         except BaseException:

@@ -354,7 +354,7 @@ class GroupCommit:
                 return
             for one in waiting:
                 self._ask([one], again=True)
-            if not any(one.error for one in waiting):
+            if not isinstance(error, errors.StateCacheError) and not any(one.error for one in waiting):
                 raise
             return
         start = 0

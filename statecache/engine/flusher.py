@@ -431,9 +431,8 @@ class Flusher:
             return watermark
         now = time.monotonic()
         marks = self._kept.get(partition)
-        if (
-            marks is None
-        ):  # what this process does not remember the log itself tells, or restarts would keep it for ever
+        if marks is None:
+            # What this process does not remember the log itself tells, or each restart would keep it for as long again.
             older_ms = self.hot.time_ms() - int(self.log_keep_seconds * 1000)
             oldest = watching.newest_older(self.hot, partition, watermark, older_ms)
             marks = self._kept[partition] = collections.deque([(now, oldest)])
