@@ -48,6 +48,8 @@ Look = Callable[[queues.SafeQueue], object]
 _UNDER_WAY = {
     one.value.encode() for one in (JobStatus.QUEUED, JobStatus.STARTED, JobStatus.SCHEDULED, JobStatus.DEFERRED)
 }
+_CLOCKS_DIFFER_SECONDS = 2 * 3600
+"""A note from further ahead was made by a clock that has been set right since: it would stop the job for as long again."""
 
 
 @dataclass(frozen=True)
@@ -96,11 +98,8 @@ def enqueue_due(queue: queues.SafeQueue, periodic: Periodic, now_seconds: float)
         pipeline.watch(key)
         note: Any = pipeline.get(key)
         last = _note(note)
-        if (
-            last is not None
-            and last["interval"] == periodic.interval_seconds
-            and period <= last["period"] <= period + 1
-        ):
+        ahead = -1 if last is None or last["interval"] != periodic.interval_seconds else last["period"] - period
+        if 0 <= ahead * periodic.interval_seconds <= _CLOCKS_DIFFER_SECONDS:
             return None
         if last is not None and pipeline.hget(queues.SafeJob.key_for(str(last["id"])), "status") in _UNDER_WAY:
             return None

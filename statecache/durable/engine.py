@@ -246,14 +246,15 @@ def _create_engine(url: URL) -> sa.Engine:
 
 
 def _threshold_of(text: str | tuple[str, ...]) -> int | None:
-    """psycopg's setting, which it takes from no URL: how often a statement runs before it is prepared; None for never."""
+    """psycopg's setting, which it takes from no URL: how often a statement runs before it is prepared; None for never. Not 0,
+    which would prepare also what is several statements."""
     if text == "none":
         return None
-    if isinstance(text, str) and text.isascii() and text.isdigit():
+    if isinstance(text, str) and text.isascii() and text.isdigit() and int(text) > 0:
         return int(text)
     raise errors.ConfigurationError(
-        "the database URL's prepare_threshold is refused: it is a number, or 'none' for a transaction pooler that knows no "
-        "prepared statements"
+        "the database URL's prepare_threshold is refused: it is a number from 1 on, or 'none' for a transaction pooler that "
+        "knows no prepared statements"
     )
 
 

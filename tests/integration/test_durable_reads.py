@@ -298,7 +298,7 @@ def test_sql_is_away(postgres_server: servers.PostgresServer, postgres_url: str)
 
 
 @pytest.mark.postgres
-@pytest.mark.parametrize(("threshold", "prepared"), [("none", False), ("0", True)])
+@pytest.mark.parametrize(("threshold", "prepared"), [("none", False), ("1", True)])
 def test_the_url_says_whether_statements_are_prepared(postgres_url: str, threshold: str, prepared: bool) -> None:
     """A transaction pooler may know no prepared statements: ``prepare_threshold=none`` in the URL is for it."""
     asked = sa.text("SELECT count(*) FROM pg_prepared_statements WHERE statement LIKE '%statecache_partitions%'")

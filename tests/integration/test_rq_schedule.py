@@ -48,6 +48,12 @@ def test_once_a_period(background: Background) -> None:
     _end(background, third)
     assert schedule.enqueue_due(queue, VERIFY, 5001.0) is None
     assert schedule.enqueue_due(queue, VERIFY, 1010.0) is None, "a clock that lags behind changes nothing"
+    far = schedule.enqueue_due(queue, VERIFY, 500_000.0)
+    assert far is not None
+    _end(background, far)
+    assert schedule.enqueue_due(queue, VERIFY, 5010.0) is not None, (
+        "a clock that was days ahead stops nothing when set right"
+    )
 
 
 @pytest.mark.parametrize("status", ["queued", "started", "scheduled"])

@@ -118,6 +118,7 @@ def test_mistakes_of_the_program_pass_through() -> None:
         ("sqlite:///:memory:", "name a file"),
         ("sqlite:///file:x?mode=memory&uri=true", "name a file"),
         ("postgresql://user:s3cret@host/db?prepare_threshold=often", "prepare_threshold is refused"),
+        ("postgresql://user:s3cret@host/db?prepare_threshold=0", "prepare_threshold is refused"),
     ],
 )
 def test_urls_that_cannot_work(url: str, told: str) -> None:
