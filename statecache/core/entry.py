@@ -59,7 +59,6 @@ class EntryId(msgspec.Struct, frozen=True, order=True, gc=False):
 
 
 ZERO = EntryId(0, 0)
-_NUMBER_END = 2**63
 
 
 class Entry(msgspec.Struct, frozen=True, gc=False):
@@ -109,9 +108,8 @@ def parse_line(line: str) -> Entry:
          increments, machine_version) = line.split(SEPARATOR)  # fmt: skip
         epoch, seq = entry_id.split("-")
         number, at_ms, of_machine = int(version), int(at), int(machine_version)
-        if (number | at_ms | of_machine << 32) >> 63:  # SQL has columns of 64 bits, and of 32 for the machine's version
-            raise ValueError("a number is out of range")
-        if occurred and not -_NUMBER_END < int(occurred) < _NUMBER_END:
+        # SQL has columns of 64 bits, and of 32 for the machine's version.
+        if (number | at_ms | of_machine << 32) >> 63 or (occurred and abs(int(occurred)) >> 63):
             raise ValueError("a number is out of range")
         if event == EVENT_EPOCH:
             EntryId.parse(source)

@@ -369,13 +369,13 @@ def _duplicate(request: Request, version: int, *, last: bool) -> Generator[Wish,
             f"{request.address}: version {version} was applied before, but neither the log nor SQL has it; "
             "run 'statecache verify'"
         )
-    if known.transition_id != item.transition_id and known.covers_from is not None:
-        raise errors.IntegrityError(
-            f"{request.address}: by its transition_id this was applied before, as version {version}; of versions "
-            f"{known.covers_from} to {known.version} one row is all that SQL has ({known.event}), so the receipt cannot be "
-            "told. Do not repeat it under another id"
-        )
     if known.transition_id != item.transition_id:
+        if known.covers_from is not None:
+            raise errors.IntegrityError(
+                f"{request.address}: by its transition_id this was applied before, as version {version}; of versions "
+                f"{known.covers_from} to {known.version} one row is all that SQL has ({known.event}), so the receipt cannot "
+                "be told. Do not repeat it under another id"
+            )
         raise errors.InvalidDataError(
             f"{request.address}: transition_id {item.transition_id!r} is refused: its hash is that of {known.transition_id!r}, "
             "applied before; choose another one"

@@ -95,7 +95,7 @@ _MESSAGES: dict[type[errors.StateCacheError], str] = {
 }
 
 
-_NO_SUCH_STATEMENT = ("26000", "42P05")
+_OF_PREPARED_STATEMENTS = ("26000", "42P05")
 _POOLER = (
     "; behind a transaction pooler that knows no prepared statements, put ?prepare_threshold=none at the end of the database's "
     "URL"
@@ -140,7 +140,7 @@ def _detail(kind: type[errors.StateCacheError], error: BaseException) -> str:
     parts = [type(original).__name__, code, constraint]
     if kind not in (Refused, KeyHit):
         parts.append(": " + (str(original).splitlines() or [""])[0])
-    hint = _POOLER if code in _NO_SUCH_STATEMENT else ""
+    hint = _POOLER if code in _OF_PREPARED_STATEMENTS else ""
     return " ".join(part for part in parts if part).replace(" : ", ": ") + hint
 
 

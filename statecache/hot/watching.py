@@ -120,7 +120,7 @@ def newest_older(hot: HotStore, partition: int, watermark: entry.EntryId, than_m
         if record is None or record.machine == entry.FOREIGN or record.at_ms >= than_ms:
             high = middle - 1
         else:
-            newest, low = record.entry_id, max(middle, record.entry_id.seq) + 1
+            newest, low = record.entry_id, record.entry_id.seq + 1
     return newest
 
 

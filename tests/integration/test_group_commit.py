@@ -7,13 +7,13 @@ commit's signal, a deadline or a close ends them: a test decides when SQL is loo
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from statecache.core import errors, model
 from statecache.engine import commits, letters
 from statecache.engine.leases import Leases, leave_quietly
 from tests.support import plans, refusing, waiting, worlds
-from tests.support.interruptions import Interrupt, Interruption, JobTimeoutError, interrupted_at
+from tests.support.interruptions import JobTimeoutError, interrupted_at
 from tests.support.waiting import wait_until
 
 LONG = 30.0
@@ -473,18 +473,8 @@ def test_leader_interrupted_at_every_place_of_its_end_hands_over_once(world: wor
         others = [commits.Waiter([receipt], 2, float("inf")) for receipt in receipts]
         group._waiting = dict.fromkeys((first, *others))
         group._leader = threading.get_ident()
-        interruption = Interruption(nth, commits.__file__)
-
-        def body(first: Any = first, interruption: Any = interruption) -> None:
-            sys.settrace(interruption)
-            with suppress(Interrupt):
-                group._take_part(first)
-
         first.ended = True  # it has its answer: all that is left is to go
-        thread = threading.Thread(target=body)
-        thread.start()
-        thread.join(LONG)
-        assert not thread.is_alive()
+        met = interrupted_at(nth, commits.__file__, functools.partial(group._take_part, first))
         leading = [one for one in others if one.leads]
         if first in group._waiting:
             continue
@@ -492,7 +482,7 @@ def test_leader_interrupted_at_every_place_of_its_end_hands_over_once(world: wor
         assert not first.leads
         assert group._leader is not None
         group._waiting, group._leader = {}, None
-        if interruption.left > 0:
+        if not met:
             assert nth > 10
             return
 
