@@ -18,6 +18,7 @@ its first statement, which is run once more on a fresh one.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sqlite3
 import time
@@ -33,6 +34,8 @@ from statecache.durable import faults
 
 T = TypeVar("T")
 
+_log = logging.getLogger(__name__)
+
 CONNECT_TIMEOUT_SECONDS = 10
 POOL_TIMEOUT_SECONDS = 10.0
 BUSY_TIMEOUT_SECONDS = 15.0
@@ -40,6 +43,14 @@ _SQLITE_BEGIN = "statecache_sqlite_begin"
 _POSTGRESQL_LIMITS = "SET LOCAL lock_timeout = '{}s'; SET LOCAL idle_in_transaction_session_timeout = '15s'"
 _POSTGRESQL_ALONG_INDEXES = "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY; SET LOCAL enable_sort = off"
 _POSTGRESQL_17_LIMIT = "; SET LOCAL transaction_timeout = '{}s'"
+# No limit is looked at while a COPY waits for its client (tried on 18). The delimiter tells ours from a restore's.
+_POSTGRESQL_END_FROZEN = (
+    "SELECT count(*) FILTER (WHERE pg_terminate_backend(pid)) FROM pg_stat_activity "
+    "WHERE datname = current_database() AND pg_has_role(usesysid, 'USAGE') AND state = 'active' AND wait_event = 'ClientRead' "
+    "AND starts_with(query, 'COPY statecache_') AND strpos(query, 'DELIMITER E''\\x1f''') > 0 "
+    "AND query_start < clock_timestamp() - interval '{}s'"
+)
+FROZEN_SECONDS = 15
 TRANSACTION_SECONDS_MAX = 120
 
 _KEPT_MAX = 4
@@ -146,7 +157,8 @@ class Database:
         """A write transaction that commits at the end. A commit that may or may not have happened: ``CommitUnknown``.
 
         PostgreSQL ends one that stands idle for 15 seconds, and from version 17 on any after ``limit_seconds``, also one whose
-        process was stopped in the middle of a statement. None lets it take any time (a migration may rewrite a large table).
+        process was stopped in the middle of a statement. In the midst of a COPY it does not: whoever has waited for a lock in
+        vain (``Transient``) does. None lets it take any time (a migration may rewrite a large table).
         """
         connection = self._begin(limit_seconds)
         try:
@@ -155,8 +167,21 @@ class Database:
             self._commit(connection)
         except BaseException as error:
             self._give_back(connection, error)
+            if isinstance(error, faults.Transient):
+                self._end_frozen()
             raise
         self._give_back(connection)
+
+    def _end_frozen(self) -> None:
+        """End the sessions of processes that stand still in the midst of a COPY: their locks would stay for ever."""
+        if self.dialect.name != "postgresql":
+            return
+        asked = _POSTGRESQL_END_FROZEN.format(FROZEN_SECONDS)
+        with contextlib.suppress(errors.StateCacheError):
+            if ended := self.read(lambda connection: connection.exec_driver_sql(asked).scalar()):
+                _log.warning(
+                    "ended the SQL sessions of processes that stood still for %s seconds: %s", FROZEN_SECONDS, ended
+                )
 
     def _begin(self, limit_seconds: int | None) -> sa.Connection:
         with self.translated():

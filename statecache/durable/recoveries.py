@@ -34,32 +34,32 @@ def take(
 ) -> None:
     """Make ``(new_epoch, new_owner)`` the owner of everything, if ``old`` still is, and open its row in the report.
 
-    Waits for open flush transactions. Raises ``Superseded`` if ``old`` is not the owner any more, ``CommitUnknown`` if
-    the answer was lost: then ``store.identity()`` tells whether it happened.
+    Waits for open flush transactions, and where one of a process that stands still is in the way it is ended. Raises
+    ``Superseded`` if ``old`` is not the owner any more, ``CommitUnknown`` if the answer was lost: then ``store.identity()``
+    tells whether it happened.
     """
     if new_epoch <= old[0]:
         raise ValueError(f"the new epoch {new_epoch} is not above {old[0]}")
+    row = {"epoch": new_epoch, "owner": new_owner, "started_ms": now_ms, "heartbeat_ms": now_ms, "process": process}
+    try:
+        _take(store, old, row)
+    except faults.Transient:  # who held the lock has been ended, if it stood still
+        _take(store, old, row)
+
+
+def _take(store: DurableStore, old: tuple[int, str], row: Mapping[str, object]) -> None:
+    own = {"epoch": row["epoch"], "owner": row["owner"]}
     with store.database.transaction() as connection:
-        _compare(connection, *old, values={"epoch": new_epoch, "owner": new_owner})
+        _compare(connection, *old, values=own)
         numbers = connection.execute(sa.select(_partitions.partition).order_by(_partitions.partition)).scalars()
         bulk.execute_counted(
             connection,
             sa.update(schema.partitions)
             .where(_partitions.partition == sa.bindparam("p"))
             .values(epoch=sa.bindparam("e"), owner=sa.bindparam("o")),
-            [{"p": number, "e": new_epoch, "o": new_owner} for number in numbers],
+            [{"p": number, "e": own["epoch"], "o": own["owner"]} for number in numbers],
         )
-        connection.execute(
-            sa.insert(schema.recoveries).values(
-                epoch=new_epoch,
-                owner=new_owner,
-                started_ms=now_ms,
-                heartbeat_ms=now_ms,
-                classes="",
-                report="",
-                process=process,
-            )
-        )
+        connection.execute(sa.insert(schema.recoveries).values(**row, classes="", report=""))
 
 
 def _compare(connection: sa.Connection, epoch: int, owner: str, values: Mapping[str, object] | None = None) -> None:

@@ -9,6 +9,7 @@ import socket
 import sqlite3
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -205,6 +206,38 @@ def test_a_stopped_holder_that_wakes_does_no_harm(fleet: Fleet) -> None:
         with writing(fleet):
             stopped.send(signal.SIGCONT)
             fleet.wait_until_shared(stopped, other)
+        fleet.check()
+
+
+@pytest.mark.postgres
+def test_a_holder_that_stands_still_in_the_midst_of_a_copy(
+    redis_url: str, postgres_url: str, postgres_server: servers.PostgresServer, namespace: str, tmp_path: Path
+) -> None:
+    """The one moment at which PostgreSQL's own limits do not hold: the other one ends that session, and moves everything."""
+    copying = "SELECT pid FROM pg_stat_activity WHERE query LIKE 'COPY statecache%' AND wait_event = 'ClientRead'"
+    with (
+        contextlib.closing(Fleet(redis_url, postgres_url, namespace, tmp_path)) as fleet,
+        postgres_server.connect(postgres_url.rpartition("/")[2]) as look,
+    ):
+        frozen, other = fleet.add(2, STATECACHE_LEASE_SECONDS="1")
+        fleet.wait_until_shared(frozen, other)
+
+        def is_copying() -> bool:
+            frozen.send(signal.SIGSTOP)
+            for _ in range(5):  # the other one's COPY is over sooner
+                if not look.execute(copying).fetchall():
+                    frozen.send(signal.SIGCONT)
+                    return False
+                time.sleep(0.02)
+            return True
+
+        with writing(fleet):
+            wait_until(is_copying, "a COPY", 60, 0.003)
+            fleet.wait_until_shared(other)
+        fleet.wait_until_flushed()
+        assert "stood still" in other.printed
+        frozen.send(signal.SIGCONT)
+        fleet.wait_until_shared(frozen, other)
         fleet.check()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import threading
 from collections.abc import Iterator
@@ -10,8 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import sqlalchemy as sa
 
-from statecache.core import entry
-from statecache.durable import faults, recoveries, schema
+from statecache.core import entry, errors
+from statecache.durable import engine, faults, recoveries, schema
 from statecache.durable.rows import Advance
 from statecache.durable.store import DurableStore
 from tests.support import batches, proxy, servers
@@ -47,6 +48,66 @@ def test_the_older_of_two_recoverers(store: DurableStore, stale: tuple[int, str]
     assert [row.owner for row in recoveries.recoveries(store)] == ["me"]
     with pytest.raises(ValueError, match="not above"):
         recoveries.take(store, (3, "me"), 3, "again", 99)
+
+
+@pytest.mark.postgres
+def test_a_flush_that_stands_still_in_the_midst_of_a_copy(postgres_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PostgreSQL looks at no limit while a COPY waits for its client: whoever waits for its locks in vain ends it, but not
+    before it has stood for as long as an idle one may."""
+    limits = "SET LOCAL lock_timeout = '500ms'; SET LOCAL idle_in_transaction_session_timeout = '300ms'"
+    monkeypatch.setattr(engine, "_POSTGRESQL_LIMITS", limits)
+    log = Log()
+    frozen, other = DurableStore.connect(postgres_url), DurableStore.connect(postgres_url)
+    batch, stands, goes_on = log.batch(["a"]), threading.Event(), threading.Event()
+
+    def stand_still() -> None:
+        stands.set()
+        goes_on.wait(60)
+
+    def flush() -> None:
+        with frozen.flush_transaction() as transaction:
+            transaction.advance(batch.moves)
+            transaction.insert_history(batch.lines, meanwhile=stand_still)
+
+    with contextlib.closing(frozen), contextlib.closing(other), ThreadPoolExecutor(1) as pool:
+        flushing = pool.submit(flush)
+        try:
+            assert stands.wait(60)
+            with pytest.raises(faults.Transient):  # it stands for half a second or one: that may be slowness
+                flushed(other, batch)
+            with pytest.raises(faults.Transient):
+                recoveries.take(other, (0, ""), 1, "early", 5)
+            monkeypatch.setattr(engine, "FROZEN_SECONDS", 0.1)
+            with pytest.raises(faults.Transient):  # ended now, and the next one gets in
+                flushed(other, batch)
+            flushed(other, batch)
+        finally:
+            goes_on.set()
+        with pytest.raises(errors.UnavailableError):
+            flushing.result(60)
+        assert [each.version for each in other.history("order", "a")] == [1]
+
+
+@pytest.mark.postgres
+def test_taking_from_one_that_stands_still_in_the_midst_of_a_copy(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No second call of the operator's is needed."""
+    monkeypatch.setattr(engine, "_POSTGRESQL_LIMITS", "SET LOCAL lock_timeout = '500ms'")
+    monkeypatch.setattr(engine, "FROZEN_SECONDS", 0.1)
+    frozen, other = DurableStore.connect(postgres_url), DurableStore.connect(postgres_url)
+    batch = Log().batch(["a"])
+
+    def flush() -> None:
+        with frozen.flush_transaction() as transaction:
+            transaction.advance(batch.moves)
+            transaction.insert_history(batch.lines, meanwhile=lambda: recoveries.take(other, (0, ""), 1, "new", 5))
+
+    with contextlib.closing(frozen), contextlib.closing(other):
+        with pytest.raises(errors.UnavailableError):
+            flush()
+        assert other.identity().owner == "new"
+        assert other.history("order", "a") == []
 
 
 def test_steps_of_an_older_recovery_are_refused(store: DurableStore) -> None:
