@@ -277,11 +277,16 @@ MUTANTS = [
         (
             Patch(
                 "statecache/durable/recoveries.py",
-                '            [{"p": number, "e": new_epoch, "o": new_owner} for number in numbers],\n',
-                '            [{"p": -1 - number, "e": new_epoch, "o": new_owner} for number in numbers],\n',
+                '            [{"p": number, "e": own["epoch"], "o": own["owner"]} for number in numbers],\n',
+                '            [{"p": -1 - number, "e": own["epoch"], "o": own["owner"]} for number in numbers],\n',
             ),
         ),
         (f"{_HOLES}test_h1_recovery_waits_for_an_open_flush_and_counts_it",),
+    ),
+    Mutant(
+        "nobody ends a COPY that stands still",
+        (Patch("statecache/durable/engine.py", "                self._end_frozen()\n", "                pass\n"),),
+        ("tests/integration/test_durable_recoveries.py",),
     ),
     Mutant(
         "unstamped trim",
