@@ -221,6 +221,15 @@ class DurableStore:
             lambda connection: queries.history(connection, machine, id, after_version, up_to_version, up_to_ms)
         )
 
+    def story(self, machine: str, id: str) -> tuple[list[model.Transition], model.Checkpoint | None]:
+        """Return an instance's whole history and its checkpoint, of one snapshot."""
+
+        def ask(connection: sa.Connection) -> tuple[list[model.Transition], model.Checkpoint | None]:
+            found = self.queries.checkpoints(connection, [(machine, id)])
+            return queries.history(connection, machine, id, 0, None, None), found.get((machine, id))
+
+        return self.database.pages(ask)
+
     def transition(self, machine: str, id: str, version: int) -> model.Transition | None:
         """Return one transition of an instance."""
         found = self.history(machine, id, version - 1, version)

@@ -7,7 +7,9 @@ Three passes, each over everything:
 2. the logs: behind its watermark each goes on without a hole;
 3. Redis: every hot hash is its checkpoint with its open dead letters and the unflushed entries of the log folded on.
 
-It reads while writers write: whatever looks wrong is looked at again, alone, before it is called a finding.
+It reads while writers write and flushers flush: whatever looks wrong is looked at again, alone, before it is called a finding.
+Then history and checkpoint come from one snapshot; where a log does not go on, the watermark is asked whether it was flushed
+and trimmed meanwhile; a hash that has moved on meanwhile is compared at the version that it had.
 """
 
 from __future__ import annotations
@@ -172,7 +174,7 @@ def _histories(
 
 
 def _sql_problem_of(cache: StateCache, machine: str, id: str) -> Problem:
-    return _sql_problem(cache.durable.history(machine, id), cache.durable.checkpoint(machine, id))
+    return _sql_problem(*cache.durable.story(machine, id))
 
 
 def _sql_problem(rows: Sequence[model.Transition], checkpoint: model.Checkpoint | None) -> Problem:
@@ -202,12 +204,13 @@ def _folded(rows: Sequence[model.Transition]) -> _Folded:
 
 def _log_findings(cache: StateCache, partition: int) -> list[Finding]:
     """Follow a log from its watermark to its end."""
-    cursor = cache.durable.partitions([partition])[0].watermark
     found: list[Finding] = []
+    cursor = _watermark(cache, partition)
     while True:
         reply = cache.hot.read([(partition, cursor)], entries=_PAGE, bytes_max=2**24)[0]
         if reply.code != "OK":
             cache.admission.ensure(reply.code, cache.deadline(None))
+            cursor = _watermark(cache, partition)
             continue
         for line in reply.lines:
             try:
@@ -215,11 +218,20 @@ def _log_findings(cache: StateCache, partition: int) -> list[Finding]:
             except errors.IntegrityError as error:
                 return [*found, Finding("log", f"partition {partition}", str(error))]
             if not entry.follows(record.entry_id, cursor, record.prev if record.is_mark else None):
+                watermark = _watermark(cache, partition)
+                if watermark > cursor:  # what stood between was flushed and trimmed
+                    cursor = watermark
+                    break
                 detail = f"{record.entry_id} does not follow {cursor}: entries are missing"
                 found.append(Finding("log", f"partition {partition}", detail))
             cursor = record.entry_id
-        if len(reply.lines) < _PAGE:
-            return found
+        else:
+            if len(reply.lines) < _PAGE:
+                return found
+
+
+def _watermark(cache: StateCache, partition: int) -> entry.EntryId:
+    return cache.durable.partitions([partition])[0].watermark
 
 
 # --- Redis -------------------------------------------------------------------------------------------------------------
@@ -246,7 +258,11 @@ def _as_folded(checkpoint: model.Checkpoint | None) -> _Folded:
 def _hot_problem(cache: StateCache, machine: str, id: str) -> Problem:
     """Compare one hash with its checkpoint and the unflushed entries behind that."""
     partition = cache.hot.keyspace.partition_of(machine, id)
-    fields = cache.hot.hashes([(partition, machine, id)])[0]
+
+    def hash_() -> Mapping[bytes, bytes]:
+        return cache.hot.hashes([(partition, machine, id)])[0]
+
+    fields = hash_()
     code, entries = cache.hot.find(partition, machine, id, whole=True)
     if code != "OK":
         cache.admission.ensure(code, cache.deadline(None))
@@ -256,17 +272,31 @@ def _hot_problem(cache: StateCache, machine: str, id: str) -> Problem:
     letters = [letter.entry for letter in cache.durable.letters(machine, id)]
     if letters and _difference(fields, expected) is None:
         return None
-    for record in [*letters, *entries]:
-        if record.version > expected.version:
+    records = [*letters, *entries]
+    version = _stand(fields)[1]
+    reached = max([expected.version, *(record.version for record in records)])
+    has_moved_on = version < reached <= _stand(hash_())[1]
+    if has_moved_on and expected.version > version:
+        expected = _folded(cache.durable.history(machine, id, up_to_version=version))
+        if (expected.version, expected.complete) != (version, True):
+            return None
+    for record in records:
+        if expected.version < record.version <= (version if has_moved_on else reached):
             expected.follow(flows.transition_of(record))
     return ("log", expected.problem) if expected.problem else _difference(fields, expected)
+
+
+def _stand(fields: Mapping[bytes, bytes]) -> tuple[str, int]:
+    """State and version of a hash; version 0 for what is none of ours."""
+    state, version, *_ = [*fields.get(b"@", b"").decode(errors="backslashreplace").split(" "), ""]
+    return state, int(version) if version.isascii() and version.isdigit() else 0
 
 
 def _difference(fields: Mapping[bytes, bytes], expected: _Folded) -> Problem:
     if not fields:
         return None
-    state, version, *_ = [*fields.get(b"@", b"").decode(errors="backslashreplace").split(" "), "0"]
-    if not version.isdigit() or (state, int(version)) != (expected.state, expected.version):
+    state, version = _stand(fields)
+    if (state, version) != (expected.state, expected.version):
         return "hot", f"Redis has {state!r} at {version}, SQL and log have {expected.state!r} at {expected.version}"
     try:
         data = {

@@ -284,6 +284,16 @@ MUTANTS = [
         (f"{_HOLES}test_h1_recovery_waits_for_an_open_flush_and_counts_it",),
     ),
     Mutant(
+        "verify: history and checkpoint of two moments",
+        (Patch("statecache/durable/store.py", "return self.database.pages(ask)", "return self.database.read(ask)"),),
+        ("tests/integration/test_verify.py",),
+    ),
+    Mutant(
+        "verify: a hash that stands behind passes for one that has moved on",
+        (Patch("statecache/engine/verify.py", "reached <= _stand(hash_())[1]\n", "reached\n"),),
+        ("tests/integration/test_verify.py",),
+    ),
+    Mutant(
         "nobody ends a COPY that stands still",
         (Patch("statecache/durable/engine.py", "                self._end_frozen()\n", "                pass\n"),),
         ("tests/integration/test_durable_recoveries.py",),

@@ -1,0 +1,138 @@
+"""Verification beside writers and flushers: what is only under way is no finding, what is wrong is one all the same."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from statecache.durable import queries
+from statecache.engine import verify
+from tests.support.worlds import World
+
+
+@pytest.fixture
+def world(redis_url: str, database_url: str, namespace: str) -> Iterator[World]:
+    with World(redis_url, database_url, namespace) as made:
+        yield made
+
+
+@contextlib.contextmanager
+def before_each(target: object, names: tuple[str, ...], action: Callable[[], object]) -> Iterator[list[str]]:
+    """Do something before every call of some methods; the list tells which ones came."""
+    came: list[str] = []
+
+    def between(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*arguments: Any, **named: Any) -> Any:
+            came.append(name)
+            action()
+            return original(*arguments, **named)
+
+        return wrapped
+
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            stack.enter_context(mock.patch.object(target, name, between(name, getattr(target, name))))
+        yield came
+
+
+_HOT = ("read", "hashes", "find")
+_SQL = ("partitions", "checkpoint", "checkpoints", "history", "letters")
+
+
+def _moves(world: World, id: str, *, flush: bool) -> Callable[[], None]:
+    flusher = world.flusher()
+
+    def move() -> None:
+        world.orders.transition(id, "note", {"amount": world.orders.get(id).version})
+        if flush:
+            flusher.step()
+
+    return move
+
+
+@pytest.mark.parametrize("flush", [True, False], ids=["moved and flushed", "moved"])
+def test_an_instance_that_never_stands_still(world: World, flush: bool) -> None:
+    """It moves, and is flushed and trimmed, before every single look at Redis and at SQL."""
+    id = world.id()
+    world.start(id, ["note", "note"], amount=1)
+    move = _moves(world, id, flush=flush)
+    busy = False
+
+    def once() -> None:  # not again from within the move itself
+        nonlocal busy
+        if not busy:
+            busy = True
+            move()
+            busy = False
+
+    with before_each(world.cache.hot, _HOT, once) as hot, before_each(world.durable, _SQL, once) as sql:
+        found = verify.verify(world.cache)
+    assert found.findings == ()
+    assert set(hot) >= {"read", "hashes"}
+    assert "partitions" in sql
+    assert found.hot == 1
+
+
+def test_a_log_flushed_between_its_pages(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the next page would begin with is trimmed when it is read."""
+    monkeypatch.setattr(verify, "_PAGE", 2)
+    id = world.id()
+    world.start(id, ["note"] * 4)
+    flusher = world.flusher()
+    calls = 0
+
+    def second() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            flusher.step()
+            world.start(world.id(prefix="later"), ["note"] * 4)
+
+    with before_each(world.cache.hot, ("read",), second):
+        assert list(verify._log_findings(world.cache, 0)) == []
+    assert calls > 2
+
+
+def test_history_and_checkpoint_of_one_moment(world: World) -> None:
+    """A flush commits between the two statements."""
+    id = world.id()
+    world.start(id, ["note"])
+    world.flush()
+    other = threading.Thread(target=_moves(world, id, flush=True))
+
+    def flush_once() -> None:
+        if threading.current_thread() is threading.main_thread():
+            other.start()
+            other.join()
+
+    with before_each(queries, ("history",), flush_once):
+        assert verify._sql_problem_of(world.cache, "order", id) is None
+    assert len(world.durable.history("order", id)) == 3
+
+
+@pytest.mark.parametrize("flushed", [True, False])
+def test_a_hash_that_stands_behind_is_found(world: World, flushed: bool) -> None:
+    """Its version is older than what the log, or SQL, has, and it does not move."""
+    id = world.id()
+    key = world.keyspace.instance(0, "order", id)
+    world.start(id)
+    old: Any = world.client.dump(key)
+    world.orders.transition(id, "note")
+    if flushed:
+        world.flush()
+    world.client.restore(key, 0, old, replace=True)
+    (finding,) = verify.verify(world.cache).findings
+    assert (finding.kind, finding.address) == ("hot", f"order:{id}")
+    assert "at 1, SQL and log have 'placed' at 2" in finding.detail
+
+
+def test_a_hole_in_the_log_is_found(world: World) -> None:
+    id = world.id()
+    world.start(id, ["note", "note"])
+    world.client.xdel(world.keyspace.log(0), world.log()[1])
+    assert {each.kind for each in verify.verify(world.cache).findings} == {"log"}
