@@ -7,6 +7,7 @@ the addresses of servers that run here in the place of the services' names.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import signal
@@ -35,9 +36,8 @@ SERVICES = {*OURS, "redis", "postgres", "prometheus", "grafana"}
 
 def _new_secrets() -> dict[str, str]:
     """What a person's .env holds: the output of the script that the page tells them to run."""
-    made = subprocess.run(
-        ["sh", "config/compose-env.sh"], cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=30
-    )
+    made = secured.shell(REPOSITORY / "config" / "compose-env.sh")
+    assert made.returncode == 0, made.stderr
     lines = [line for line in made.stdout.splitlines() if not line.startswith("#")]
     return dict(line.split("=", 1) for line in lines)
 
@@ -375,11 +375,9 @@ def test_the_start_script_makes_the_users_and_becomes_the_server(
     server = tmp_path / "bin" / "valkey-server"
     server.write_text(f'#!/bin/sh\necho "$@"\nexec {shlex.quote(str(redis_binary))} --version\n')
     server.chmod(0o755)
-    done = subprocess.run(
-        ["sh", str(folder / "start.sh"), *redis["command"]],
-        env={"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin", **redis["environment"]},
-        capture_output=True, text=True, check=True, timeout=30,
-    )  # fmt: skip
+    path = f"{tmp_path / 'bin'}:{os.defpath}"
+    done = secured.shell(folder / "start.sh", *redis["command"], **{"PATH": path, **redis["environment"]})
+    assert done.returncode == 0, done.stderr
     given = done.stdout.splitlines()[0]
     assert given == f"{folder}/redis.conf --bind * --dir /data --aclfile {tmp_path}/users.acl --maxmemory 1gb"
     written = tmp_path / "users.acl"

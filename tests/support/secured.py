@@ -30,11 +30,16 @@ def passwords() -> dict[str, str]:
     return {variable(role): secrets.token_hex(24) for role in ROLES}
 
 
+def shell(script: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run one of our shell scripts with these variables and the system's commands, whatever this process' PATH holds."""
+    environment = {"PATH": os.defpath, **variables}
+    command = ["/bin/sh", str(script), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=30)
+
+
 def users(variables: dict[str, str], template: Path = CONFIG / "users.acl") -> subprocess.CompletedProcess[str]:
     """Run ``users.sh``."""
-    environment = {"PATH": os.environ["PATH"], **variables}
-    command = ["sh", str(CONFIG / "users.sh"), str(template)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=30)
+    return shell(CONFIG / "users.sh", str(template), **variables)
 
 
 class SecuredServer(servers.ValkeyServer):
