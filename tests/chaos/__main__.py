@@ -44,6 +44,7 @@ def main() -> int:
     seed = asked.seed or secrets.token_hex(4)
     options = rounds.Options(seed, asked.round_seconds, asked.sql, asked.server, asked.aof, asked.only, asked.client)
     folder = asked.folder or Path(tempfile.mkdtemp(prefix="statecache-chaos-"))
+    folder.mkdir(parents=True, exist_ok=True)
     logging.basicConfig(
         filename=folder / "judge.log", level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
     )
