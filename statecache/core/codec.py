@@ -47,10 +47,28 @@ class Limits:
 _shown = wording.shown
 
 
+def plain_text(value: Any) -> Any:
+    """A text of a class of its own (an Enum's member, ``numpy.str_``) as what it is; anything else as it stands.
+
+    Such a class may have another hash, and another text in an f-string than on the wire: what is to be written in several
+    places must be one and the same.
+    """
+    return str.__str__(value) if isinstance(value, str) else value
+
+
+def plain_texts(values: list[Any]) -> list[Any]:
+    """``plain_text`` of each."""
+    return values if set(map(type, values)) <= {str} else list(map(plain_text, values))
+
+
 def check_text(what: str, value: object, length_max: int) -> str:
-    """Return ``value`` if it is 1 to ``length_max`` characters without control characters or lone surrogates."""
-    if not isinstance(value, str):
-        raise errors.InvalidDataError(f"{what} {_shown(value)} is refused: it must be text, not {type(value).__name__}")
+    """Return ``value`` as plain text: 1 to ``length_max`` characters without control characters or lone surrogates."""
+    if type(value) is not str:
+        if not isinstance(value, str):
+            raise errors.InvalidDataError(
+                f"{what} {_shown(value)} is refused: it must be text, not {type(value).__name__}"
+            )
+        value = str.__str__(value)
     if not 0 < len(value) <= length_max:
         raise errors.InvalidDataError(
             f"{what} {_shown(value)} is refused: it has {len(value)} characters, 1 to {length_max} are allowed"
@@ -199,6 +217,7 @@ def encode_value(field: str, value: object) -> str:
 
 
 def check_field_name(name: object) -> str:
+    name = plain_text(name)
     if not isinstance(name, str) or not FIELD_NAME.fullmatch(name):
         raise errors.InvalidDataError(
             f"field name {_shown(name)} is refused: a letter or '_', then at most 63 letters, digits, '_', '.' or '-'"
@@ -225,21 +244,24 @@ def encode_patch(data: Mapping[str, Any], limits: Limits) -> Encoded:
         raise errors.InvalidDataError(
             f"data is refused: it has {len(data)} fields, at most {limits.patch_fields_max} are allowed in a patch"
         )
+    names: list[str] = []
     texts: list[str] = []
     size = 0
-    for name, value in data.items():
-        if name not in _seen_names:
-            _remember_name(check_field_name(name))
+    for given, value in data.items():
+        name = check_field_name(given)
+        _remember_name(name)
         text = encode_value(name, value)
         size += len(name) + (len(text) if text.isascii() else len(text.encode()))
+        names.append(name)
         texts.append(text)
+    if len(set(names)) < len(names):  # names that are equal as texts, of classes whose hashes differ
+        raise errors.InvalidDataError(f"data {_shown(data)} is refused: it has a field twice")
     if size > limits.patch_bytes_max:
         raise errors.InvalidDataError(
             f"data is refused: it takes {size} bytes, at most {limits.patch_bytes_max} are allowed in a patch; "
             "keep large documents elsewhere and store their address here"
         )
-    names = tuple(data)
-    return names, texts, patch_text(names, texts)
+    return tuple(names), texts, patch_text(names, texts)
 
 
 _PLAIN = frozenset({str, bool, int, float, type(None)})
@@ -253,7 +275,11 @@ def _encode_plain_patch(data: dict[str, Any], limits: Limits) -> Encoded | None:
     """The same for what most patches are: known names and plain values, in two calls instead of two for each field. None
     leaves it to the thorough form, which finds what is wrong, if anything is."""
     values = list(data.values())  # a list: msgspec 0.22 loses an iterator (86 bytes for ever) with any other iterable
-    if not (_seen_names.issuperset(data) and _PLAIN.issuperset(map(type, values))):
+    try:
+        names = tuple(map(_seen_names.__getitem__, data))
+    except KeyError:
+        return None
+    if not _PLAIN.issuperset(map(type, values)):
         return None
     for value in values:
         if type(value) in _NUMBERS and not -_PLAIN_NUMBER_MAX < value < _PLAIN_NUMBER_MAX:  # not for NaN either
@@ -267,7 +293,7 @@ def _encode_plain_patch(data: dict[str, Any], limits: Limits) -> Encoded | None:
         return None
     texts = lines.decode().split("\n")
     texts.pop()  # empty: a line break ends the last one
-    return tuple(data), texts, _encode_json(data).decode()
+    return names, texts, _encode_json(data).decode()
 
 
 def encode_patches(patches: Sequence[object], limits: Limits) -> list[Encoded | None]:
@@ -280,7 +306,11 @@ def encode_patches(patches: Sequence[object], limits: Limits) -> list[Encoded | 
     shapes = list(map(tuple, plain))
     values = list(_chained(map(dict.values, plain)))
     kinds = set(map(type, values))
-    if not (_seen_names.issuperset(_chained(set(shapes))) and _PLAIN.issuperset(kinds)):
+    try:
+        names_of = {shape: tuple(map(_seen_names.__getitem__, shape)) for shape in set(shapes)}
+    except KeyError:
+        return encoded
+    if not _PLAIN.issuperset(kinds):
         return encoded
     if not _NUMBERS.isdisjoint(kinds):
         numbers = [value for value in values if type(value) in _NUMBERS]
@@ -300,20 +330,21 @@ def encode_patches(patches: Sequence[object], limits: Limits) -> list[Encoded | 
     each = zip(shapes, objects.decode().split("\n"), strict=False)  # a line break ends the last object
     for index, data in enumerate(patches):
         if type(data) is dict and data:
-            names, text = next(each)
-            end = begin + len(names)
-            encoded[index] = names, texts[begin:end], text
+            shape, text = next(each)
+            end = begin + len(shape)
+            encoded[index] = names_of[shape], texts[begin:end], text
             begin = end
     return encoded
 
 
-# Field names recur in every call: those found good are not matched again. Bounded, because names are input.
-_seen_names: set[str] = set()
+# Field names recur in every call: those found good are not matched again, and all calls share one text. Bounded, because
+# names are input.
+_seen_names: dict[str, str] = {}
 
 
 def _remember_name(name: str) -> None:
     if len(_seen_names) < 10_000:
-        _seen_names.add(name)
+        _seen_names.setdefault(name, name)
 
 
 def patch_text(names: Sequence[str], texts: Sequence[str]) -> str:
@@ -328,22 +359,24 @@ def encode_increments(increments: Mapping[str, int | float]) -> list[list[str]]:
     if not isinstance(increments, Mapping):
         raise errors.InvalidDataError(f"increment {_shown(increments)} is refused: it must map field names to numbers")
     result: list[list[str]] = []
-    for name, delta in increments.items():
-        check_field_name(name)
-        if isinstance(delta, bool) or not isinstance(delta, (int, float)):
-            raise errors.InvalidDataError(f"increment of {name!r}: {_shown(delta)} is refused: it must be a number")
-        if isinstance(delta, int):
-            if abs(delta) >= 10**15:
+    for given, value in increments.items():
+        name = check_field_name(given)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise errors.InvalidDataError(f"increment of {name!r}: {_shown(value)} is refused: it must be a number")
+        if isinstance(value, int):
+            whole = int.__index__(value)
+            if abs(whole) >= 10**15:
                 raise errors.InvalidDataError(
-                    f"increment of {name!r}: {delta} is refused: at most 15 digits are allowed"
+                    f"increment of {name!r}: {_shown(whole)} is refused: at most 15 digits are allowed"
                 )
-            result.append([name, str(delta), "i"])
+            result.append([name, str(whole), "i"])
         else:
+            delta = float.__float__(value)
             if not math.isfinite(delta) or abs(delta) >= 1e15:
                 raise errors.InvalidDataError(
                     f"increment of {name!r}: {delta!r} is refused: it must be finite and below 1e15"
                 )
-            result.append([name, f"{delta:.17g}" if abs(delta) >= 1e-4 else f"{delta:.20f}", "f"])
+            result.append([name, repr(delta), "f"])
     return result
 
 

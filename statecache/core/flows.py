@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from statecache.core import entry, errors, fold, items, model
+from statecache.core import entry, errors, fold, items, model, wording
 
 # --- what a flow may yield, beside an Item (answered by an Outcome) ----------------------------------------------------
 
@@ -290,8 +290,17 @@ def _consult_guard(request: Request) -> Generator[Wish, Any, errors.StateCacheEr
     if request.expect_version not in (None, seen.version):
         item.expected = NEVER_MATCHES
         return None
-    if predicate is None or predicate(seen):
-        return None
+    try:
+        if predicate is None or predicate(seen):
+            return None
+    except wording.MISTAKES as error:
+        item.expected = NEVER_MATCHES
+        failed = errors.DefinitionError(
+            f"{request.address}: the guard of {item.move.event!r} failed in state {seen.state!r} at version {seen.version}: "
+            f"{type(error).__name__}: {error}"
+        )
+        failed.__cause__ = error
+        return failed
     item.expected = NEVER_MATCHES
     return errors.InvalidTransitionError(
         f"{request.address}: the guard of {item.move.event!r} refused it in state {seen.state!r} at version {seen.version}",

@@ -36,7 +36,7 @@ def datetime_of(ms: int) -> datetime:
 
 def ms_of(when: datetime) -> int:
     """Milliseconds since 1970; a naive datetime is taken as UTC."""
-    return round((when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp() * 1000)
+    return round((when.replace(tzinfo=UTC) if when.utcoffset() is None else when).timestamp() * 1000)
 
 
 class Receipt(msgspec.Struct, frozen=True, gc=False):

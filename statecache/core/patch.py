@@ -16,7 +16,7 @@ import jsonschema
 import pydantic
 
 from statecache.core import errors, schema
-from statecache.core.wording import shown, uncapitalized
+from statecache.core.wording import MISTAKES, shown, uncapitalized
 
 PatchValidator = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
@@ -69,10 +69,14 @@ def by_model(machine: str, model: type[pydantic.BaseModel]) -> PatchValidator:
             raise _refused(machine, [(name, value, "Data declares no such field") for name, value in unknown.items()])
         try:
             valid = partial.model_validate(known)
-        except pydantic.ValidationError as error:
+        except pydantic.ValidationError as error:  # a ValueError, as what a validator raises by mistake may be
             found = error.errors(include_url=False, include_context=False)
             raise _refused(
                 machine, [(_dotted(one["loc"]), one["input"], uncapitalized(one["msg"])) for one in found]
+            ) from error
+        except MISTAKES as error:
+            raise errors.InvalidDataError(
+                f"machine {machine!r}: data {shown(patch)} is refused: a validator failed: {type(error).__name__}: {error}"
             ) from error
         try:
             return unknown | valid.model_dump(mode="json", include=set(known))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from statecache.core import claims, codec, entry, errors, flows, items, keys, model, patch
+from statecache.core import claims, codec, entry, errors, flows, items, keys, model, patch, wording
 from statecache.core.definition import Definition, Guard
 
 _SEPARATOR = entry.SEPARATOR
@@ -48,7 +48,7 @@ class Door:
         return codec.check_text("id", id, self._limits.id_length_max)
 
     def check_ids(self, ids: Sequence[object]) -> list[errors.InvalidDataError | None]:
-        """The error of each id that is refused, None for the others."""
+        """The error of each id that is refused, None for the others, which are ``codec.plain_texts``."""
         return codec.check_texts("id", ids, self._limits.id_length_max)
 
     def start(
@@ -110,7 +110,7 @@ class Door:
         limits = self._limits
         results: list[Any] = [None] * len(wanted)
         together: list[tuple[int, items.MoveSpec, str | None, codec.Encoded]] = []
-        ids: list[Any] = [getattr(each, "id", None) for each in wanted]
+        ids: list[Any] = codec.plain_texts([getattr(each, "id", None) for each in wanted])
         refused = codec.check_texts("id", ids, limits.id_length_max)
         for place, (each, encoded) in enumerate(zip(wanted, self._patches(wanted), strict=True)):
             try:
@@ -120,10 +120,12 @@ class Door:
                     continue
                 spec, actor = found
                 if actor is not None:
-                    codec.check_text("actor", actor, limits.text_length_max)
+                    actor = codec.check_text("actor", actor, limits.text_length_max)
                 together.append((place, spec, actor, encoded or _NO_PATCH))
             except errors.StateCacheError as error:
                 results[place] = error
+            except wording.MISTAKES as error:  # a value of a class of the caller's: the others go through
+                results[place] = _failed(ids[place], error)
         begin, allowed = f"{self.definition.name}:", self.definition.available_events
         encoded_ids = [ids[place].encode() for place, *_ in together]
         partitions = keys.partitions_of(self.definition.name, encoded_ids, self._partition_count)
@@ -146,17 +148,17 @@ class Door:
     def transition(self, move: model.Move, encoded: codec.Encoded | None = None) -> flows.Request:
         """A transition as a request. ``encoded`` is its data, if that was encoded already. Raises ``InvalidTransitionError``
         for an event that the machine does not have."""
-        event: object = move.event
+        event: object = codec.plain_text(move.event)
         spec = self._moves.get(event) if isinstance(event, str) else None
         if spec is None:
             name = self.definition.name
             raise errors.InvalidTransitionError(
-                f"{name}:{move.id}: machine {name!r} has no event {move.event!r}; it has {', '.join(self._moves)}",
+                f"{name}:{move.id}: machine {name!r} has no event {wording.shown(event)}; it has {', '.join(self._moves)}",
                 "",
-                str(move.event),
+                event if isinstance(event, str) else wording.shown(event),
                 tuple(self._moves),
             )
-        guard = self._guards.get(move.event) if self._guards else None
+        guard = self._guards.get(spec.event) if self._guards else None
         if callable(guard):
             guard()  # raises: nothing is bound to its name
         assert not callable(guard)
@@ -167,6 +169,14 @@ class Door:
         if move.claim is not None:
             request.item.claim = claims.check_token(move.claim)
         return request
+
+    def _check_declared(self, names: Sequence[str]) -> None:
+        """Refuse to add to a field that the machine's data forbids; what the sum may be is not checked."""
+        declared = self.definition.declared
+        for name in [] if declared is None else set(names) - declared:
+            raise errors.InvalidDataError(
+                f"machine {self.definition.name!r}: the increment of {name!r} is refused: its data declares no such field"
+            )
 
     def _request(
         self,
@@ -184,7 +194,7 @@ class Door:
         encoded: codec.Encoded | None,
     ) -> flows.Request:
         limits = self._limits
-        codec.check_text("id", id, limits.id_length_max)
+        id = codec.check_text("id", id, limits.id_length_max)
         if encoded is not None:
             names, texts, text = encoded
         elif data or data not in (None, {}):
@@ -194,15 +204,16 @@ class Door:
         dropped = codec.encode_unset(unset) if unset else []
         increments = codec.encode_increments(increment) if increment else []
         if dropped or increments:
+            self._check_declared([name for name, *_ in increments])
             _check_disjoint(names, dropped, [name for name, *_ in increments], limits)
         own_id = transition_id is not None
         made_id = codec.check_text("transition_id", transition_id, limits.id_length_max) if own_id else self._ids.next()
         if expect_version is not None:
-            _check_version(expect_version)
+            expect_version = _check_version(expect_version)
         if actor is not None:
-            codec.check_text("actor", actor, limits.text_length_max)
+            actor = codec.check_text("actor", actor, limits.text_length_max)
         if reason is not None:
-            codec.check_text("reason", reason, limits.text_length_max)
+            reason = codec.check_text("reason", reason, limits.text_length_max)
         occurred = "" if occurred_at is None else _ms_of(occurred_at)
         tail = (
             f"{made_id}{_SEPARATOR}{actor or ''}{_SEPARATOR}{reason or ''}{_SEPARATOR}{occurred}{_SEPARATOR}{text}"
@@ -252,12 +263,31 @@ def _check_disjoint(
         )
 
 
-def _check_version(value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**53:
-        raise errors.InvalidDataError(f"expect_version {value!r} is refused: versions are whole numbers from 1 on")
+def _check_version(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= int.__index__(value) < 2**53:
+        raise errors.InvalidDataError(
+            f"expect_version {wording.shown(value)} is refused: versions are whole numbers from 1 on"
+        )
+    return int.__index__(value)
 
 
 def _ms_of(value: object) -> int:
     if not isinstance(value, datetime):
-        raise errors.InvalidDataError(f"occurred_at {value!r} is refused: it must be a datetime")
-    return model.ms_of(value)
+        raise errors.InvalidDataError(f"occurred_at {wording.shown(value)} is refused: it must be a datetime")
+    try:
+        ms = model.ms_of(value)
+        model.datetime_of(ms)  # readers will be shown it
+    except wording.MISTAKES as error:  # rounded beyond the year 9999, or before 1; a time zone that fails
+        raise errors.InvalidDataError(
+            f"occurred_at {wording.shown(value)} is refused: it is no time of the years 1 to 9999 in UTC"
+        ) from error
+    return ms
+
+
+def _failed(id: object, error: Exception) -> errors.InvalidDataError:
+    """What one element of a bulk call is told that nothing could be made of."""
+    refused = errors.InvalidDataError(
+        f"{wording.shown(id)} is refused: {type(error).__name__} while its arguments were looked at: {wording.shown(error)}"
+    )
+    refused.__cause__ = error
+    return refused

@@ -225,7 +225,7 @@ class AsyncStateCache:
         else:
             await self.blocking(self.sync.wait_durable, list(receipt), timeout)
 
-    async def flush(self, timeout: float = 10.0) -> None:
+    async def flush(self, timeout: float | None = 10.0) -> None:
         """As ``StateCache.flush``."""
         await self.blocking(self.sync.flush, timeout)
 

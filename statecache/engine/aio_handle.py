@@ -89,7 +89,7 @@ class AsyncMachineHandle:
         return receipt
 
     def _level(self, durability: str | None) -> model.Durability:
-        return self._cache.sync.level(durability or self.machine.definition.durability)
+        return self._cache.sync.level(durability, self.machine.definition.durability)
 
     async def start_many(
         self,

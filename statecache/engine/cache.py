@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import threading
 import time
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 import msgspec
 
 from statecache import metrics as metering
-from statecache.core import codec, definition, entry, errors, failpoints, items, keys, model
+from statecache.core import codec, definition, entry, errors, failpoints, items, keys, model, wording
 from statecache.core.machine import StateMachine
 from statecache.core.spec import MachineSpec
 from statecache.durable.store import DurableStore
@@ -311,6 +312,11 @@ class StateCache:
                 )
             machine = StateMachine.from_spec(MachineSpec.model_validate_json(found[2]))
         else:
+            given: object = machine
+            if not (isinstance(given, type) and issubclass(given, StateMachine) and hasattr(given, "definition")):
+                raise errors.DefinitionError(
+                    f"{wording.shown(machine)} is no machine: give a class that declares one, or the name of a registered one"
+                )
             self.durable.register_machine(
                 machine.definition.name,
                 machine.definition.version,
@@ -346,17 +352,23 @@ class StateCache:
 
     def deadline(self, timeout: float | None) -> float:
         """When a call that begins now must end (``time.monotonic``)."""
-        return time.monotonic() + (self.settings.call_timeout_seconds if timeout is None else timeout)
+        seconds: object = self.settings.call_timeout_seconds if timeout is None else timeout
+        if isinstance(seconds, (int, float)) and not math.isnan(seconds):  # NaN would never come
+            return time.monotonic() + seconds
+        raise errors.InvalidDataError(f"timeout {wording.shown(timeout)} is refused: it must be a number of seconds")
 
-    def level(self, wanted: str | None) -> model.Durability:
-        """The durability of a call. Raises ``InvalidDataError`` for a word that is none."""
+    def level(self, wanted: str | None, declared: str | None) -> model.Durability:
+        """The durability of a call: what it asks for, or what its machine declares, or that of the settings. Raises
+        ``InvalidDataError`` for a word that is none."""
+        if wanted is None:
+            wanted = declared
         if wanted is None:
             return self.settings.durability
         try:
             level = model.Durability(wanted)
         except ValueError:
             raise errors.InvalidDataError(
-                f"durability {wanted!r} is refused: it is one of {', '.join(model.Durability)}"
+                f"durability {wording.shown(wanted)} is refused: it is one of {', '.join(model.Durability)}"
             ) from None
         return level
 
@@ -402,18 +414,19 @@ class StateCache:
         receipts = [receipt] if isinstance(receipt, model.Receipt) else list(receipt)
         self.confirm(receipts, self.deadline(timeout))
 
-    def flush(self, timeout: float = 10.0) -> None:
+    def flush(self, timeout: float | None = 10.0) -> None:
         """Return when everything acknowledged before the call is in SQL. Does the work itself when no flusher does.
 
         Raises ``DurabilityTimeout``, ``RecoveringError`` (Redis was recovered meanwhile: what was acknowledged may be
         lost, the report tells), ``IntegrityError`` (a hole in a log: recover) or ``UnavailableError``.
         """
+        deadline = self.deadline(timeout)
         others = self._flusher_about() or someone_flushes(self.durable)
-        self._flush(time.monotonic() + timeout, _HELP_AFTER_SECONDS if others else 0.0)
+        self._flush(deadline, _HELP_AFTER_SECONDS if others else 0.0)
 
-    def flush_alone(self, timeout: float = 10.0) -> None:
+    def flush_alone(self, timeout: float | None = 10.0) -> None:
         """As ``flush``, but do the work here and at once, whoever else flushes."""
-        self._flush(time.monotonic() + timeout, 0.0)
+        self._flush(self.deadline(timeout), 0.0)
 
     def _flush(self, deadline: float, patience_seconds: float) -> None:
         """``patience_seconds``: how long to look on while others flush and none of the watermarks waited for moves."""

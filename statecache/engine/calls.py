@@ -12,6 +12,7 @@ from statecache.core.machine import StateMachine
 from statecache.settings import Settings
 
 Start = model.Start | tuple[str, Mapping[str, Any] | None] | str
+_LIMIT_MAX = 2**31 - 1
 Build = Callable[[Sequence[int]], Iterable[flows.Request | errors.StateCacheError]]
 """Makes the requests of some places of a bulk call, or the errors that say why they are refused."""
 
@@ -34,13 +35,15 @@ class Calls:
         def build(indexes: Sequence[int]) -> Iterable[flows.Request | errors.StateCacheError]:
             return self.door.starts([wanted[index] for index in indexes], actor)
 
-        return [getattr(one, "id", None) for one in wanted], build
+        return _ids(wanted), build
 
     def moves(self, moves: Iterable[model.Move]) -> tuple[list[Any], Build]:
         """The ids of many moves, and what builds the request of each."""
         wanted = [_as_move(move) for move in as_list("moves", moves)]
         # A move sent again is answered only after history was asked; what follows it must not overtake it meanwhile.
-        repeatable = {move.id for move in wanted if isinstance(move, model.Move) and _is_repeatable(move)}
+        repeatable = {
+            codec.plain_text(move.id) for move in wanted if isinstance(move, model.Move) and _is_repeatable(move)
+        }
 
         def build(indexes: Sequence[int]) -> Iterable[flows.Request | errors.StateCacheError]:
             built = self.door.transitions([wanted[index] for index in indexes])
@@ -49,11 +52,11 @@ class Calls:
                     request.own_id = True
             return built
 
-        return [getattr(one, "id", None) for one in wanted], build
+        return _ids(wanted), build
 
     def address(self, id: str) -> tuple[int, str, str]:
         """Where an instance lies: partition, machine, id."""
-        self.door.check_id(id)
+        id = self.door.check_id(id)
         return self.door.partition_of(id), self.name, id
 
     def get(self, id: str) -> flows.Flow:
@@ -62,8 +65,7 @@ class Calls:
 
     def history(self, id: str) -> flows.Flow:
         """The flow that reads an instance's history."""
-        self.door.check_id(id)
-        return flows.history(self.door.partition_of(id), self.name, id)
+        return flows.history(*self.address(id))
 
     def at(
         self, id: str, rows: Sequence[model.Transition], version: int | None, when: datetime | None
@@ -71,16 +73,18 @@ class Calls:
         """The instance as it was, from its history."""
         if (version is None) == (when is None):
             raise errors.InvalidDataError("at() wants either a version or a moment (when=)")
-        _check_kind("version", version, int)
-        _check_kind("when", when, datetime)
         if version is not None:
+            _check_kind("version", version, int)
             kept = [row for row in rows if row.version <= version]
             if not kept or kept[-1].version != version:
                 raise errors.NotFoundError(f"{self.name}:{id} has no version {version}; it has 1 to {rows[-1].version}")
         else:
+            _check_kind("when", when, datetime)
             assert when is not None
             limit_ms = model.ms_of(when)
-            kept = [row for row in rows if row.at_ms <= limit_ms]
+            # Up to the last one of that time: after a failover the server's clock may have gone back.
+            count = max((n for n, row in enumerate(rows, 1) if row.at_ms <= limit_ms), default=0)
+            kept = list(rows[:count])
             if not kept:
                 raise errors.NotFoundError(
                     f"{self.name}:{id} did not exist at {when.isoformat()}: it began at {rows[0].at}"
@@ -93,10 +97,11 @@ class Calls:
             raise errors.InvalidDataError(
                 f"state {state!r} is refused: machine {self.name!r} has {', '.join(self.definition.states)}"
             )
-        _check_kind("older_than", older_than, timedelta)
+        if older_than is not None:
+            _check_kind("older_than", older_than, timedelta)
         _check_kind("limit", limit, int)
-        if limit < 1:
-            raise errors.InvalidDataError(f"limit {limit} is refused: it must be 1 or more")
+        if not 1 <= limit <= _LIMIT_MAX:
+            raise errors.InvalidDataError(f"limit {wording.shown(limit)} is refused: it must be from 1 to {_LIMIT_MAX}")
         return None if older_than is None else int((time.time() - older_than.total_seconds()) * 1000)
 
     def found(self, rows: Sequence[model.Checkpoint]) -> list[model.Snapshot]:
@@ -135,12 +140,16 @@ def as_ids(ids: Iterable[str]) -> list[str]:
     """A list of ids; a text is one id, not a list of its characters."""
     if isinstance(ids, str):
         raise errors.InvalidDataError(f"ids {wording.shown(ids)} is refused: give a list of ids")
-    return list(ids)
+    return codec.plain_texts(as_list("ids", ids))
+
+
+def _ids(wanted: Iterable[object]) -> list[Any]:
+    """The ids of what a bulk call was given, None where one has none."""
+    return codec.plain_texts([getattr(one, "id", None) for one in wanted])
 
 
 def _check_kind(what: str, value: object, kind: type) -> None:
-    """None passes: it means "not given"."""
-    if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+    if not isinstance(value, kind) or isinstance(value, bool):
         raise errors.InvalidDataError(
             f"{what} {wording.shown(value)} is refused: it must be a {kind.__name__}, not {type(value).__name__}"
         )

@@ -181,7 +181,7 @@ _LATEST = 2**62
 
 def ask_for(handle: MachineHandle, id: str, ttl_ms: int, worker: str, token: str = "") -> claims.Ask:
     """What is asked of the script for one instance; ``ttl_ms`` 0 ends the claim ``token``."""
-    row = claims.Row(handle.calls.door.partition_of(handle.calls.door.check_id(id)), handle.name, id, token=token)
+    row = claims.Row(*handle.calls.address(id), token=token)
     return claims.Ask([row], nonce_of_a_call(), worker, ttl_ms)
 
 
@@ -190,8 +190,7 @@ def holder(handle: MachineHandle, id: str) -> Held | None:
 
     Raises ``UnavailableError``.
     """
-    partition = handle.calls.door.partition_of(handle.calls.door.check_id(id))
-    return hot_claims.holder(handle.cache.hot, partition, handle.name, id)
+    return hot_claims.holder(handle.cache.hot, *handle.calls.address(id))
 
 
 def listed(cache: StateCache, machine: str | None, limit: int) -> list[Held]:

@@ -138,7 +138,7 @@ class MachineHandle:
 
     def _write(self, request: flows.Request, durability: str | None, timeout: float | None) -> model.Receipt:
         deadline = self._cache.deadline(timeout)
-        level = self._cache.level(durability or self.machine.definition.durability)
+        level = self._cache.level(durability, self.machine.definition.durability)
         if level in CONFIRMED:
             request.item.confirm = self._cache.confirmation(level, deadline)
         receipt = self._cache.driver.write(request, deadline)
@@ -156,7 +156,7 @@ class MachineHandle:
     ) -> list[model.Receipt | errors.StateCacheError]:
         began = time.perf_counter()
         deadline = self._cache.deadline(timeout)
-        level = self._cache.level(durability or self.machine.definition.durability)
+        level = self._cache.level(durability, self.machine.definition.durability)
         confirm = self._cache.confirmation(level, deadline) if level in CONFIRMED else None
 
         def confirmed(indexes: Sequence[int]) -> Iterator[flows.Request | errors.StateCacheError]:

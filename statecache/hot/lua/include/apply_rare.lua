@@ -21,11 +21,12 @@ local function rarely(metas, rooms, prefixes, at, fields_max)
     for n = 1, #increments do
       local field, delta, kind = increments[n][1], increments[n][2], increments[n][3]
       local old = (key and call('HGET', key, field)) or '0'
-      local value = tonumber(old)
-      if not value or not match(old, '^%-?%d') then return nil, 'number ' .. field end
-      local result, text = value + tonumber(delta), nil
-      if kind == 'i' and match(old, '^%-?%d+$') then
-        if math.abs(result) > 9007199254740991 or math.abs(value) > 9007199254740991 then return nil, 'range ' .. field end
+      local value, add = tonumber(old), tonumber(delta)
+      if not value or not add or not match(old, '^%-?%d') then return nil, 'number ' .. field end
+      local result, text, whole = value + add, nil, match(old, '^%-?%d+$')
+      if whole and math.abs(value) > 9007199254740991 then return nil, 'range ' .. field end
+      if kind == 'i' and whole then
+        if math.abs(result) > 9007199254740991 then return nil, 'range ' .. field end
         text = string.format('%.0f', result)
       else
         if math.abs(result) >= 1e300 then return nil, 'range ' .. field end
