@@ -200,10 +200,13 @@ def retain(run: Run, *, machine: str = "", older_than_days: float = -1.0) -> Res
             instances=notes.get("instances", 0) + step.instances,
             transitions=notes.get("transitions", 0) + step.transitions,
             files=[*notes.get("files", []), *([step.file] if step.file else [])][-_FILES_KEPT:],
+            damaged=[*notes.get("damaged", []), *step.damaged][:_FILES_KEPT],
         )
         if run.time_is_over:
             return run.again()
-    return {"instances": notes.get("instances", 0), "transitions": notes.get("transitions", 0)}
+    return {
+        "instances": notes.get("instances", 0), "transitions": notes.get("transitions", 0), "damaged": notes.get("damaged", []),
+    }  # fmt: skip
 
 
 def export(run: Run, *, machine: str, file: str) -> Result:

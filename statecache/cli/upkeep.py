@@ -49,7 +49,7 @@ def retention(
             steps.append(step)
             update(sum(one.instances for one in steps))
     _print_retention(store, steps, dry_run)
-    return exits.DONE
+    return exits.FOUND if any(step.damaged for step in steps) else exits.DONE
 
 
 def _print_retention(store: options.Store, steps: list[engine_retention.Step], dry_run: bool) -> None:
@@ -57,6 +57,7 @@ def _print_retention(store: options.Store, steps: list[engine_retention.Step], d
         "instances": sum(step.instances for step in steps),
         "transitions": sum(step.transitions for step in steps),
         "files": [step.file for step in steps if step.file],
+        "damaged": [address for step in steps for address in step.damaged],
         "dry_run": dry_run,
     }
     if store.as_json:
@@ -69,6 +70,8 @@ def _print_retention(store: options.Store, steps: list[engine_retention.Step], d
     )
     for file in told["files"]:
         output.say(f"  {file}")
+    for address in told["damaged"]:
+        output.say(f"  left out, its history is damaged (run 'statecache verify'): {address}")
 
 
 def export(

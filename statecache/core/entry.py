@@ -39,6 +39,7 @@ PARTS = (
 
 
 FOREIGN = "@foreign"
+_NAME_LENGTH_MAX = 1100
 """The machine under which a record that statecache did not write is kept as a letter; its id is partition and entry id."""
 
 
@@ -111,6 +112,8 @@ def parse_line(line: str) -> Entry:
         # SQL has columns of 64 bits, and of 32 for the machine's version.
         if (number | at_ms | of_machine << 32) >> 63 or (occurred and abs(int(occurred)) >> 63):
             raise ValueError("a number is out of range")
+        if machine == FOREIGN:
+            raise ValueError("the name under which strangers' records are kept")
         if event == EVENT_EPOCH:
             EntryId.parse(source)
         return Entry(
@@ -133,6 +136,12 @@ def parse(entry_id: EntryId, text: str) -> Entry:
 def foreign(partition: int, entry_id: EntryId, text: str) -> Entry:
     """A record that this protocol did not write, as an entry: it keeps its place in the log, and its text as patch."""
     return Entry(entry_id, FOREIGN, f"{partition}:{entry_id}", 0, FOREIGN, "", "", 0, "", "", "", "", text, "", "", 0)
+
+
+def fits(record: Entry) -> bool:
+    """Whether SQL can have an instance of this name: no NUL, and not too long for a key."""
+    name = record.machine + record.id
+    return len(name) <= _NAME_LENGTH_MAX and "\0" not in name
 
 
 def apart(partition: int, record: Entry) -> Entry:

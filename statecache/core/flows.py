@@ -589,12 +589,24 @@ def history(partition: int, machine: str, id: str) -> Generator[Wish, Any, list[
 
 
 def transition_of(record: entry.Entry) -> model.Transition:
-    """An entry of the log as history tells it."""
-    decode = msgspec.json.decode
+    """An entry of the log as history tells it. Raises ``IntegrityError`` for one whose data no reader can be shown."""
+    try:
+        patch, increments = _fields(record.patch), _fields(record.increments)
+    except msgspec.DecodeError as error:
+        raise errors.IntegrityError(
+            f"{record.machine}:{record.id}: entry {record.entry_id} of the log holds data that is no JSON object: not written "
+            f"by statecache; see 'statecache dead-letters list {record.machine}:{record.id}'"
+        ) from error
     return model.Transition(
         record.machine, record.id, record.version, record.event, record.from_state or None, record.to_state, record.at_ms,
         record.transition_id, record.actor or None, record.reason or None,
-        int(record.occurred_ms) if record.occurred_ms else None,
-        decode(record.patch) if record.patch else {}, tuple(record.unset.split()),
-        decode(record.increments) if record.increments else {}, record.machine_version, str(record.entry_id), False,
+        int(record.occurred_ms) if record.occurred_ms else None, patch, tuple(record.unset.split()), increments,
+        record.machine_version, str(record.entry_id), False,
     )  # fmt: skip
+
+
+def _fields(text: str) -> dict[str, Any]:
+    return _decode_fields(text) if text else {}
+
+
+_decode_fields = msgspec.json.Decoder(dict[str, Any]).decode

@@ -97,9 +97,10 @@ def sql_behind(
         if next_version <= sql.version + 1:
             continue
         mend.covered += next_version - 1 - sql.version
-        now = _before(instance, partition, later, hot, sql, watermark, next_version - 1)
+        touched = _touched(later)
         # A parked hash holds what SQL refused before it went back, and would refuse again, and all the mending with it.
-        complete = hot is not None and (not hot.parked or bool(sql.letters))
+        complete = hot is not None and touched is not None and (not hot.parked or bool(sql.letters))
+        now = _before(instance, partition, later, hot, sql, watermark, next_version - 1, touched or set())
         if not complete:
             now = msgspec.structs.replace(now, data="{}")
         row = _reconciled(now, sql, transition_id, complete=complete)
@@ -117,6 +118,14 @@ def sql_behind(
     return mend
 
 
+def _touched(records: Sequence[entry.Entry]) -> set[str] | None:
+    """The fields that the entries touch; None if one of them, a stranger's, cannot be read."""
+    try:
+        return {name for record in records for name in fold.touched(record)}
+    except msgspec.DecodeError:
+        return None
+
+
 def _before(
     instance: fold.Instance,
     partition: int,
@@ -125,14 +134,14 @@ def _before(
     sql: Known,
     watermark: entry.EntryId,
     version: int,
+    touched: set[str],
 ) -> fold.Folded:
-    """The instance as it was before the log's entries of it."""
+    """The instance as it was before the log's entries of it, which changed the fields ``touched``."""
     machine, id = instance
     kept = sql.checkpoint
     data: dict[str, msgspec.Raw] = {}
     ring = kept.recent if kept else ""
     if hot is not None:
-        touched = {name for record in later for name in fold.touched(record)}
         data = {name: msgspec.Raw(text.encode()) for name, text in hot.data.items() if name not in touched}
         ring = hot.ring[: max(0, len(hot.ring) - codec.TOKEN_LENGTH * len(later))]
     state = later[0].from_state if later else hot.state if hot else ""

@@ -26,6 +26,8 @@ from statecache.hot import store as hot_store
 _log = logging.getLogger(__name__)
 HEARTBEAT_STALE_MS = 10_000
 """A recovery that has not given a sign of life for this long is taken for dead, and superseded."""
+_WATCHED = 0.3
+"""For so much of that time it must have given none while somebody looked, whatever the clocks say. (It gives one a second.)"""
 
 
 class Admission:
@@ -46,6 +48,8 @@ class Admission:
         self._auto_recover = auto_recover
         self._revive = revive
         self._lock = threading.RLock()
+        self._sign: tuple[int, str, int] | None = None
+        self._sign_since = 0.0
 
     def ensure(self, code: str, deadline: float) -> None:
         """Return when Redis is admitted. Raises ``RecoveringError`` or ``UnavailableError`` at the deadline, and
@@ -104,11 +108,8 @@ class Admission:
             under_way = recovery.finished_ms is None or "RECOVERING" in codes
             sign_ms = max(recovery.heartbeat_ms, recovery.finished_ms or 0)
             # A process that is known to be gone is not waited for. Superseding is safe whatever we think of it: it is fenced.
-            if (
-                under_way
-                and not processes.is_gone(recovery.process)
-                and abs(time.time() * 1000 - sign_ms) < HEARTBEAT_STALE_MS  # one from a clock ahead is no sign of life
-            ):
+            sign = (row.epoch, row.owner, sign_ms)
+            if under_way and not processes.is_gone(recovery.process) and self._shows_life(sign):
                 return errors.RecoveringError(
                     f"a recovery is under way (epoch {row.epoch}); try again when it has ended"
                 )
@@ -121,6 +122,18 @@ class Admission:
         _log.log(level, "Redis is not what SQL knows: recovering", extra={"epoch": row.epoch})
         self._recover()
         return errors.RecoveringError("Redis has just been recovered; try again")
+
+    def _shows_life(self, sign: tuple[int, str, int]) -> bool:
+        """Whether a recovery's last sign of life is fresh: by our clock, or because it came while we looked.
+
+        It was written by another host's clock: one that is wrong by more than the limit, either way, makes every sign look old,
+        and two hosts would supersede each other without end.
+        """
+        now = time.monotonic()
+        if sign != self._sign:
+            self._sign, self._sign_since = sign, now
+        is_recent = abs(time.time() * 1000 - sign[2]) < HEARTBEAT_STALE_MS  # one from a clock ahead is no sign of life
+        return is_recent or (now - self._sign_since) * 1000 < HEARTBEAT_STALE_MS * _WATCHED
 
 
 def check_belongs(row: StoreRow, answer: hot_store.Admission, namespace: str) -> None:

@@ -342,7 +342,7 @@ class Driver:
                 return None if own is None else int(own.split(b" ")[1])
             case flows.Unflushed(partition, machine, id, whole):
                 code, entries = self.hot.find(partition, machine, id, whole=whole)
-                return code, self._not_discarded(entries) if whole else entries
+                return code, self.not_discarded(entries) if whole else entries
             case flows.Recorded(machine, id):
                 return self._recorded(machine, id)
             case claims.Ask():
@@ -389,10 +389,10 @@ class Driver:
             for partition, wanted in partitions.items()
             for record in self._log_entries(partition, wanted, deadline, whole=whole)
         ]
-        records = fold.by_instance(self._not_discarded(entries) if whole else entries)
+        records = fold.by_instance(self.not_discarded(entries) if whole else entries)
         return [_meant(wish, records.get((wish.machine, wish.id), ())) for wish in wishes]
 
-    def _not_discarded(self, entries: list[entry.Entry]) -> list[entry.Entry]:
+    def not_discarded(self, entries: list[entry.Entry]) -> list[entry.Entry]:
         """What counts of a log's entries below its watermark: not those that an operator discarded."""
         if not entries:
             return entries

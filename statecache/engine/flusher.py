@@ -320,12 +320,14 @@ class Flusher:
         return {row.partition: holes[row.partition] for row in now if row.watermark == before[row.partition]}
 
     def _is_mended(self, rows: Sequence[PartitionRow], holes: Mapping[int, str]) -> bool:
-        """Ask for a recovery; once for each watermark at which a log stops, because it may not help."""
+        """Ask for a recovery; once for each watermark at which a log stops, because it may not help. One that failed is asked
+        for again."""
         fresh = {row.partition: row.watermark for row in rows if row.partition in holes}
         if all(self._holes.get(partition) == watermark for partition, watermark in fresh.items()):
             return False
+        is_mended = self._on_hole(next(iter(holes.values())))
         self._holes.update(fresh)
-        return self._on_hole(next(iter(holes.values())))
+        return is_mended
 
     def _in_turn(self, rows: Sequence[PartitionRow]) -> list[PartitionRow]:
         """Begin with another partition each time: the batch's size is shared, and the first ones take what they need."""

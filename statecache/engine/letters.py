@@ -111,7 +111,12 @@ def _quiet(cache: StateCache, machine: str, id: str) -> PartitionRow:
 
 
 def _drop_hash(cache: StateCache, machine: str, id: str, partition: int) -> None:
-    """Drop a parked hash (no other: it has not version 0)."""
-    row = cache.durable.partitions([partition])[0]
-    stamp = scripts.Stamp(row.epoch, row.owner)
-    cache.hot.evict([(partition, f"{machine}:{id}", 0, str(row.watermark), 1)], stamp)
+    """Drop a parked hash (no other: it has not version 0). Raises what admission does: do the same again."""
+    deadline = cache.deadline(None)
+    while True:
+        row = cache.durable.partitions([partition])[0]
+        stamp = scripts.Stamp(row.epoch, row.owner)
+        code = cache.hot.evict([(partition, f"{machine}:{id}", 0, str(row.watermark), 1)], stamp)[0]
+        if code.partition(" ")[0] in ("OK", "GONE", "KEPT", "TYPE"):
+            return
+        cache.admission.ensure(code, deadline)

@@ -51,6 +51,15 @@ NEW, INTACT, WIPED, TAIL_LOST, SQL_BEHIND, DIVERGED = "new", "intact", "wiped", 
 _REWRITTEN = (SQL_BEHIND, DIVERGED)
 
 
+_FINDINGS_MAX = 200
+
+
+def _told(findings: Sequence[str]) -> tuple[str, ...]:
+    """The first of them, and how many more there are: a report is read by people, and kept in Redis and in SQL."""
+    more = len(findings) - _FINDINGS_MAX
+    return (*findings[:_FINDINGS_MAX], *([f"and {more} more instances"] if more > 0 else []))
+
+
 class PartitionReport(msgspec.Struct, frozen=True):
     """What a recovery found in a partition, and what it did.
 
@@ -303,7 +312,7 @@ class _Attempt:
         part = PartitionReport(
             row.partition, kind, str(watermark), str(probed.last), _entries_between(watermark, probed.last), dropped,
             len(mend.transitions), mend.parked, lost, (untrue and kind != NEW) or kind in _REWRITTEN, row.tail_seen_ms,
-            tuple(mend.findings),
+            _told(mend.findings),
         )  # fmt: skip
         if kind in _REWRITTEN and not self.dry_run:
             self._rewrite(row, fenced, probed, mend, part)
@@ -561,7 +570,7 @@ class _Attempt:
         )  # fmt: skip
 
     def _entries(self, partition: int, cursor: entry.EntryId, identity: str) -> list[entry.Entry]:
-        """All entries behind a cursor, read under the fence."""
+        """All entries behind a cursor, read under the fence. What no column takes is a stranger's."""
         found: list[entry.Entry] = []
         while True:
             reply = self.hot.read(
@@ -571,7 +580,8 @@ class _Attempt:
                 raise Superseded(f"partition {partition}: {reply.code} while its log was read")
             if not reply.lines:
                 return found
-            found += [parse_any(partition, line) for line in reply.lines]
+            records = [parse_any(partition, line) for line in reply.lines]
+            found += [one if entry.fits(one) else entry.apart(partition, one) for one in records]
             cursor = found[-1].entry_id
             self._beat()
 

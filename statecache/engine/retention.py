@@ -11,6 +11,7 @@ An instance with dead letters, or with fewer than three versions, is left alone.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -29,6 +30,7 @@ from statecache.engine import archive
 if TYPE_CHECKING:
     from statecache.engine.cache import StateCache
 
+_log = logging.getLogger(__name__)
 CHUNK_INSTANCES = 500
 _ATTEMPTS = 5
 
@@ -43,6 +45,8 @@ class Step(msgspec.Struct, frozen=True):
     instances: int
     transitions: int
     file: str | None = None
+    damaged: tuple[str, ...] = ()
+    """What was left out because its history does not lead to its checkpoint."""
 
 
 def run(
@@ -58,7 +62,8 @@ def run(
     """Archive into ``folder``, or delete for None, what ended ``older_than`` ago, a chunk with each step.
 
     It may be left after any step, and go on from that step's ``cursor``. ``dry_run`` reads only. Raises ``NotFoundError`` for a
-    machine that nobody registered, ``InvalidDataError``, ``UnavailableError``, ``OSError`` (the folder).
+    machine that nobody registered, ``InvalidDataError``, ``UnavailableError``, ``OSError`` (the folder). Instances
+    whose history is damaged are left out, and told by each step.
     """
     if older_than < timedelta(0):
         raise errors.InvalidDataError(f"older_than {older_than} is refused: it must not be negative")
@@ -114,37 +119,41 @@ def _state(
 def _chunk(cache: StateCache, machine: str, state: str, found: list[Ended], folder: Path | None, dry_run: bool) -> Step:
     partitions = {row.partition: (row.partition, row.epoch, row.owner) for row in cache.durable.partitions()}
     checkpoints = cache.durable.checkpoints([(one.machine, one.id) for one in found])
-    kept = [_read(cache, checkpoints[one.machine, one.id]) for one in found if (one.machine, one.id) in checkpoints]
+    read = [_read(cache, checkpoints[one.machine, one.id]) for one in found if (one.machine, one.id) in checkpoints]
+    kept = [one for one in read if isinstance(one, archive.Archived)]
+    damaged = tuple(one for one in read if isinstance(one, str))
+    for address in damaged:
+        _log.error("retention leaves %s out: its history is damaged; run 'statecache verify'", address)
     last = found[-1]
     cursor: Cursor = [machine, state, last.updated_ms, last.id]
     gone = sum(len(one.transitions) - 1 for one in kept)
     if dry_run or not kept:
-        return Step(cursor, len(kept), gone)
+        return Step(cursor, len(kept), gone, None, damaged)
     path = None
     if folder is not None:
         path = archive.write(folder, cache.durable.identity().deployment, machine, kept)
     reason = "deleted by retention" if path is None else f"archived in {path.name}"
-    held = {one.partition for one in found}
+    whole = {(one.machine, one.id) for one in kept}
+    held = {one.partition for one in found if (one.machine, one.id) in whole}
     failpoints.hit("retention.deleting")
     durable_retention.collapse(
         cache.durable, [partitions[number] for number in held], [_collapsed(one, reason) for one in kept]
     )
     failpoints.hit("retention.deleted")
-    return Step(cursor, len(kept), gone, None if path is None else str(path))
+    return Step(cursor, len(kept), gone, None if path is None else str(path), damaged)
 
 
-def _read(cache: StateCache, kept: model.Checkpoint) -> archive.Archived:
-    """An instance with its whole history, which must lead to its checkpoint: what is damaged is not archived."""
+def _read(cache: StateCache, kept: model.Checkpoint) -> archive.Archived | str:
+    """An instance with its whole history; its address where that is damaged: it is not archived, and nothing deleted of it."""
     rows = cache.durable.history(kept.machine, kept.id)
     version = 0
     for row in rows:
         if (row.covers_from or row.version) != version + 1:
-            raise errors.IntegrityError(
-                f"{kept.machine}:{kept.id}: version {row.version} follows {version} in its history: nothing of it is "
-                "deleted; run 'statecache verify'"
-            )
+            return f"{kept.machine}:{kept.id}"
         version = row.version
-    if version != kept.version:
+    if version < kept.version:
+        return f"{kept.machine}:{kept.id}"
+    if version > kept.version:
         raise faults.Overtaken(f"{kept.machine}:{kept.id} has moved")
     return archive.Archived(
         kept.machine, kept.id, kept.state, kept.version, kept.created_ms, kept.updated_ms,

@@ -272,7 +272,7 @@ def _hot_problem(cache: StateCache, machine: str, id: str) -> Problem:
     letters = [letter.entry for letter in cache.durable.letters(machine, id)]
     if letters and _difference(fields, expected) is None:
         return None
-    records = [*letters, *entries]
+    records = [*letters, *cache.driver.not_discarded(entries)]
     version = _stand(fields)[1]
     reached = max([expected.version, *(record.version for record in records)])
     has_moved_on = version < reached <= _stand(hash_())[1]
@@ -282,7 +282,10 @@ def _hot_problem(cache: StateCache, machine: str, id: str) -> Problem:
             return None
     for record in records:
         if expected.version < record.version <= (version if has_moved_on else reached):
-            expected.follow(flows.transition_of(record))
+            try:
+                expected.follow(flows.transition_of(record))
+            except errors.IntegrityError as error:
+                return "log", str(error)
     return ("log", expected.problem) if expected.problem else _difference(fields, expected)
 
 

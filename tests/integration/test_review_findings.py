@@ -3,19 +3,23 @@ that met what they had not expected."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from unittest import mock
 
 import pytest
+import sqlalchemy as sa
 
 from statecache import Move, State, StateMachine
 from statecache.core import codec, entry, errors, mending, model
-from statecache.durable import recoveries
-from statecache.engine import admission, letters, retention, timeouts
+from statecache.durable import recoveries, schema
+from statecache.engine import admission, letters, retention, timeouts, verify
+from tests.integration.test_holes import _spoil
 from tests.support import refusing, worlds
 from tests.support.interruptions import interrupted_at
 from tests.support.worlds import after_call, before_call
@@ -338,3 +342,186 @@ def test_ring_before_more_entries_than_it_holds() -> None:
     )
     ((*_, recent, _),) = mend.checkpoints
     assert recent == ""
+
+
+# --- strangers' records, and what must go on beside them -----------------------------------------------------------------
+
+
+def record(**parts: object) -> str:
+    """An entry's packed text as a stranger may write it."""
+    values: dict[str, object] = dict.fromkeys(entry.PARTS, "") | {
+        "machine": "order", "id": "a", "version": 2, "event": "note", "from_state": "placed", "to_state": "placed",
+        "at_ms": 1_700_000_000_000, "transition_id": "t1", "patch": '{"a":1}', "machine_version": 1,
+    } | parts  # fmt: skip
+    return entry.SEPARATOR.join(str(values[name]) for name in entry.PARTS)
+
+
+def put(world: worlds.World, partition: int, text: str) -> None:
+    """Add a record to a log, right behind its last one."""
+    last = entry.EntryId.parse(world.log(partition)[-1])
+    world.client.xadd(world.keyspace.log(partition), {"e": text}, id=f"{last.epoch}-{last.seq + 1}")
+
+
+STRANGE = {
+    "no JSON": record(version=4, patch='{"a":'),
+    "a list": record(version=4, patch="[1]"),
+    "our own name for strangers": record(machine=entry.FOREIGN, id="x"),
+    "a long id": record(id="x" * 16_000),
+    "a long machine": record(machine="x" * 16_000),
+    "a NUL": record(id="a\0b"),
+}
+
+
+@pytest.mark.parametrize("strange", STRANGE.values(), ids=STRANGE)
+@pytest.mark.parametrize("kind", ["SQL behind", "diverged"])
+def test_recovery_past_a_strangers_record(
+    redis_url: str, database_url: str, namespace: str, kind: str, strange: str
+) -> None:
+    """Each of them made the recovery fail, and that closed the whole store for ever."""
+    with worlds.World(redis_url, database_url, namespace, partition_count=1) as world:
+        world.start("a")
+        world.start("b")
+        world.flush()
+        sql, hot = world.sql_copy(), world.redis_copy()
+        if kind == "SQL behind":
+            for _ in range(2):
+                world.orders.transition("a", "note")
+                world.orders.transition("b", "note")
+            world.flush()
+            put(world, 0, strange)
+            world.sql_back(sql)
+        else:  # an old primary comes back, which took another entry in the place of one that SQL has
+            world.orders.transition("b", "note")
+            world.flush()
+            world.redis_back(hot)
+            put(world, 0, record(id="b", transition_id="another"))
+            put(world, 0, strange)
+        assert kind in world.cache.recover().kinds
+        world.start("c")
+        world.flush_through()
+        assert world.orders.get("c").version == 1
+        assert world.orders.get("b").state == "placed"
+
+
+@ONLY_SYNC
+def test_history_of_what_is_no_json_says_so(world: worlds.World) -> None:
+    """History and ``verify`` name the entry; ``verify`` goes on with the others."""
+    id = world.id()
+    world.start(id)
+    world.flush()
+    _spoil(world, id)
+    for _ in range(2):
+        with pytest.raises(errors.IntegrityError, match="holds data that is no JSON object"):
+            world.orders.history(id)
+        findings = verify.verify(world.cache).findings
+        assert [(one.kind, one.address) for one in findings] == [("log", f"order:{id}")]
+        world.flush()
+    assert letters.discard(world.cache, "order", id) == 1
+    world.verify()
+
+
+@ONLY_SYNC
+def test_recovery_that_failed_for_a_moment_is_asked_for_again(world: worlds.World) -> None:
+    """A hole in the log, and SQL is away when the flusher asks for a recovery."""
+    id = world.id()
+    world.start(id)
+    world.flush()
+    first = world.orders.transition(id, "note")
+    world.orders.transition(id, "note")
+    world.client.xdel(world.keyspace.log(0), first.entry_id)
+    flusher = world.flusher()
+
+    def away(*arguments: object, **named: object) -> None:
+        raise errors.UnavailableError("for a moment")
+
+    with mock.patch.object(recoveries, "take", away), pytest.raises(errors.UnavailableError):
+        flusher.step()
+    assert flusher.step().more
+    while flusher.step().more:
+        pass
+    assert world.durable.identity().epoch == 2
+    assert world.versions(id)[-1] == 3
+
+
+@ONLY_SYNC
+def test_clocks_that_differ_do_not_end_a_recovery(world: worlds.World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recovery on a host whose clock is a minute behind, or ahead, is alive as long as its signs come."""
+    monkeypatch.setattr(admission, "HEARTBEAT_STALE_MS", 1000)
+    for skew_ms in (-60_000, 60_000):
+        row = world.durable.identity()
+        owner = f"other{skew_ms}"
+        recoveries.take(world.durable, (row.epoch, row.owner), row.epoch + 1, owner, 1)
+        beats = itertools.count(int(time.time() * 1000) + skew_ms)
+        until = time.monotonic() + 2.0
+        while time.monotonic() < until:
+            recoveries.heartbeat(world.durable, row.epoch + 1, owner, next(beats))
+            with pytest.raises(errors.RecoveringError, match="under way"):
+                world.cache.admission.ensure("EPOCH", time.monotonic())
+            time.sleep(0.02)
+        assert world.durable.identity().owner == owner
+        while world.durable.identity().owner == owner:  # it stands still now
+            with contextlib.suppress(errors.RecoveringError):
+                world.cache.admission.ensure("EPOCH", time.monotonic() + 0.1)
+        world.orders.start(f"n{skew_ms}")
+
+
+@pytest.mark.parametrize("act", [letters.discard, letters.retry])
+@ONLY_SYNC
+def test_parked_hash_goes_though_the_scripts_are_gone(world: worlds.World, act: Callable[..., int]) -> None:
+    """The server forgets its scripts between the SQL commit and the drop of the hash."""
+    id = world.id()
+    world.start(id)
+    world.flush()
+    refused(world, id)
+    with before_call(world.cache.hot, "evict", lambda: world.client.script_flush("SYNC")):
+        act(world.cache, "order", id)
+    seen = world.orders.get(id)
+    assert (seen.source, seen.parked, seen.version) == ("durable", False, 1 if act is letters.discard else 2)
+    world.verify()
+
+
+@ONLY_SYNC
+def test_hash_that_a_dead_discard_left_is_a_finding(world: worlds.World) -> None:
+    """It holds what was discarded, and so does the kept log; SQL does not."""
+    id = world.id()
+    world.start(id)
+    world.flush()
+    refused(world, id)
+    with mock.patch.object(letters, "_drop_hash"):
+        letters.discard(world.cache, "order", id)
+    assert [one.kind for one in verify.verify(world.cache).findings] == ["hot"]
+    with pytest.raises(errors.NotFoundError):
+        letters.discard(world.cache, "order", id)
+    world.verify()
+
+
+@ONLY_SYNC
+def test_report_of_a_recovery_is_bounded(world: worlds.World) -> None:
+    world.orders.start_many(itertools.islice(world.ids(), 300))
+    world.flush()
+    saved = world.sql_copy()
+    world.orders.transition_many([Move(id, "note") for id in itertools.islice(world.ids(), 300)])
+    world.flush()
+    world.orders.transition_many([Move(id, "note") for id in itertools.islice(world.ids(), 300)])
+    world.client.xtrim(world.keyspace.log(0), minid=str(world.watermark(0)))
+    world.sql_back(saved)
+    (part, *_) = [one for one in world.cache.recover().partitions if one.partition == 0]
+    assert part.reconciled > 250
+    assert len(part.findings) == 201
+    assert part.findings[-1] == f"and {part.reconciled - 200} more instances"
+
+
+@ONLY_SYNC
+def test_retention_leaves_a_damaged_history_out(world: worlds.World, caplog: pytest.LogCaptureFixture) -> None:
+    for number in range(4):
+        world.start(f"r{number}", ["pay", "note", "ship", "deliver"])
+    world.flush()
+    with world.durable.database.writer.begin() as connection:
+        for id, version in (("r0", 2), ("r1", 5)):
+            gone = (schema.transitions.c.id == id, schema.transitions.c.version == version)
+            connection.execute(sa.delete(schema.transitions).where(*gone))
+    later_ms = int(time.time() * 1000) + 1000
+    (step,) = retention.run(world.cache, timedelta(0), None, now_ms=later_ms)
+    assert (step.instances, set(step.damaged)) == (2, {"order:r0", "order:r1"})
+    assert "order:r0" in caplog.text
+    assert [world.versions(f"r{number}") for number in range(4)] == [[1, 3, 4, 5], [1, 2, 3, 4], [4, 5], [4, 5]]
