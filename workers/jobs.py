@@ -77,6 +77,8 @@ Body = Callable[..., Result]
 
 def verify(run: Run, *, machine: str = "") -> Result:
     """Compare a slice of history, logs and Redis after the other; ``machine``: only this one's."""
+    if machine:
+        run.cache.machine(machine)  # raises for one that is not registered
     notes = run.notes
     cursor = notes.get("cursor")
     for one in engine_verify.slices(run.cache, machine or None, cursor) if cursor != _OVER else ():
@@ -129,6 +131,8 @@ def _retry_one(cache: StateCache, machine: str, id: str) -> tuple[int, int]:
 
 def evict(run: Run, *, machine: str = "", idle_seconds: float = -1.0) -> Result:
     """Let idle instances leave Redis, by the rules of the settings, or (``idle_seconds``) all that are idle for so long."""
+    if machine:
+        run.cache.machine(machine)
     report = eviction.evict(
         run.cache,
         idle_seconds=None if idle_seconds < 0 else float(idle_seconds),

@@ -50,6 +50,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code. Every error becomes one message."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     as_json = "--json" in words
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started us
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - for the whole process
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 gets escapes, not an exception
@@ -64,7 +67,12 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return exits.INTERRUPTED
     except BrokenPipeError:
         _silence(sys.stdout)
-        return exits.FOUND
+        return exits.PIPE_CLOSED
+    except SystemExit as end:  # what typer makes of a closed pipe
+        if not isinstance(end.__context__, BrokenPipeError):
+            raise
+        _silence(sys.stdout)
+        return exits.PIPE_CLOSED
     except Exception as error:
         if sys.flags.dev_mode:
             raise

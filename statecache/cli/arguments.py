@@ -23,10 +23,10 @@ def address(text: str) -> tuple[str, str]:
     return machine, id
 
 
-def duration(option: str, text: str) -> timedelta:
-    """``10m`` as a timedelta; a bare number means seconds."""
+def duration(option: str, text: str, *, unit_wanted: bool = False) -> timedelta:
+    """``10m`` as a timedelta; a bare number means seconds, or is refused: where 90 for 90d would do harm."""
     found = _DURATION.fullmatch(text.strip())
-    if not found:
+    if not found or (unit_wanted and not found.group(2)):
         raise errors.InvalidDataError(f"{option} {text!r} is refused: a number and ms, s, m, h, d or w, such as 10m")
     try:
         return timedelta(seconds=float(found.group(1)) * _UNIT_SECONDS[found.group(2) or "s"])

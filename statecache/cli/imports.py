@@ -102,7 +102,8 @@ def _check(store: options.Store, log: LogFile, survey: Survey, machine: str, ref
     else:
         with store.open() as cache:
             definition = cache.machine(machine).machine
-    steps = replay.Replay(log, survey, definition, replay.RefusedFile(refused), settings.limits)
+    side_file = replay.RefusedFile(refused, dry_run=True)
+    steps = replay.Replay(log, survey, definition, side_file, settings.limits)
     with output.progress(f"checking {log.path.name}", survey.rows) as update:
         return replay.check(steps, update)
 
@@ -113,10 +114,11 @@ def _import(
     from statecache.engine import importer, replay
 
     loaded = load(machine) if is_file(machine) else None
+    side_file = replay.RefusedFile(refused)
     with store.open(create=loaded is not None, flusher=flush) as cache:
         definition = loaded or cache.machine(machine).machine
         _announce(store, cache, log, survey)
-        steps = replay.Replay(log, survey, definition, replay.RefusedFile(refused), cache.settings.limits)
+        steps = replay.Replay(log, survey, definition, side_file, cache.settings.limits)
         try:
             with output.progress(f"importing {log.path.name}", survey.rows) as update:
                 return importer.Import(cache, steps, patience_seconds=patience).run(update, flush=flush)

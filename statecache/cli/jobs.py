@@ -137,7 +137,12 @@ def run_job(
     arguments: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Its arguments.")] = None,
     wait: Annotated[
         float,
-        typer.Option("--wait", metavar="SECONDS", help="Wait so long for its end; exit code 1 if it fails.", min=0),
+        typer.Option(
+            "--wait",
+            metavar="SECONDS",
+            help="Wait so long for its end; exit code 1 if it fails, 3 if it has not come.",
+            min=0,
+        ),
     ] = 0.0,
 ) -> int:
     """Enqueue a job for a worker, and print its id."""
@@ -148,7 +153,8 @@ def run_job(
     with _queue(store) as queue:
         job_id = desk.start(queue, name, given)
         view = _awaited(queue, job_id, wait)
-    return _print_job(store, view)
+    code = _print_job(store, view)
+    return exits.UNAVAILABLE if wait and view["status"] not in desk.STATES_OVER else code
 
 
 def _pair(word: str) -> tuple[str, str]:

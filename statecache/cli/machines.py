@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from statecache.cli import imports, options, output
+from statecache.core import errors
 
 if TYPE_CHECKING:
     from statecache.core.eventlog import Row
@@ -62,6 +63,8 @@ def learn(
     from statecache.core import document
     from statecache.core.learn import learn as learn_machine
 
+    if out != "-" and Path(out).exists() and Path(out).samefile(file):
+        raise errors.InvalidDataError(f"--output {out} is refused: it is the log itself, which would be lost")
     log = imports.open_log(file, id, event, at, None, None, form, delimiter, encoding)
     survey = imports.survey_of(log)
     learned = learn_machine(((row.id, row.event) for row in _usable(log, survey)), name, title=title, version=version)

@@ -42,7 +42,7 @@ def retention(
         raise errors.InvalidDataError(
             "retention wants one of --archive DIR (what is deleted is kept there) and --delete (it is gone for good)"
         )
-    age = arguments.duration("--older-than", older_than)
+    age = arguments.duration("--older-than", older_than, unit_wanted=True)
     steps: list[engine_retention.Step] = []
     with store.open() as cache, output.progress("retention") as update:
         for step in engine_retention.run(cache, age, archive, machine=machine, dry_run=dry_run):

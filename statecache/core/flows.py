@@ -375,8 +375,9 @@ def _duplicate(request: Request, version: int, *, last: bool) -> Generator[Wish,
         return None
     if known is None:
         raise errors.IntegrityError(
-            f"{request.address}: version {version} was applied before, but neither the log nor SQL has it; "
-            "run 'statecache verify'"
+            f"{request.address}: by its transition_id this was applied before, as version {version}, whose row neither the log "
+            "nor SQL has: retention takes out those of instances that ended long ago. Do not repeat it under another id; if "
+            "nothing was taken out, run 'statecache verify'"
         )
     if known.transition_id != item.transition_id:
         if known.covers_from is not None:
@@ -463,8 +464,8 @@ def no_room(address: str, attempt: int) -> Generator[Wish, Any, int]:
 def sql_is_older(address: str, attempt: int) -> Generator[Wish, Any, int]:
     if not (yield Pause(attempt, "STALE")):
         raise errors.IntegrityError(
-            f"{address}: SQL is older than what Redis has dropped since: was it restored from a backup? "
-            "Run 'statecache recover'"
+            f"{address}: SQL has not reached what Redis has dropped: if a flusher is behind, or none runs, run 'statecache "
+            "flusher --once' and try again; if that does not help, SQL was restored from a backup: run 'statecache recover'"
         )
     return attempt + 1
 

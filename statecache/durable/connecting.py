@@ -11,15 +11,17 @@ from statecache.durable import engine, migrate, schema
 from statecache.durable.rows import StoreRow
 
 PARTITION_COUNT = 16
+_BEGIN = (
+    "name another one (--database-url), or begin one with 'statecache flusher', 'machine register' or 'import', or from Python "
+    "with StateCache.connect"
+)
 
 
 def identity(connection: sa.Connection) -> StoreRow:
     """Read the store's row."""
     row = connection.execute(_IDENTITY).first()
     if row is None:
-        raise errors.ConfigurationError(
-            "the database has our tables but no store in them: connect once with create=True"
-        )
+        raise errors.ConfigurationError(f"the database has our tables but no store in them: {_BEGIN}")
     return StoreRow(*row)
 
 
@@ -34,7 +36,7 @@ def check(database: engine.Database, partition_count: int | None, create: bool, 
     _check_encoding(database)
     found = migrate.revision(database)
     if found is None and not create:
-        raise errors.ConfigurationError(f"{database.name} holds no statecache tables: run 'statecache db upgrade'")
+        raise errors.ConfigurationError(f"there is no store in {database.name}, it has none of our tables: {_BEGIN}")
     if found is None:
         migrate.upgrade_database(database)
     else:

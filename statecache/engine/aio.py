@@ -187,7 +187,7 @@ class AsyncStateCache:
         """A call that the sync client does, in a thread."""
         self.enter()
         try:
-            return await self.threads.run(work, *arguments, **named)
+            return await self.threads.run_whole(work, *arguments, **named)
         finally:
             self.leave()
 

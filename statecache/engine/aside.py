@@ -1,8 +1,9 @@
 """What blocks, done in worker threads for the async client: SQL look-ups, admission, recovery, waiting until rows are there.
 
 The threads are the client's own, so that an event loop's other work in threads cannot keep a cold instance waiting, and none is
-left when the client is closed. Wishes of one kind that arrive while one of that kind is under way are answered together by the
-next: a thousand cold instances cost a few queries, a thousand waiters share the flushes.
+left when the client is closed. Whole calls (a list that waits for room, a history) have threads of their own too: else eight of
+them would keep all look-ups and waits waiting. Wishes of one kind that arrive while one of that kind is under way are answered
+together by the next: a thousand cold instances cost a few queries, a thousand waiters share the flushes.
 """
 
 from __future__ import annotations
@@ -35,25 +36,27 @@ class Threads:
     """The worker threads of one client."""
 
     def __init__(self) -> None:
-        self._executor = futures.ThreadPoolExecutor(THREADS, thread_name_prefix="statecache-aio")
+        self._whole = futures.ThreadPoolExecutor(THREADS, thread_name_prefix="statecache-aio-call")
+        self._shared = futures.ThreadPoolExecutor(THREADS, thread_name_prefix="statecache-aio")
 
     async def run(self, work: Callable[..., Result], *arguments: Any, **named: Any) -> Result:
-        """Run a function in a thread. Cancelled, it goes on there to its end, unheard."""
-        context = contextvars.copy_context()
-        return await asyncio.wrap_future(
-            self._executor.submit(context.run, functools.partial(work, *arguments, **named))
-        )
+        """Run what tasks share, or want in the midst of a call, in a thread. Cancelled, it goes on to its end, unheard."""
+        return await _in(self._shared, functools.partial(work, *arguments, **named))
+
+    async def run_whole(self, work: Callable[..., Result], *arguments: Any, **named: Any) -> Result:
+        """Run a whole call of the sync client in a thread. Cancelled, it goes on there to its end, unheard."""
+        return await _in(self._whole, functools.partial(work, *arguments, **named))
 
     async def open(self, work: Callable[[], Result], close: Callable[[Result], None]) -> Result:
         """Run a function that opens something; if the caller is cancelled meanwhile, what it opens is closed again."""
-        opening = self._executor.submit(work)
+        opening = self._whole.submit(work)
         try:
             return await asyncio.wrap_future(opening)
         except BaseException:
             opening.add_done_callback(
                 lambda done: None if done.cancelled() or done.exception() else close(done.result())
             )
-            self._executor.shutdown(wait=False)
+            self._whole.shutdown(wait=False)
             raise
 
     async def close(self, last: Callable[[], None]) -> None:
@@ -68,7 +71,8 @@ class Threads:
         def work() -> None:
             error: BaseException | None = None
             try:
-                self._executor.shutdown(wait=True)
+                self._whole.shutdown(wait=True)
+                self._shared.shutdown(wait=True)
                 last()
             except BaseException as raised:
                 error = raised
@@ -78,6 +82,11 @@ class Threads:
         thread.start()
         await ended
         thread.join()
+
+
+async def _in(executor: futures.Executor, work: Callable[[], Result]) -> Result:
+    context = contextvars.copy_context()
+    return await asyncio.wrap_future(executor.submit(context.run, work))
 
 
 class Together:

@@ -154,9 +154,10 @@ class StateCache:
         settings: Settings,
         *,
         flusher: bool = False,
+        create: bool = True,
         metrics: metering.Metrics | CollectorRegistry | None = None,
     ) -> Self:
-        """Open what the settings name: see ``connect``."""
+        """Open what the settings name: see ``connect``. Without ``create`` there must be a store in the database already."""
         failpoints.arm(failpoint_variable())
         server = None
         if settings.redis_url is None or settings.database_url is None:
@@ -171,6 +172,7 @@ class StateCache:
             durable = DurableStore.connect(
                 database_url,
                 partition_count=settings.partition_count if explicit else None,
+                create=create,
                 now_ms=int(time.time() * 1000),
             )
             row = durable.identity()

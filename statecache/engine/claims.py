@@ -8,6 +8,7 @@ import os
 import secrets
 import socket
 import threading
+import weakref
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Self
@@ -42,8 +43,8 @@ class Claim:
         self._ttl_ms = ttl_ms
         self._ended = threading.Event()
         if renew:
-            name = f"statecache-claim-{self.id}"
-            threading.Thread(target=self._keep, name=name, daemon=True).start()
+            kept = weakref.ref(self), self._ended, ttl_ms / 3000
+            threading.Thread(target=_keep, args=kept, name=f"statecache-claim-{self.id}", daemon=True).start()
 
     def __repr__(self) -> str:
         return f"<Claim {self.machine}:{self.id} {self.token} of {self.worker} until {self.expires_at}>"
@@ -127,17 +128,31 @@ class Claim:
             _log.warning("the claim on %s:%s was not released, it ends at %s: %s", self.machine, self.id, self.expires_at,
                          error, extra={"machine": self.machine, "id": self.id})  # fmt: skip
 
-    def _keep(self) -> None:
-        """Renew it three times in its time, so that one lost renewal does no harm."""
-        while not self._ended.wait(self._ttl_ms / 3000):
-            try:
-                self.renew()
-            except errors.FencedError as error:
-                if not self._ended.is_set():
-                    _log.warning("a claim was lost: %s", error, extra={"machine": self.machine, "id": self.id})
-                return
-            except errors.StateCacheError as error:
-                _log.warning("a claim was not renewed, trying again: %s", error, extra={"machine": self.machine})
+    def _renew_in_time(self) -> bool:
+        """Renew it, for the thread that does so; False when there is no more to renew."""
+        try:
+            self.renew()
+        except errors.FencedError as error:
+            if not self._ended.is_set():
+                _log.warning("a claim was lost: %s", error, extra={"machine": self.machine, "id": self.id})
+            return False
+        except errors.StateCacheError as error:
+            if self._handle.cache.driver.closing.is_set():
+                return False
+            _log.warning("a claim was not renewed, trying again: %s", error, extra={"machine": self.machine})
+        return True
+
+
+def _keep(claim: weakref.ref[Claim], ended: threading.Event, pause_seconds: float) -> None:
+    """Renew a claim three times in its time, so that one lost renewal does no harm.
+
+    Until it is released, the store is closed, or nobody has it any more (a task was cancelled while it claimed): then it ends.
+    """
+    while not ended.wait(pause_seconds):
+        held = claim()
+        if held is None or not held._renew_in_time():
+            return
+        del held
 
 
 def take(

@@ -298,7 +298,8 @@ class Import:
             case.known, case.state, case.version = True, self._definition.initial, 0
             return None
         if rows[0].transition_id != transition_id(self._definition.name, id, entry.EVENT_START):
-            case.refusal = f"{self._definition.name}:{id} exists already, and was not started by an import"
+            why = "was not started by an import" if rows[0].covers_from is None else "its history was taken out of SQL"
+            case.refusal = f"{self._definition.name}:{id} exists already, and {why}: nothing is compared or applied"
             return None
         if not case.confirmed:
             case.confirmed = 1

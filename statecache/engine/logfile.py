@@ -58,8 +58,9 @@ class LogFile:
         suffix = path.suffix.lower()
         self.form = form or ("csv" if suffix in CSV_SUFFIXES else "jsonl" if suffix in JSONL_SUFFIXES else "")
         if self.form not in ("csv", "jsonl"):
+            kind = f"the format {form!r} is none" if form else "the kind of the file is not known"
             raise errors.InvalidDataError(
-                f"{path}: the kind of the file is not known: its name should end with .csv or .jsonl, or tell it (--format)"
+                f"{path}: {kind}: its name should end with .csv or .jsonl, or tell it (--format csv, --format jsonl)"
             )
         self.delimiter = delimiter or CSV_SUFFIXES.get(suffix, ",")
         if len(self.delimiter) != 1 or self.delimiter in '"\r\n':

@@ -29,11 +29,19 @@ _REASON_LENGTH_MAX = 160
 
 class RefusedFile:
     """The side file: a JSON object for every refused row, with its line, the reason and the row. Made when first needed;
-    an older one, which would speak of another run, is removed when there is nothing to say."""
+    an older one, which would speak of another run, is removed when there is nothing to say, but by no dry run.
 
-    def __init__(self, path: Path | None) -> None:
+    Raises ``InvalidDataError`` for a file that is something else: it would be lost.
+    """
+
+    def __init__(self, path: Path | None, *, dry_run: bool = False) -> None:
         self.path = path
+        self._dry_run = dry_run
         self._file: IO[str] | None = None
+        if path is not None and path.exists() and not _is_side_file(path):
+            raise errors.InvalidDataError(
+                f"{path} is refused as the file for refused rows: it is there already, and not of an import; name another one"
+            )
 
     def write(self, line: int, reason: str, raw: Mapping[str, Any]) -> None:
         """Note one row."""
@@ -50,7 +58,7 @@ class RefusedFile:
 
     def settle(self) -> None:
         """End a run that came to the end of the log."""
-        if self._file is None and self.path is not None:
+        if self._file is None and self.path is not None and not self._dry_run:
             self.path.unlink(missing_ok=True)
         self.close()
 
@@ -58,6 +66,18 @@ class RefusedFile:
         """End a run that did not; what was noted stays."""
         if self._file is not None:
             self._file.close()
+
+
+def _is_side_file(path: Path) -> bool:
+    """Whether a file is what an import leaves behind: regular, and empty or begun with a refused row."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        first = file.readline(1_000_000)
+    try:
+        return not first or {"line", "reason", "row"} <= set(json.loads(first))
+    except (ValueError, TypeError):
+        return False
 
 
 @dataclass

@@ -349,3 +349,37 @@ def test_many_durable_calls_share_the_flushes(world: worlds.World) -> None:
             assert steps <= 30
 
     asyncio.run(main())
+
+
+def test_bulk_calls_that_wait_keep_nobody_waiting(world: worlds.World) -> None:
+    """More of them than there are threads wait for room in one partition; in the other a cold instance is read, and a durable
+    transition confirmed, meanwhile."""
+    full, cold, hot = world.id(0), world.id(1), world.id(1, "hot")
+    for id in (full, cold, hot):
+        world.start(id)
+    world.flush()
+    world.cache.durable.checkpoint("order", cold)
+    assert world.evict(cold)
+
+    async def main() -> None:
+        async with await connect(world, flusher=True, call_timeout_seconds=30.0) as cache:
+            orders = await cache.machine(worlds.Order)
+            await orders.get(hot)
+            braked = asyncio.create_task(brake())
+            await asyncio.sleep(0.1)
+            bulk = [asyncio.create_task(orders.transition_many([model.Move(full, "note")])) for _ in range(20)]
+            await asyncio.sleep(0.5)
+            assert (await orders.get(cold)).version == 1
+            assert (await orders.transition(hot, "note", durability="durable")).version == 2
+            assert not any(each.done() for each in bulk)
+            braked.cancel()
+            world.client.hset(world.keyspace.meta(0), "limit", "1000")
+            found = [one for each in await asyncio.gather(*bulk) for one in each]
+            assert sorted(one.version for one in found) == list(range(2, 22))
+
+    async def brake() -> None:
+        while True:
+            world.client.hset(world.keyspace.meta(0), "limit", "-100000")
+            await asyncio.sleep(0.005)
+
+    asyncio.run(main())

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
+import threading
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -461,3 +463,26 @@ def test_the_same_with_await(world: worlds.World) -> None:
     world.orders.start_many(["1", "2"])
     world.flush()
     asyncio.run(use())
+
+
+def test_claim_that_nobody_has_is_not_renewed(world: worlds.World) -> None:
+    """Its holder is gone: it ends when its time is over, and its thread with it."""
+    world.start("1")
+    world.orders.claim("1", ttl=0.6, renew=True)
+    gc.collect()
+    waiting.wait_until(lambda: not world.orders.claims(), "the claim to end", 30)
+    waiting.wait_until(lambda: not _renewing("1"), "its thread to end", 30)
+    world.orders.transition("1", "note")
+
+
+def test_claim_does_not_outlive_the_store(redis_url: str, sqlite_url: str, namespace: str) -> None:
+    with worlds.World(redis_url, sqlite_url, namespace) as world:
+        world.start("closed")
+        claim = world.orders.claim("closed", ttl=0.6, renew=True)
+        assert _renewing("closed")
+    waiting.wait_until(lambda: not _renewing("closed"), "its thread to end", 30)
+    assert claim.id == "closed"
+
+
+def _renewing(id: str) -> bool:
+    return f"statecache-claim-{id}" in {thread.name for thread in threading.enumerate()}

@@ -377,7 +377,11 @@ def test_retention_and_export(world: worlds.World, background: Background, tmp_p
         assert len(list(csv.DictReader(lines))) == 40
     retained = background.start("retention")
     background.burst(environment=folders)
-    assert background.show(retained)["result"] == {"instances": 10, "transitions": 30}, background.show(retained)
+    assert background.show(retained)["result"] == {
+        "instances": 10,
+        "transitions": 30,
+        "damaged": [],
+    }, background.show(retained)
     assert len(world.orders.history("o3")) == 2
     for name, arguments in (
         ("export", {"machine": "order", "file": "../orders.csv"}),

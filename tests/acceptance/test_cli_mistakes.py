@@ -1,0 +1,129 @@
+"""Commands given by mistake: the wrong file, the wrong database, a forgotten unit. Nothing is made, and nothing is lost."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+import sqlalchemy as sa
+
+from statecache import StateCache, StateMachine
+from statecache.cli import exits
+from tests.acceptance.command import REPOSITORY, environment, run_here, words
+
+ORDER = REPOSITORY / "config" / "machines" / "order.yaml"
+LOG = "case,event,at\n1,pay,2026-01-01T00:00:00Z\n"
+
+
+@pytest.fixture
+def nowhere(redis_url: str, database_url: str, namespace: str) -> list[str]:
+    """Servers on which there is no store."""
+    return ["--redis-url", redis_url, "--database-url", database_url, "--namespace", namespace]
+
+
+@pytest.mark.parametrize("command", [
+    ["status"], ["doctor"], ["verify"], ["recover", "--dry-run"], ["recover"], ["where", "order:1"], ["history", "order:1"],
+    ["ls", "order"], ["machine", "list"], ["dead-letters", "list"], ["evict", "--dry-run"], ["warm", "--dry-run"], ["claims"],
+    ["retention", "--older-than", "1d", "--delete", "--dry-run"], ["transition", "order:1", "pay"],
+], ids=" ".join)  # fmt: skip
+def test_a_look_at_empty_servers_makes_no_store(
+    nowhere: list[str], redis_url: str, database_url: str, namespace: str, command: list[str]
+) -> None:
+    told = run_here(*command, *nowhere)
+    assert told.code == exits.USAGE, (told.out, told.err)
+    assert "there is no store in" in told.err
+    engine = sa.create_engine(database_url)
+    with contextlib.closing(redis.Redis.from_url(redis_url)) as client, engine.connect() as connection:
+        assert not list(client.scan_iter(match=f"{{{namespace}:*"))
+        assert "statecache_store" not in sa.inspect(connection).get_table_names()
+    engine.dispose()
+
+
+def test_tables_without_a_store(nowhere: list[str]) -> None:
+    assert run_here("db", "upgrade", *nowhere).code == 0
+    told = run_here("status", *nowhere)
+    assert (told.code, "no store in them" in told.err) == (exits.USAGE, True), told.err
+    assert run_here("machine", "register", ORDER, *nowhere).code == 0
+    assert run_here("status", *nowhere).code == 0
+
+
+def _import(folder: Path, refused: Path | None, *more: str) -> Any:
+    log = folder / "log.csv"
+    log.write_text(LOG, encoding="utf-8")
+    named = ["--refused", refused] if refused else []
+    columns = ["--machine", ORDER, "--id", "case", "--event", "event", "--at", "at"]
+    return run_here("import", log, *columns, *named, "--data-dir", folder / "store", *more)
+
+
+@pytest.mark.parametrize("more", [[], ["--dry-run"]], ids=["import", "dry run"])
+def test_an_import_spares_files_that_are_not_its_own(tmp_path: Path, more: list[str]) -> None:
+    """The log itself by its name or by another, notes, a folder."""
+    log, notes, link = tmp_path / "log.csv", tmp_path / "notes.txt", tmp_path / "link.csv"
+    notes.write_text("mine\n", encoding="utf-8")
+    os.symlink(log, link)
+    for refused in (log, link, notes, tmp_path):
+        told = _import(tmp_path, refused, *more)
+        assert (told.code, "is there already" in told.err) == (exits.USAGE, True), (refused, told.err)
+    assert (log.read_text(encoding="utf-8"), notes.read_text(encoding="utf-8")) == (LOG, "mine\n")
+    assert not (tmp_path / "store").exists()
+
+
+def test_an_import_replaces_its_own_side_file(tmp_path: Path) -> None:
+    side = tmp_path / "side.jsonl"
+    side.write_text(json.dumps({"line": 2, "reason": "an older run's", "row": {}}) + "\n", encoding="utf-8")
+    assert _import(tmp_path, side, "--dry-run").code == 0
+    assert side.exists(), "a dry run writes nothing"
+    assert _import(tmp_path, side).code == 0
+    assert not side.exists()
+
+
+def test_a_machine_learned_onto_its_own_log(tmp_path: Path) -> None:
+    log = tmp_path / "log.csv"
+    log.write_text(LOG, encoding="utf-8")
+    told = run_here(
+        "machine", "learn", log, "--id", "case", "--event", "event", "--at", "at", "--name", "m", "--output", log
+    )
+    assert (told.code, log.read_text(encoding="utf-8")) == (exits.USAGE, LOG)
+
+
+def test_retention_wants_a_unit(nowhere: list[str]) -> None:
+    """90 would be seconds, and take nearly everything."""
+    told = run_here("retention", "--older-than", "90", "--delete", "--dry-run", *nowhere)
+    assert (told.code, "--older-than '90' is refused" in told.err) == (exits.USAGE, True)
+
+
+def test_a_port_that_is_taken_may_be_free_later(nowhere: list[str]) -> None:
+    """Code 3: systemd tries again (2 would end the flusher for good)."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        told = run_here("flusher", "--once", "--metrics-port", taken.getsockname()[1], *nowhere)
+    assert told.code == exits.UNAVAILABLE, told.err
+
+
+def test_output_that_is_closed(nowhere: list[str], redis_url: str, database_url: str, namespace: str) -> None:
+    with StateCache.connect(redis_url, database_url, namespace) as cache:
+        cache.machine(StateMachine.load(ORDER)).start_many([f"o{number}" for number in range(3000)])
+        cache.flush()
+    listing = words("ls", "order", "--limit", "3000", *nowhere)
+    closed = subprocess.run(
+        [sys.executable, "-c", "import os, sys; os.close(1); os.execv(sys.argv[1], sys.argv[1:])", *listing],
+        cwd=REPOSITORY, env=environment(), stderr=subprocess.PIPE, check=False, timeout=60,
+    )  # fmt: skip
+    assert (closed.returncode, b"bug" in closed.stderr) == (0, False), closed.stderr
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        gone = subprocess.run(
+            listing, cwd=REPOSITORY, env=environment(), stdout=writer, stderr=subprocess.PIPE, check=False, timeout=60
+        )
+    finally:
+        os.close(writer)
+    assert (gone.returncode, gone.stderr) == (128 + signal.SIGPIPE, b"")
