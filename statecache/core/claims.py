@@ -80,7 +80,7 @@ def check_token(token: object) -> str:
         raise errors.InvalidDataError(
             f"claim {wording.shown(token)} is refused: it is the token of a claim (claim.token), such as '3-17'"
         )
-    return token
+    return str.__str__(token)
 
 
 def check_worker(worker: object) -> str:
@@ -89,7 +89,7 @@ def check_worker(worker: object) -> str:
         raise errors.InvalidDataError(
             f"worker {wording.shown(worker)} is refused: 1 to 32 visible ASCII characters are allowed, and no blank"
         )
-    return worker
+    return str.__str__(worker)
 
 
 def order(token: str) -> tuple[int, int]:

@@ -95,7 +95,7 @@ class Calls:
         """Check the arguments of ``find``; returns the time before which instances must have changed last."""
         if state is not None and state not in self.definition.states:
             raise errors.InvalidDataError(
-                f"state {state!r} is refused: machine {self.name!r} has {', '.join(self.definition.states)}"
+                f"state {wording.shown(state)} is refused: machine {self.name!r} has {', '.join(self.definition.states)}"
             )
         if older_than is not None:
             _check_kind("older_than", older_than, timedelta)

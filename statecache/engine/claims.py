@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Self
 
-from statecache.core import claims, errors, model, wording
+from statecache.core import claims, codec, errors, model, wording
 from statecache.core.claims import Held
 from statecache.hot import claims as hot_claims
 
@@ -177,6 +177,7 @@ def take_next(
 ) -> Claim | None:
     """Claim the oldest instance of a state that nobody holds: see ``MachineHandle.claim_next``."""
     cache, ttl_ms, name = handle.cache, ttl_ms_of(ttl), worker_of(worker)
+    state = codec.plain_text(state)
     until_ms = handle.calls.find_bound(state, older_than, PAGE)
     deadline = cache.deadline(timeout)
     after, nonce = (0, ""), nonce_of_a_call()

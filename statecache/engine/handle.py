@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from statecache import metrics
-from statecache.core import entry, errors, flows, model
+from statecache.core import codec, entry, errors, flows, model
 from statecache.core.machine import StateMachine
 from statecache.engine import claims as claiming
 from statecache.engine.calls import Build, Calls, Start, as_ids, as_list
@@ -273,6 +273,7 @@ class MachineHandle:
         Without a state: in any. ``stuck``: those that are past their state's timeout and that no event moves on, see
         ``engine/timeouts.py``.
         """
+        state = codec.plain_text(state)
         older_than_ms = self.calls.find_bound(state, older_than, limit)
         if stuck:
             late = self._cache.timeouts.stuck(self.name, state, limit, older_than_ms)

@@ -119,6 +119,24 @@ def test_a_text_of_another_class_is_the_same_text(world: World, hostile: Any, pl
     world.verify()
 
 
+class Named(str, enum.Enum):  # noqa: UP042
+    PLACED = "placed"
+    WORKER = "packer"
+
+
+def test_states_workers_and_tokens_of_another_class(world: World) -> None:
+    """They are asked of SQL, and sent to the script."""
+    world.orders.start("1")
+    world.flush()
+    placed: Any = Named.PLACED
+    assert [one.id for one in world.orders.find(placed)] == ["1"]
+    if world.kind == "sync":
+        claim = world.orders.claim_next(placed, worker=Named.WORKER)
+        assert claim is not None
+        assert claim.worker == "packer"
+        assert world.orders.fire(Move("1", "note", claim=Sub(claim.token))).version == 2
+
+
 def test_one_field_by_two_names(world: World) -> None:
     """Names that a dictionary keeps apart and that are one text."""
     names: Any = {Odd("amount"): 1, "amount": 2}
