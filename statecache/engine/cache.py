@@ -380,7 +380,7 @@ class StateCache:
         key = self.hot.stamp, level
         known = self._confirmations  # another thread may put its own there meanwhile: this one's is looked at
         if key not in known:
-            known = {key: durability_levels.confirmation(self.hot, level, self.settings.replicas, 1.0)}
+            known = {key: durability_levels.confirmation(self.hot, level, self.settings.replicas, 1.0, deadline)}
             self._confirmations = known
         confirm = known[key]
         if confirm is None:
@@ -462,7 +462,8 @@ class StateCache:
         """The last entry of every log, from a checked read, and under which epoch."""
         while True:
             stamp = self.hot.stamp
-            replies = self.hot.read([(partition, entry.ZERO) for partition in self._partitions], entries=0, bytes_max=1)
+            begins = [(partition, entry.ZERO) for partition in self._partitions]
+            replies = self.hot.read(begins, entries=0, bytes_max=1, deadline=deadline)
             refused = next((reply.code for reply in replies if reply.code != "OK"), None)
             if refused is None:
                 return stamp, {partition: reply.last for partition, reply in enumerate(replies)}

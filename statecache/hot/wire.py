@@ -10,6 +10,10 @@ A wire looks for its reply for a moment before it goes to sleep: to be woken up 
 with an idle core 60 us a call, which is more than the server's work. Where replies take longer (a list of items, a server
 elsewhere, a machine with no core to spare) it looks in vain, and then rests: the more often in vain, the longer, so that a
 call in some hundred still looks, and less than two looks in three are in vain.
+
+An exchange may have a deadline. Where that comes before the connection's own timeout would, the wire is lent ``until`` then:
+whatever it waits for ends there (to connect, each step of it). The system is told of a shorter wait only before a wait, so that
+a call with a short timeout whose reply is found by looking pays nothing for it.
 """
 
 from __future__ import annotations
@@ -33,6 +37,11 @@ from statecache.hot import failures
 
 _READ_BYTES = 65536
 LOOK_SECONDS = 0.0002
+EXCHANGE_SECONDS_MIN = 0.1
+"""What an exchange may take however near the deadline is: an item that is cut off would be neither applied nor refused."""
+_NEAR = 0.9
+"""A deadline further away than this part of the connection's own timeout is not looked at: that timeout will do."""
+_WAIT_SECONDS_MIN = 0.001
 REST_MAX = 255
 """How many pieces of replies are slept for, at most, after one that was looked for in vain."""
 
@@ -49,11 +58,12 @@ class Wire:
     """One connection, used by one thread at a time."""
 
     __slots__ = (
-        "_connection", "_is_plain", "_reader", "_rest", "_resting", "_socket", "_timeout_seconds", "checks", "fresh", "pid",
+        "_connection", "_is_limited", "_is_plain", "_reader", "_rest", "_resting", "_socket", "_timeout_seconds", "checks",
+        "fresh", "pid", "until",
     )  # fmt: skip
 
-    def __init__(self, connection: Any) -> None:
-        """``connection`` is one of redis-py's, connected."""
+    def __init__(self, connection: Any, timeout_seconds: float | None) -> None:
+        """``connection`` is one of redis-py's, connected; the timeout is what a piece of a reply may take from now on."""
         self._connection = connection
         # A look behind redis-py's public surface: there is no other way to the socket that it has opened.
         sock: Any = getattr(connection, "_sock", None)
@@ -62,36 +72,53 @@ class Wire:
         # One that TLS does not wrap is asked without a poll before each call: the system keeps its timeouts.
         self._is_plain = type(sock) is socket.socket and hasattr(socket, "MSG_DONTWAIT")
         self._rest = self._resting = 0
-        self._timeout_seconds: float | None = sock.gettimeout() if isinstance(sock, socket.socket) else None
+        self._timeout_seconds = timeout_seconds
+        self._is_limited = False
         if self._is_plain:
             sock.settimeout(None)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(self._timeout_seconds))
-            self._limit(self._timeout_seconds)
+        self._limit(timeout_seconds)
+        self.until = 0.0
+        """Until when the wire may be waited for (``time.monotonic``); 0.0: as long as the connection's timeout allows."""
         self.fresh = True
         self.checks: deque[float] = deque()
         self.pid = os.getpid()
 
     def _limit(self, timeout_seconds: float | None) -> None:
-        """How long a piece of a reply may take from now on."""
+        """How long a piece of a request or of a reply may take from now on."""
+        self._is_limited = timeout_seconds != self._timeout_seconds
         if self._is_plain:
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(timeout_seconds))
+            wanted = _timeval(timeout_seconds)
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, wanted)
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, wanted)
         else:
             self._socket.settimeout(timeout_seconds)
 
+    def _limit_anew(self) -> None:
+        """Before a wait, if the wire has a deadline, or had one: what is left until then, or the connection's own timeout."""
+        self._limit(max(_WAIT_SECONDS_MIN, self.until - time.monotonic()) if self.until else self._timeout_seconds)
+
     def send(self, packed: bytes) -> None:
         try:
-            self._socket.sendall(packed)
+            if self.until or self._is_limited:
+                self._send_in_time(packed)
+            else:
+                self._socket.sendall(packed)
         except BlockingIOError:
             raise redis.TimeoutError("the server takes nothing within the socket timeout") from None
 
-    def read(self, timeout_seconds: float | None = None) -> Any:
-        """One reply, bytes undecoded. Error replies are raised. Without a timeout the connection's counts."""
-        if timeout_seconds is None:
-            reply = self._reply()
-        else:
-            self._limit(timeout_seconds)
-            reply = self._reply()
-            self._limit(self._timeout_seconds)
+    def _send_in_time(self, packed: bytes) -> None:
+        """``sendall`` that tells the system of the time that is left only when it has to wait."""
+        left = memoryview(packed)
+        if self._is_plain:
+            with suppress(BlockingIOError):
+                left = left[self._socket.send(left, socket.MSG_DONTWAIT) :]
+        while left:
+            self._limit_anew()
+            left = left[self._socket.send(left) :]
+
+    def read(self) -> Any:
+        """One reply, bytes undecoded. Error replies are raised."""
+        reply = self._reply()
         if isinstance(reply, Exception):
             raise reply
         return reply
@@ -134,10 +161,13 @@ class Wire:
         return b""
 
     def _waited_for(self) -> bytes:
+        if self.until or self._is_limited:
+            self._limit_anew()
         try:
             piece: bytes = self._socket.recv(_READ_BYTES)
         except (BlockingIOError, TimeoutError):
-            raise redis.TimeoutError("no reply within the socket timeout") from None
+            whose = "call's" if self.until else "socket"
+            raise redis.TimeoutError(f"no reply within the {whose} timeout") from None
         return piece
 
     def read_all(self, count: int) -> list[Any]:
@@ -212,18 +242,20 @@ def pool_of(
 class Exchange:
     """A wire for one exchange. It is closed when anything goes wrong, except an error reply that was read whole.
 
-    The driver's errors are translated if it is told what for (``what``). A class and no generator: every ``get`` makes one.
+    The driver's errors are translated if it is told what for (``what``). With a deadline (``time.monotonic``) it ends then, but
+    not before ``EXCHANGE_SECONDS_MIN``. A class and no generator: every ``get`` makes one.
     """
 
-    __slots__ = ("_what", "_wire", "_wires")
+    __slots__ = ("_deadline", "_what", "_wire", "_wires")
 
-    def __init__(self, wires: Wires, what: str = "") -> None:
+    def __init__(self, wires: Wires, what: str = "", deadline: float | None = None) -> None:
         self._wires = wires
         self._what = what
+        self._deadline = deadline
 
     def __enter__(self) -> Wire:
         try:
-            self._wire = self._wires.take()
+            self._wire = self._wires.take(self._deadline)
         except (redis.RedisError, OSError) as error:
             self._translate(error)
             raise
@@ -248,14 +280,30 @@ class Wires:
     def __init__(self, pool: Any, wire_class: type[Wire] = Wire) -> None:
         self.pool = pool
         self.wire_class = wire_class
+        options = pool.connection_kwargs
+        self._timeout_seconds: float | None = options.get("socket_timeout")
+        self._near_seconds = float("inf") if self._timeout_seconds is None else _NEAR * self._timeout_seconds
+        if issubclass(wire_class, EmulatedWire):
+            self._near_seconds = float("-inf")  # it answers at once
         self._idle: list[Wire] = []
         self._lock = threading.Lock()
         self._closed = False
         self.checked_at = 0.0
         """When the last identity check was sent, by ``time.monotonic``."""
 
-    def take(self) -> Wire:
-        """Take an idle wire, or open one. Raises redis-py's errors."""
+    def until(self, deadline: float | None) -> float:
+        """When an exchange that begins now ends at the latest, for ``Wire.until``: 0.0 where the connection's own timeout comes
+        before its deadline, or soon after it."""
+        if deadline is None:
+            return 0.0
+        now = time.monotonic()
+        return 0.0 if deadline - now >= self._near_seconds else max(deadline, now + EXCHANGE_SECONDS_MIN)
+
+    def take(self, deadline: float | None = None) -> Wire:
+        """Take an idle wire, or open one, for an exchange with this deadline. Raises redis-py's errors."""
+        until = 0.0
+        if deadline is not None and deadline - time.monotonic() < self._near_seconds:
+            until = self.until(deadline)
         pid = os.getpid()
         while True:
             try:
@@ -263,13 +311,29 @@ class Wires:
             except IndexError:
                 break
             if wire.pid == pid:
+                wire.until = until
                 return wire
         if self._closed:
             raise errors.ConfigurationError("this StateCache is closed")
-        # Not ``pool.get_connection``: the pool counts what it lends, and our wires are closed, never given back to it.
-        connection = self.pool.connection_class(**self.pool.connection_kwargs)
+        wire = self.wire_class(self._connected(until), self._timeout_seconds)
+        wire.until = until
+        return wire
+
+    def _connected(self, until: float) -> Any:
+        """A new connection of redis-py's. Not ``pool.get_connection``: the pool counts what it lends, and our wires are closed,
+        never given back to it."""
+        options = self.pool.connection_kwargs
+        if until:
+            left = max(_WAIT_SECONDS_MIN, until - time.monotonic())
+            shorter = options.get("socket_connect_timeout")
+            options = {
+                **options,
+                "socket_timeout": left,
+                "socket_connect_timeout": left if shorter is None else min(left, shorter),
+            }
+        connection = self.pool.connection_class(**options)
         connection.connect()
-        return self.wire_class(connection)
+        return connection
 
     def give_back(self, wire: Wire) -> None:
         if self._closed:
@@ -282,9 +346,9 @@ class Wires:
         wire.checks.popleft()
         self.checked(wire, 0.0)
 
-    def wire(self) -> Exchange:
+    def wire(self, deadline: float | None = None) -> Exchange:
         """A wire for one exchange (a context manager), which raises redis-py's errors."""
-        return Exchange(self)
+        return Exchange(self, deadline=deadline)
 
     def discard_idle(self) -> None:
         """Close the idle wires: after a restart of the server they are dead, and only a call would find that out."""

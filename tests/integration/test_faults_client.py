@@ -4,6 +4,7 @@ another one afterwards. Every call is applied once and answered with the same re
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -145,6 +146,77 @@ def test_a_server_that_is_stopped_and_goes_on(start_redis: Any, sqlite_url: str,
         assert receipt.version == 2
         assert applied(world, "1")[1:] == [(2, "note", receipt.transition_id)]
         assert world.orders.get("1").data == {"tries": 1}
+
+
+def _calls(world: worlds.World, receipt: Any, claim: Any) -> dict[str, Any]:
+    orders, cache = world.orders, world.cache
+    return {
+        "transition": lambda: orders.transition("1", "note", timeout=0.3),
+        "get": lambda: orders.get("1", timeout=0.3),
+        "get, cold": lambda: orders.get("cold", timeout=0.3),
+        "start": lambda: orders.start("new", timeout=0.3),
+        "durable": lambda: orders.transition("1", "note", durability="durable", timeout=0.3),
+        "get_many": lambda: orders.get_many(["1", "2", "cold"], timeout=0.3),
+        "transition_many": lambda: orders.transition_many([Move("1", "note"), Move("2", "note")], timeout=0.3),
+        "a long list": lambda: orders.transition_many([Move(f"n{n}", "note") for n in range(5000)], timeout=0.3),
+        "start_many": lambda: orders.start_many([f"s{n}" for n in range(1000)], timeout=0.3),
+        "guarded": lambda: orders.transition_many([Move("1", "approve")], timeout=0.3),
+        "own id": lambda: orders.transition("1", "note", transition_id="t", expect_version=1, timeout=0.3),
+        "history": lambda: orders.history("1", timeout=0.3),
+        "at": lambda: orders.at("1", version=1, timeout=0.3),
+        "claim": lambda: orders.claim("2", timeout=0.3),
+        "claim_next": lambda: orders.claim_next("placed", timeout=0.3),
+        "renew": lambda: claim.renew(timeout=0.3),
+        "release": lambda: claim.release(timeout=0.3),
+        "flush": lambda: cache.flush(timeout=0.3),
+        "wait_durable": lambda: cache.wait_durable(receipt, timeout=0.3),
+    }
+
+
+@pytest.mark.parametrize("idle", [True, False], ids=["idle connections", "none"])
+def test_a_calls_timeout_is_kept_while_the_server_is_stopped(
+    start_redis: Any, sqlite_url: str, namespace: str, client: str, idle: bool
+) -> None:
+    """SIGSTOP: the system still accepts connections, and nobody answers on them. Each call ends by its own timeout, not by that
+    of the connection, whether it has one at hand or has to make it."""
+    server = start_redis()
+    with worlds.World(server.url, sqlite_url, namespace, client=client, socket_timeout_seconds=60.0) as world:
+        for id in ("1", "2", "3", "cold"):
+            world.start(id, amount=5)
+        world.flush()
+        world.evict("cold")
+        claim = world.orders.claim("3", ttl=600)
+        calls = _calls(world, world.orders.transition("1", "note"), claim)
+        if client == "async":  # claims are the sync client's, in a thread
+            calls = {name: call for name, call in calls.items() if name not in ("claim", "renew", "release")}
+        server.pause()
+        for name, call in calls.items():
+            if idle:  # as other threads would have left them
+                server.resume()
+                worlds.together(*[lambda: world.hot.position(0)] * 3)
+                server.pause()
+            began = time.monotonic()
+            try:
+                found = call()
+            except errors.StateCacheError as error:
+                found = [error]
+            assert time.monotonic() - began < 20, name
+            assert all(isinstance(one, (errors.UnavailableError, errors.DurabilityTimeout)) for one in found), (
+                name,
+                found,
+            )
+        server.resume()
+        assert world.orders.get("1").version >= 2
+        world.flush()
+        world.verify()
+
+
+def test_a_list_goes_on_past_its_deadline_while_the_server_answers(world: worlds.World) -> None:
+    """Each item has one attempt, however near the deadline is."""
+    ids = [f"p{number}" for number in range(500)]
+    assert {one.version for one in world.orders.start_many(ids, timeout=1e-6)} == {1}
+    assert {one.version for one in world.orders.transition_many([Move(id, "note") for id in ids], timeout=1e-6)} == {2}
+    assert {one.version for one in world.orders.get_many(ids, timeout=1e-6)} == {2}
 
 
 def _noticing(original: Any, event: threading.Event) -> Any:
