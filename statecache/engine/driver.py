@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -26,6 +26,8 @@ from statecache.hot import claims as hot_claims
 from statecache.hot import scripts
 from statecache.hot.store import Cold, HotStore, Position
 from statecache.hot.wire import EXCHANGE_SECONDS_MIN
+
+Answer = TypeVar("Answer")
 
 CHUNK_ITEMS = 125
 _UNFINISHED_MAX = 1000
@@ -123,9 +125,9 @@ class Driver:
 
     def answers(self, wishes: Sequence[Any], deadline: float) -> Sequence[Any]:
         """Answer wishes of one kind, however long a server is away, until the deadline. Raises the error of all of them."""
-        return self._patiently(lambda: self._answers(wishes, deadline), deadline)
+        return self.patiently(lambda: self._answers(wishes, deadline), deadline)
 
-    def _patiently(self, ask: Callable[[], Sequence[Any]], deadline: float) -> Sequence[Any]:
+    def patiently(self, ask: Callable[[], Answer], deadline: float) -> Answer:
         """Ask, and while a server cannot be reached ask again until the deadline: nothing but an item does harm twice."""
         attempt = 0
         while True:
@@ -229,7 +231,7 @@ class Driver:
             some = indexes[start : start + _UNFINISHED_MAX]
             try:
                 wanted = [ids[index] for index in some]
-                found = self._patiently(partial(self.hot.hashes_of, machine, wanted, deadline), deadline)
+                found = self.patiently(partial(self.hot.hashes_of, machine, wanted, deadline), deadline)
             except errors.StateCacheError as error:
                 is_over = isinstance(error, errors.UnavailableError) and time.monotonic() >= deadline
                 for index in indexes[start:] if is_over else some:

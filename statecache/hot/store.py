@@ -153,14 +153,17 @@ class HotStore:
         """
         # Without an ``Exchange``, whose four calls are a twentieth of what a single transition costs its client.
         try:
-            line = self.wires.take(None if timeout_seconds is None else time.monotonic() + timeout_seconds)
+            if timeout_seconds is None or timeout_seconds >= self.wires.near_seconds:
+                line = self.wires.take()
+            else:
+                line = self.wires.take(time.monotonic() + timeout_seconds)
         except (redis.RedisError, OSError) as error:
             return self._lost(batch, error, None)
         try:
             line.send(self.packed_apply(batch, line))
             outcomes = self._answer(line, batch)
         except BaseException as error:
-            line.close()
+            self.wires.lose(line, error)
             if isinstance(error, (redis.RedisError, OSError)):
                 return self._lost(batch, error, line)
             raise
@@ -248,7 +251,7 @@ class HotStore:
     def _all_lost(
         self, in_flight: deque[Sequence[items.Item]], error: redis.RedisError | OSError, line: wire.Wire
     ) -> Iterator[Answered]:
-        line.close()
+        self.wires.lose(line, error)
         while in_flight:
             chunk = in_flight.popleft()
             yield chunk, self._lost(chunk, error, line)

@@ -5,6 +5,8 @@ Half of what a redis-py call costs is its wrapping, and its connection alone is 
 redis-py >= 6 repeats calls by itself, which would apply a transition twice: our connections never do (``NoBackoff``, 0
 retries), and a wire that failed, timed out or was cancelled is closed and never used again. So a wire has one socket for its
 whole life, and its first calls can be told from the others: those ask the script to compare the server's identity.
+A wire that served before and is found broken tells of the others: after a restart of the server, or a load balancer's limit for
+idle connections, they are dead too. They are dropped with it, else each of them would cost a call one of its attempts.
 
 A wire looks for its reply for a moment before it goes to sleep: to be woken up costs more than to look, on a virtual machine
 with an idle core 60 us a call, which is more than the server's work. Where replies take longer (a list of items, a server
@@ -59,7 +61,7 @@ class Wire:
 
     __slots__ = (
         "_connection", "_is_limited", "_is_plain", "_reader", "_rest", "_resting", "_socket", "_timeout_seconds", "checks",
-        "fresh", "pid", "until",
+        "fresh", "pid", "reused", "until",
     )  # fmt: skip
 
     def __init__(self, connection: Any, timeout_seconds: float | None) -> None:
@@ -79,6 +81,8 @@ class Wire:
         self._limit(timeout_seconds)
         self.until = 0.0
         """Until when the wire may be waited for (``time.monotonic``); 0.0: as long as the connection's timeout allows."""
+        self.reused = False
+        """Whether it was idle before this exchange."""
         self.fresh = True
         self.checks: deque[float] = deque()
         self.pid = os.getpid()
@@ -194,6 +198,19 @@ def _timeval(seconds: float | None) -> bytes:
     return struct.pack("@ll", *divmod(microseconds, 1_000_000))
 
 
+def _close_all(idle: list[Wire]) -> None:
+    """Each is taken out first: another thread may be about to take one of this list, and has either it or nothing."""
+    with suppress(IndexError):
+        while True:
+            idle.pop().close()
+
+
+def is_break(error: BaseException) -> bool:
+    """Whether an error says that a connection is gone; not that its server is slow."""
+    gone = isinstance(error, (redis.ConnectionError, OSError))
+    return gone and not isinstance(error, (redis.TimeoutError, TimeoutError))
+
+
 class EmulatedWire(Wire):
     """A connection to an emulated server, which has no socket."""
 
@@ -265,7 +282,7 @@ class Exchange:
         if error is None or isinstance(error, redis.ResponseError):
             self._wires.give_back(self._wire)
         else:
-            self._wire.close()
+            self._wires.lose(self._wire, error)
         if isinstance(error, (redis.RedisError, OSError)):
             self._translate(error)
 
@@ -282,9 +299,10 @@ class Wires:
         self.wire_class = wire_class
         options = pool.connection_kwargs
         self._timeout_seconds: float | None = options.get("socket_timeout")
-        self._near_seconds = float("inf") if self._timeout_seconds is None else _NEAR * self._timeout_seconds
+        self.near_seconds = float("inf") if self._timeout_seconds is None else _NEAR * self._timeout_seconds
         if issubclass(wire_class, EmulatedWire):
-            self._near_seconds = float("-inf")  # it answers at once
+            self.near_seconds = float("-inf")  # it answers at once
+        """How near a deadline must be for a wire to be lent with it."""
         self._idle: list[Wire] = []
         self._lock = threading.Lock()
         self._closed = False
@@ -297,12 +315,12 @@ class Wires:
         if deadline is None:
             return 0.0
         now = time.monotonic()
-        return 0.0 if deadline - now >= self._near_seconds else max(deadline, now + EXCHANGE_SECONDS_MIN)
+        return 0.0 if deadline - now >= self.near_seconds else max(deadline, now + EXCHANGE_SECONDS_MIN)
 
     def take(self, deadline: float | None = None) -> Wire:
         """Take an idle wire, or open one, for an exchange with this deadline. Raises redis-py's errors."""
         until = 0.0
-        if deadline is not None and deadline - time.monotonic() < self._near_seconds:
+        if deadline is not None and deadline - time.monotonic() < self.near_seconds:
             until = self.until(deadline)
         pid = os.getpid()
         while True:
@@ -312,6 +330,7 @@ class Wires:
                 break
             if wire.pid == pid:
                 wire.until = until
+                wire.reused = True
                 return wire
         if self._closed:
             raise errors.ConfigurationError("this StateCache is closed")
@@ -341,6 +360,12 @@ class Wires:
         else:
             self._idle.append(wire)
 
+    def lose(self, wire: Wire, error: BaseException) -> None:
+        """Close a wire after an error; and if it broke that had served before, the idle ones with it."""
+        wire.close()
+        if is_break(error) and wire.reused:
+            self.discard_idle()
+
     def distrust(self, wire: Checked) -> None:
         """The oldest call in flight on this wire has not compared the identity: its script did not run."""
         wire.checks.popleft()
@@ -354,15 +379,13 @@ class Wires:
         """Close the idle wires: after a restart of the server they are dead, and only a call would find that out."""
         with self._lock:
             idle, self._idle = self._idle, []
-        for wire in idle:
-            wire.close()
+        _close_all(idle)
 
     def close(self) -> None:
         with self._lock:
             self._closed = True
             idle, self._idle = self._idle, []
-        for wire in idle:
-            wire.close()
+        _close_all(idle)
 
     def identity_due(self, wire: Checked, interval_seconds: float) -> float:
         """When the next call on this wire compares the server's identity, for ``wire.checks``: now, or 0.0 if it need not.

@@ -1110,7 +1110,7 @@ def test_interrupted_call_leaves_no_reply_to_the_next(lite: World) -> None:
     lite.start("2")
     original = lite.hot.wires.take
 
-    def take(deadline: float | None) -> Any:
+    def take(deadline: float | None = None) -> Any:
         line = original(deadline)
         send = type(line).send
 

@@ -342,6 +342,128 @@ def test_unknown_scripts_are_not_simply_loaded_again(redis_url: str, sqlite_url:
         world.verify()
 
 
+# --- connections that died while they were idle --------------------------------------------------------------------------
+
+
+IDLE = 60
+AFTER_A_CUT: dict[str, Any] = {
+    "transition": lambda world: world.orders.transition("1", "note", timeout=1.0),
+    "get": lambda world: world.orders.get("1", timeout=1.0),
+    "get_many": lambda world: world.orders.get_many(["1"], timeout=1.0)[0].version,
+    "transition_many": lambda world: world.orders.transition_many([Move("1", "note")], timeout=1.0)[0].version,
+    "history": lambda world: world.orders.history("1", timeout=1.0),
+    "claims": lambda world: world.orders.claims(),
+    "flush": lambda world: world.cache.flush(timeout=1.0),
+    "timeouts": lambda world: getattr(world.cache, "sync", world.cache).timeouts.run(),
+    "verify": lambda world: world.verify(),
+}
+
+
+def _idle_wires(world: worlds.World, count: int) -> list[wire.Wire]:
+    """So many idle connections, as after a busy hour."""
+    lines = [world.hot.wires.take() for _ in range(count)]
+    for line in lines:
+        world.hot.wires.give_back(line)
+    return lines
+
+
+@pytest.mark.parametrize("name", AFTER_A_CUT)
+def test_idle_connections_that_were_cut(world: worlds.World, link: proxy.Proxy, name: str) -> None:
+    """A load balancer ends all of them: the first that is found broken costs one attempt, and takes the others with it."""
+    world.start("1")
+    _idle_wires(world, IDLE)
+    link.cut()
+    AFTER_A_CUT[name](world)
+    assert len(world.hot.wires._idle) < IDLE // 2
+
+
+def test_flush_rides_out_a_restart(start_redis: Any, sqlite_url: str, namespace: str, client: str) -> None:
+    """Redis dies and is away for a while; ``flush`` asks until it is there, as a transition does."""
+    server = start_redis()
+    with worlds.World(server.url, sqlite_url, namespace, client=client, call_timeout_seconds=20.0) as world:
+        world.start("1")
+        world.flush()
+        _idle_wires(world, 5)
+        server.kill()
+        again = threading.Timer(0.5, server.start)
+        again.start()
+        world.cache.flush(timeout=20.0)
+        again.join()
+        assert world.orders.transition("1", "note").version == 2
+        world.cache.flush(timeout=20.0)
+        assert [row.version for row in world.durable.history("order", "1")] == [1, 2]
+
+
+def test_flush_when_redis_dies_before_it_helps(start_redis: Any, sqlite_url: str, namespace: str) -> None:
+    """The logs' ends were read; then Redis goes away, for longer than one step of the flusher takes, and comes back. It is
+    recovered, and may have lost its tail: that is said, not passed over."""
+    server = start_redis()
+    with worlds.World(server.url, sqlite_url, namespace) as world:
+        world.start("1")
+        again = threading.Timer(0.5, server.start)
+
+        def die() -> None:
+            server.kill()
+            again.start()
+
+        with (
+            worlds.before_call(world.cache.commits, "help", die),
+            pytest.raises(errors.RecoveringError),
+        ):
+            world.cache.flush(timeout=20.0)
+        again.join()
+        world.cache.flush(timeout=20.0)
+        assert [row.version for row in world.durable.history("order", "1")] == [1]
+
+
+def test_a_flush_without_redis_ends_in_time(start_redis: Any, sqlite_url: str, namespace: str) -> None:
+    server = start_redis()
+    with worlds.World(server.url, sqlite_url, namespace) as world:
+        world.start("1")
+        server.kill()
+        with pytest.raises(errors.UnavailableError):
+            world.cache.flush(timeout=0.2)
+
+
+@pytest.mark.parametrize("reused", [True, False])
+def test_which_errors_drop_the_idle_connections(world: worlds.World, link: proxy.Proxy, reused: bool) -> None:
+    """A slow server does not, and nor does a connection that breaks in its first exchange: they say nothing of the others."""
+    wires = world.hot.wires
+    wires.discard_idle()
+    lines = _idle_wires(world, 3)
+    link.hold()
+    with pytest.raises(errors.UnavailableError):
+        world.hot.position(0)
+    link.pass_through()
+    assert wires._idle == lines[:2]
+    line = wires.take() if reused else wires.wire_class(wires._connected(0.0), 1.0)
+    line._socket.close()
+    wires.lose(line, OSError("broken"))
+    assert wires._idle == ([] if reused else lines[:2])
+
+
+def test_connections_are_dropped_while_others_take_them(world: worlds.World) -> None:
+    """Threads take and give back while another drops what is idle: each connection has one owner, or is closed."""
+    wires = world.hot.wires
+    stop = threading.Event()
+
+    def drop() -> None:
+        while not stop.is_set():
+            wires.discard_idle()
+
+    def look() -> list[Any]:
+        return [world.hot.position(0) for _ in range(300)]
+
+    dropping = threading.Thread(target=drop)
+    dropping.start()
+    try:
+        found = worlds.together(*[look] * 3)
+    finally:
+        stop.set()
+        dropping.join()
+    assert all(each == found[0] for each in found)
+
+
 # --- connections that may not be used again ----------------------------------------------------------------------------
 
 
