@@ -88,7 +88,8 @@ class Settings(pydantic_settings.BaseSettings):
     """With ``identity_check = "interval"``: a call later than this after its connection's last check checks again."""
 
     call_timeout_seconds: PositiveSeconds = 5.0
-    """Deadline of a call that gives none, its retries and waits included."""
+    """Deadline of a call that gives none, its retries and waits included. Kept by what Redis is asked; what bounds SQL is in
+    docs/operations.md, *Timeouts*."""
 
     socket_timeout_seconds: PositiveSeconds = 5.0
     """Wait for one answer of Redis before the connection is closed and the call repeated on another."""

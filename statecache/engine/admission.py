@@ -78,7 +78,7 @@ class Admission:
         while True:
             try:
                 row = self._durable.identity()
-                codes = self._codes(row)
+                codes = self._codes(row, deadline)
                 if codes == {"OK"}:
                     self._hot.adopt(row.epoch, row.owner)
                     return
@@ -94,9 +94,9 @@ class Admission:
             time.sleep(min(left, 0.25, 0.002 * 2**attempt * random.uniform(0.5, 1.0)))
             attempt = min(attempt + 1, 10)
 
-    def _codes(self, row: StoreRow) -> set[str]:
+    def _codes(self, row: StoreRow, deadline: float) -> set[str]:
         """What the partitions say to SQL's epoch and owner; the scripts are loaded if all say ``OK``."""
-        answer = self._hot.admit(scripts.Stamp(row.epoch, row.owner), load=row.epoch > 0)
+        answer = self._hot.admit(scripts.Stamp(row.epoch, row.owner), load=row.epoch > 0, deadline=deadline)
         check_belongs(row, answer, self._hot.keyspace.namespace)
         return set(answer.codes) if row.epoch else {"EPOCH"}
 

@@ -20,20 +20,18 @@ from statecache.core import errors, flows, items, model
 from statecache.core.machine import StateMachine
 from statecache.engine import aside, recovery
 from statecache.engine.aio_handle import AsyncMachineHandle
-from statecache.engine.batcher import EXCHANGE_SECONDS_MIN
 from statecache.engine.cache import StateCache
 from statecache.engine.driver import UNREACHABLE, pause_seconds
 from statecache.engine.handle import CONFIRMED
 from statecache.hot.aio import AsyncHotStore, Turn
+from statecache.hot.store import CONFIRMATION_GRACE_SECONDS
+from statecache.hot.wire import EXCHANGE_SECONDS_MIN
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
 Opened = TypeVar("Opened", bound="AsyncStateCache")
 Result = TypeVar("Result")
-
-
-_CONFIRMATION_GRACE_SECONDS = 0.5
 
 
 class Opening(Generic[Opened]):
@@ -293,7 +291,7 @@ class AsyncStateCache:
 
     def _applied(self, item: items.Item, deadline: float, turn: Turn | None) -> asyncio.Future[items.Outcome]:
         # The server's own wait for a confirmation ends at the deadline: its answer comes a little later.
-        grace = 0.0 if item.confirm is None else _CONFIRMATION_GRACE_SECONDS
+        grace = 0.0 if item.confirm is None else CONFIRMATION_GRACE_SECONDS
         return self.hot.apply(item, max(deadline, time.monotonic() + EXCHANGE_SECONDS_MIN) + grace, turn)
 
     async def _answer(self, wish: Any, deadline: float) -> Any:

@@ -28,10 +28,9 @@ from typing import Any
 
 from statecache.core import errors, items
 from statecache.hot.store import BATCH_BYTES_MAX, BATCH_ITEMS_MAX
+from statecache.hot.wire import EXCHANGE_SECONDS_MIN
 
 LEADERS_MAX = 2
-EXCHANGE_SECONDS_MIN = 0.1
-"""What an item's exchange may take however near the deadline is: cut off, it would be neither applied nor refused."""
 
 
 class _Waiter:

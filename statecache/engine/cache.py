@@ -40,6 +40,8 @@ _log = logging.getLogger(__name__)
 _CLOSE_SECONDS = 10.0
 _LOOK_SECONDS = 0.5
 """For so long it is believed that a flusher is alive, or that none is."""
+_AWAY_SECONDS = 1.0
+"""So long ``close`` asks for a server that cannot be reached before it gives up to flush."""
 _HELP_AFTER_SECONDS = 0.5
 """Where others flush, this long without a sign of it is left to them before ``flush`` does the work itself."""
 
@@ -244,7 +246,7 @@ class StateCache:
 
     def _drain(self) -> None:
         try:
-            self.flush_alone(timeout=_CLOSE_SECONDS)
+            self._flush(self.deadline(_CLOSE_SECONDS), 0.0, time.monotonic() + _AWAY_SECONDS)
         except errors.StateCacheError as error:
             _log.warning("closed before everything was flushed: %s", error)
 
@@ -382,7 +384,7 @@ class StateCache:
         key = self.hot.stamp, level
         known = self._confirmations  # another thread may put its own there meanwhile: this one's is looked at
         if key not in known:
-            known = {key: durability_levels.confirmation(self.hot, level, self.settings.replicas, 1.0)}
+            known = {key: durability_levels.confirmation(self.hot, level, self.settings.replicas, 1.0, deadline)}
             self._confirmations = known
         confirm = known[key]
         if confirm is None:
@@ -419,24 +421,28 @@ class StateCache:
     def flush(self, timeout: float | None = 10.0) -> None:
         """Return when everything acknowledged before the call is in SQL. Does the work itself when no flusher does.
 
-        Raises ``DurabilityTimeout``, ``RecoveringError`` (Redis was recovered meanwhile: what was acknowledged may be
-        lost, the report tells), ``IntegrityError`` (a hole in a log: recover) or ``UnavailableError``.
+        Servers that cannot be reached are asked again until the timeout. Raises ``DurabilityTimeout``, ``RecoveringError``
+        (Redis was recovered meanwhile: what was acknowledged may be lost, the report tells), ``IntegrityError`` (a hole in a
+        log: recover) or ``UnavailableError``.
         """
         deadline = self.deadline(timeout)
-        others = self._flusher_about() or someone_flushes(self.durable)
+        others = self._flusher_about() or self.driver.patiently(lambda: someone_flushes(self.durable), deadline)
         self._flush(deadline, _HELP_AFTER_SECONDS if others else 0.0)
 
     def flush_alone(self, timeout: float | None = 10.0) -> None:
         """As ``flush``, but do the work here and at once, whoever else flushes."""
         self._flush(self.deadline(timeout), 0.0)
 
-    def _flush(self, deadline: float, patience_seconds: float) -> None:
-        """``patience_seconds``: how long to look on while others flush and none of the watermarks waited for moves."""
-        owner, tails = self._tails(deadline)
+    def _flush(self, deadline: float, patience_seconds: float, asked_until: float | None = None) -> None:
+        """``patience_seconds``: how long to look on while others flush and none of the watermarks waited for moves.
+        ``asked_until``: until when servers that cannot be reached are asked again, if not to the deadline."""
+        until = deadline if asked_until is None else asked_until
+        trouble: errors.UnavailableError | None = None
+        owner, tails = self.driver.patiently(lambda: self._tails(deadline), until)
         before, help_at, pause = None, 0.0, commits.PAUSE_MIN_SECONDS
         while True:
             seen = self.commits.signal.count
-            rows = self.durable.partitions()
+            rows = self.driver.patiently(self.durable.partitions, until)
             if any((row.epoch, row.owner) != (owner.epoch, owner.owner) for row in rows):
                 self.admission.ensure("EPOCH", deadline)  # else the next call would stand here again, if SQL went back
                 raise errors.RecoveringError(
@@ -449,22 +455,29 @@ class StateCache:
             now = time.monotonic()
             if now >= deadline:
                 raise errors.DurabilityTimeout(
-                    f"{len(behind)} partitions were not flushed in time; is SQL slow or away?"
-                )
+                    f"{len(behind)} partitions were not flushed in time: {trouble or 'is SQL slow or away?'}"
+                ) from trouble
             if behind != before:
                 before, help_at, pause = behind, now + patience_seconds, commits.PAUSE_MIN_SECONDS
-            if now >= help_at and self.commits.help(deadline, sorted(behind)):
-                patience_seconds = 0.0  # who did not move this will not move the rest
-                continue
+            try:
+                if now >= help_at and self.commits.help(deadline, sorted(behind)):
+                    patience_seconds, trouble = 0.0, None  # who did not move this will not move the rest
+                    continue
+            except errors.UnavailableError as error:
+                self._revive()
+                if time.monotonic() >= until:
+                    raise
+                trouble = error
             self.flusher.wake.set()
-            self.commits.signal.wait(seen, min(pause, deadline - now))
+            self.commits.signal.wait(seen, max(0.0, min(pause, deadline - time.monotonic())))
             pause = min(pause * 1.5, commits.PAUSE_MAX_SECONDS)
 
     def _tails(self, deadline: float) -> tuple[Any, dict[int, entry.EntryId]]:
         """The last entry of every log, from a checked read, and under which epoch."""
         while True:
             stamp = self.hot.stamp
-            replies = self.hot.read([(partition, entry.ZERO) for partition in self._partitions], entries=0, bytes_max=1)
+            begins = [(partition, entry.ZERO) for partition in self._partitions]
+            replies = self.hot.read(begins, entries=0, bytes_max=1, deadline=deadline)
             refused = next((reply.code for reply in replies if reply.code != "OK"), None)
             if refused is None:
                 return stamp, {partition: reply.last for partition, reply in enumerate(replies)}

@@ -212,7 +212,8 @@ def holder(handle: MachineHandle, id: str) -> Held | None:
 def listed(cache: StateCache, machine: str | None, limit: int) -> list[Held]:
     """The claims in force, of one machine or of all, those first that end first."""
     partitions = range(cache.settings.partition_count)
-    found = hot_claims.all_held(cache.hot, partitions, limit if machine is None else _ALL)
+    count = limit if machine is None else _ALL
+    found = cache.driver.patiently(lambda: hot_claims.all_held(cache.hot, partitions, count), cache.deadline(None))
     return [one for one in found if machine in (None, one.machine)][:limit]
 
 

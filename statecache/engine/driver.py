@@ -13,18 +13,21 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
 from statecache.core import claims, entry, errors, failpoints, flows, fold, items, model
 from statecache.durable.store import DurableStore
 from statecache.engine.admission import Admission
-from statecache.engine.batcher import EXCHANGE_SECONDS_MIN, Batcher
+from statecache.engine.batcher import Batcher
 from statecache.engine.calls import Build
 from statecache.hot import claims as hot_claims
 from statecache.hot import scripts
 from statecache.hot.store import Cold, HotStore, Position
+from statecache.hot.wire import EXCHANGE_SECONDS_MIN
+
+Answer = TypeVar("Answer")
 
 CHUNK_ITEMS = 125
 _UNFINISHED_MAX = 1000
@@ -87,11 +90,13 @@ class Driver:
         """Read one instance. ``deadline`` is a ``time.monotonic`` time."""
         missed = True
         try:
-            fields = self.hot.hash(partition, machine, id)
+            fields = self.hot.hash(partition, machine, id, deadline)
             if fields:
                 return snapshot_of(id, fields, "hot")
         except errors.UnavailableError:
             self.revive()
+            if time.monotonic() >= deadline:
+                raise
             missed = False
         found: model.Snapshot = self.run(flows.snapshot(partition, machine, id, snapshot_of, missed=missed), deadline)
         return found
@@ -120,9 +125,9 @@ class Driver:
 
     def answers(self, wishes: Sequence[Any], deadline: float) -> Sequence[Any]:
         """Answer wishes of one kind, however long a server is away, until the deadline. Raises the error of all of them."""
-        return self._patiently(lambda: self._answers(wishes, deadline), deadline)
+        return self.patiently(lambda: self._answers(wishes, deadline), deadline)
 
-    def _patiently(self, ask: Callable[[], Sequence[Any]], deadline: float) -> Sequence[Any]:
+    def patiently(self, ask: Callable[[], Answer], deadline: float) -> Answer:
         """Ask, and while a server cannot be reached ask again until the deadline: nothing but an item does harm twice."""
         attempt = 0
         while True:
@@ -147,7 +152,8 @@ class Driver:
         """Apply the requests that ``build`` makes; receipts or errors are put into ``results`` by index.
 
         Requests are built chunk by chunk, so that checking the next chunk's input overlaps the server's work on the last. With
-        ``patience_seconds`` the deadline moves on whenever a flow ends: a long list may take its time, a stuck one not.
+        ``patience_seconds`` the deadline moves on whenever a flow ends: a long list may take its time, a stuck one not. Without
+        it, when a script call gets no answer by the deadline, nothing more is sent.
         """
         unfinished: list[list[Running]] = []
         sent: deque[tuple[list[int], list[flows.Request], list[Running]]] = deque()
@@ -167,7 +173,7 @@ class Driver:
                 elif held:
                     put_off(held)
 
-        for _, outcomes in self.hot.apply_stream(opened()):
+        for _, outcomes in self.hot.apply_stream(opened(), deadline if patience_seconds is None else None):
             built, requests, held = sent.popleft()
             put_off(self._answered(built, requests, outcomes, results) + held)
         self._finish(unfinished, results, deadline, patience_seconds)
@@ -224,10 +230,14 @@ class Driver:
         for start in range(0, len(indexes), _UNFINISHED_MAX):
             some = indexes[start : start + _UNFINISHED_MAX]
             try:
-                found = self._patiently(partial(self.hot.hashes_of, machine, [ids[index] for index in some]), deadline)
+                wanted = [ids[index] for index in some]
+                found = self.patiently(partial(self.hot.hashes_of, machine, wanted, deadline), deadline)
             except errors.StateCacheError as error:
-                for index in some:
+                is_over = isinstance(error, errors.UnavailableError) and time.monotonic() >= deadline
+                for index in indexes[start:] if is_over else some:
                     results[index] = error
+                if is_over:
+                    return
                 continue
             left = []
             for index, fields in zip(some, found, strict=True):
@@ -256,12 +266,13 @@ class Driver:
                 left, deadline = now_left, time.monotonic() + patience_seconds
             self._answer_others(lanes, results, deadline)
             sendable = [_sendable(lane, self._lane_items_max) for lane in lanes]
-            self._apply_lanes([ones for ones in sendable if ones], results)
+            stop_at = deadline if patience_seconds is None else None
+            self._apply_lanes([ones for ones in sendable if ones], results, stop_at)
             for lane in lanes:
                 lane[:] = [one for one in lane if one.wish is not None]
             lanes = [lane for lane in lanes if lane]
 
-    def _apply_lanes(self, lanes: list[list[Running]], results: list[Any]) -> None:
+    def _apply_lanes(self, lanes: list[list[Running]], results: list[Any], deadline: float | None) -> None:
         """Send the items of lanes, about ``CHUNK_ITEMS`` a script call, and resume their flows."""
         sent: deque[list[Running]] = deque()
 
@@ -270,7 +281,7 @@ class Driver:
                 sent.append(ones)
                 yield [one.wish for one in ones]
 
-        for _, outcomes in self.hot.apply_stream(packed()):
+        for _, outcomes in self.hot.apply_stream(packed(), deadline):
             for one, outcome in zip(sent.popleft(), outcomes, strict=True):
                 self._resume(one, outcome, results)
 
@@ -309,10 +320,10 @@ class Driver:
         """Answer wishes of one kind, in as few exchanges as it takes."""
         kind = type(wishes[0])
         if kind is flows.Hot:
-            return self.hot.hashes([(wish.partition, wish.machine, wish.id) for wish in wishes])
+            return self.hot.hashes([(wish.partition, wish.machine, wish.id) for wish in wishes], deadline)
         if kind is flows.Where:
             partitions = list({wish.partition for wish in wishes})
-            told = dict(zip(partitions, self._where(partitions), strict=True))
+            told = dict(zip(partitions, self._where(partitions, deadline), strict=True))
             return [told[wish.partition] for wish in wishes]
         if kind is flows.Lookup:
             stamp = self.hot.stamp
@@ -322,8 +333,8 @@ class Driver:
         if kind is flows.Hydrate:
             asked_under = {wish.found.asked_under for wish in wishes}
             if len(asked_under) > 1:  # admitted to another epoch between their look-ups
-                return [(self._hydrate([wish.found])[0], None) for wish in wishes]
-            return [(code, None) for code in self._hydrate([wish.found for wish in wishes])]
+                return [(self._hydrate([wish.found], deadline)[0], None) for wish in wishes]
+            return [(code, None) for code in self._hydrate([wish.found for wish in wishes], deadline)]
         if kind is flows.Find:
             return self._find(wishes, deadline)
         if kind is flows.Admit:
@@ -333,28 +344,28 @@ class Driver:
             if any(wish.why in UNREACHABLE for wish in wishes):
                 self.revive()
             return [self._pause(max(wish.attempt for wish in wishes), deadline)] * len(wishes)
-        return [self._alone(wish) for wish in wishes]
+        return [self._alone(wish, deadline) for wish in wishes]
 
-    def _alone(self, wish: Any) -> Any:
+    def _alone(self, wish: Any, deadline: float) -> Any:
         match wish:
             case flows.Version(partition, machine, id):
-                own = self.hot.own_field(partition, machine, id)
+                own = self.hot.own_field(partition, machine, id, deadline)
                 return None if own is None else int(own.split(b" ")[1])
             case flows.Unflushed(partition, machine, id, whole):
-                code, entries = self.hot.find(partition, machine, id, whole=whole)
+                code, entries = self.hot.find(partition, machine, id, whole=whole, deadline=deadline)
                 return code, self.not_discarded(entries) if whole else entries
             case flows.Recorded(machine, id):
                 return self._recorded(machine, id)
             case claims.Ask():
-                return hot_claims.ask(self.hot, wish)
+                return hot_claims.ask(self.hot, wish, deadline)
             case flows.Unpark(partition, machine, id, found):
                 version = found.checkpoint.version if found.checkpoint else 0
                 row = (partition, f"{machine}:{id}", version, str(found.watermark), 1)
-                return self.hot.evict([row], _stamp_of(found))[0]
+                return self.hot.evict([row], _stamp_of(found), deadline=deadline)[0]
         raise AssertionError(wish)
 
-    def _where(self, partitions: Sequence[int]) -> list[tuple[str, bool, entry.EntryId]]:
-        positions, stamp = self.hot.positions(partitions), self.hot.stamp
+    def _where(self, partitions: Sequence[int], deadline: float) -> list[tuple[str, bool, entry.EntryId]]:
+        positions, stamp = self.hot.positions(partitions, deadline), self.hot.stamp
         return [_whereabouts(position, stamp) for position in positions]
 
     def _find(self, wishes: Sequence[flows.Find], deadline: float) -> list[model.Transition | None]:
@@ -403,7 +414,7 @@ class Driver:
         self, partition: int, wanted: Mapping[tuple[str, str], Sequence[str]], deadline: float, *, whole: bool
     ) -> list[entry.Entry]:
         while True:
-            code, entries = self.hot.find_many(partition, wanted, whole=whole)
+            code, entries = self.hot.find_many(partition, wanted, whole=whole, deadline=deadline)
             if code == "OK":
                 return entries
             self.admission.ensure(code, deadline)
@@ -421,15 +432,14 @@ class Driver:
                 rows.append(flows.transition_of(record))
         return rows
 
-    def _hydrate(self, found: Sequence[model.Lookup]) -> list[str]:
-        codes = self.hot.hydrate([_cold(one) for one in found], _stamp_of(found[0]))
+    def _hydrate(self, found: Sequence[model.Lookup], deadline: float) -> list[str]:
+        codes = self.hot.hydrate([_cold(one) for one in found], _stamp_of(found[0]), deadline)
         self._on_hydrated(codes.count("OK"))
         failpoints.hit("hydrate.done")
         return codes
 
     def _hydrate_and_apply(self, found: model.Lookup, item: items.Item, deadline: float) -> tuple[str, items.Outcome]:
-        timeout_seconds = max(EXCHANGE_SECONDS_MIN, deadline - time.monotonic())
-        code, outcome = self.hot.hydrate_and_apply(_cold(found), item, _stamp_of(found), timeout_seconds)
+        code, outcome = self.hot.hydrate_and_apply(_cold(found), item, _stamp_of(found), deadline)
         self._on_hydrated(int(code == "OK"))
         failpoints.hit("hydrate.done")
         return code, outcome

@@ -14,14 +14,16 @@ from statecache.core import entry, errors, items, model
 from statecache.hot.store import HotStore
 
 
-def confirmation(hot: HotStore, level: model.Durability, replicas: int, timeout_seconds: float) -> items.Confirm | None:
+def confirmation(
+    hot: HotStore, level: model.Durability, replicas: int, timeout_seconds: float, deadline: float | None = None
+) -> items.Confirm | None:
     """What to ask behind each script for a level; None where the reply itself is the confirmation.
 
     Raises ``ConfigurationError`` when this server cannot give the level.
     """
     timeout_ms = max(1, int(timeout_seconds * 1000))
     if level is model.Durability.REPLICA:
-        have = int(hot.server_facts().get("connected_slaves", "0"))
+        have = int(hot.server_facts(deadline).get("connected_slaves", "0"))
         if have < replicas:
             raise errors.ConfigurationError(
                 f"durability 'replica' wants {replicas} replicas, this server has {have}: attach one, or lower the level"
@@ -29,8 +31,8 @@ def confirmation(hot: HotStore, level: model.Durability, replicas: int, timeout_
         return items.Confirm(False, 0, replicas, timeout_ms)
     if level is not model.Durability.FSYNC:
         return None
-    facts = hot.server_facts()
-    wanted = hot.configuration("appendfsync", "no-appendfsync-on-rewrite")
+    facts = hot.server_facts(deadline)
+    wanted = hot.configuration("appendfsync", "no-appendfsync-on-rewrite", deadline=deadline)
     if wanted is None:
         raise errors.ConfigurationError(
             "durability 'fsync' cannot be judged: this user may not read the server's configuration (allow config|get)"

@@ -159,7 +159,7 @@ class Flusher:
     # --- one step ----------------------------------------------------------------------------------------------------
 
     def step(self, deadline: float | None = None, partitions: Sequence[int] | None = None) -> Step:
-        """Move one batch, of some partitions or of all; one thread at a time.
+        """Move one batch, of some partitions or of all; one thread at a time. A deadline bounds each of its looks at Redis too.
 
         Raises ``UnavailableError`` when a server cannot be reached (nothing is lost: step again) and
         ``IntegrityError`` when what is in the log contradicts SQL."""
@@ -169,13 +169,14 @@ class Flusher:
         with self._lock:
             result = "failed"
             try:
-                step = self._step(time.monotonic() + 5.0 if deadline is None else deadline, numbers)
+                step = self._step(deadline, numbers)
                 result = "stopped" if step.stopped else "moved" if step.entries else "idle"
             finally:
                 self._metrics.add("statecache_flush_steps_total", 1, result)
             return step
 
-    def _step(self, deadline: float, numbers: Sequence[int]) -> Step:
+    def _step(self, until: float | None, numbers: Sequence[int]) -> Step:
+        deadline = time.monotonic() + 5.0 if until is None else until
         size = min(self._size, self.batch_entries)
         rows = self.durable.partitions(numbers)
         pair = scripts.Stamp(rows[0].epoch, rows[0].owner)
@@ -187,7 +188,7 @@ class Flusher:
                 return Step(0, True, {})
         if pair != self._stamp:
             self._forget(pair)
-        look = self._foreseen(rows, pair) or self._look(self._in_turn(rows), size, pair)
+        look = self._foreseen(rows, pair) or self._look(self._in_turn(rows), size, pair, until)
         failpoints.hit("flusher.read")
         if look.refused:
             self._admit(look.refused, deadline)
@@ -201,7 +202,7 @@ class Flusher:
         count = sum(len(batch.records) for batch in batches)
         more = any(batch.last < batch.tail for batch in batches) or count >= min(size, STEADY_ENTRIES)
         if more and not look.holes:
-            self._look_ahead(rows, batches, min(self._size, self.batch_entries), pair)
+            self._look_ahead(rows, batches, min(self._size, self.batch_entries), pair, until)
         parked: set[fold.Instance] = set()
         if batches:
             started = time.monotonic()
@@ -228,11 +229,11 @@ class Flusher:
             self.hot.park([(keyspace.partition_of(*one), ":".join(one)) for one in sorted(parked)], pair)
         return Step(count, more, stopped)
 
-    def _look(self, rows: list[PartitionRow], size: int, pair: scripts.Stamp) -> _Look:
+    def _look(self, rows: list[PartitionRow], size: int, pair: scripts.Stamp, until: float | None) -> _Look:
         """Read and parse what stands behind the rows' watermarks."""
         seen_ms = int(time.time() * 1000)
         cursors = [(row.partition, row.watermark) for row in rows]
-        replies = self._read(cursors, size, pair)
+        replies = self._read(cursors, size, pair, until)
         refused = next((reply.code for reply in replies if reply.code != "OK"), None)
         if refused:
             return _Look(rows, size, refused, [], {})
@@ -243,7 +244,7 @@ class Flusher:
         return _Look(rows, size, None, [batch for batch, _ in parsed], holes)
 
     def _read(
-        self, cursors: Sequence[tuple[int, entry.EntryId]], size: int, pair: scripts.Stamp
+        self, cursors: Sequence[tuple[int, entry.EntryId]], size: int, pair: scripts.Stamp, until: float | None
     ) -> list[PartitionReply]:
         """What stands behind the cursors, a part at a time. Each part's script checks that it may be told; if one may not,
         nothing of the others counts."""
@@ -251,7 +252,7 @@ class Flusher:
         bytes_left = self.batch_bytes
         while True:
             asked = min(size, READ_ENTRIES_MAX)
-            replies = self.hot.read(cursors, entries=asked, bytes_max=bytes_left, under=pair)
+            replies = self.hot.read(cursors, entries=asked, bytes_max=bytes_left, under=pair, deadline=until)
             if any(reply.code != "OK" for reply in replies):
                 return replies
             for (partition, _), reply in zip(cursors, replies, strict=True):
@@ -271,12 +272,17 @@ class Flusher:
         ]
 
     def _look_ahead(
-        self, rows: Sequence[PartitionRow], batches: Sequence[batching.Batch], size: int, pair: scripts.Stamp
+        self,
+        rows: Sequence[PartitionRow],
+        batches: Sequence[batching.Batch],
+        size: int,
+        pair: scripts.Stamp,
+        until: float | None,
     ) -> None:
         """Begin to look at what stands behind these batches."""
         last = {batch.row.partition: batch.last for batch in batches}
         behind = [msgspec.structs.replace(row, watermark=last.get(row.partition, row.watermark)) for row in rows]
-        self._ahead = _Ahead(functools.partial(self._look, self._in_turn(behind), size, pair), pair)
+        self._ahead = _Ahead(functools.partial(self._look, self._in_turn(behind), size, pair, until), pair)
 
     def _start_ahead(self) -> None:
         """Let the look begin that was put off until SQL has something to do."""

@@ -131,6 +131,7 @@ class MachineHandle:
 
         Several moves of one instance are applied in the order given. Cost: one script call per 125 moves, two in flight.
         Without ``timeout`` a long list may take its time: it fails when nothing of it has gone on for the default timeout.
+        With it, the list goes on past the deadline only as long as Redis answers.
         """
         wanted = as_list("moves", moves)
         ids, build = self.calls.moves(wanted)

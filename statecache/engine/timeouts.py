@@ -28,6 +28,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from statecache.core import errors, failpoints, model
@@ -47,6 +48,8 @@ _PASSES_MAX = 50
 _SWEEP_PAGE = 1000
 RETRY_MS = 60_000
 """When one that could not be fired is tried again; and how long after its deadline it is called stuck."""
+_AGAIN_SECONDS = 0.1
+"""So long a turn's first look is repeated: connections may have died since the last one. A server that is away waits."""
 _LATER = (errors.UnavailableError, errors.RecoveringError, errors.BackpressureError)
 _MOVED_ON = (errors.StaleVersionError, errors.NotFoundError)
 
@@ -103,8 +106,11 @@ class Timeouts:
     def _due(self) -> tuple[list[deadlines.Due], int]:
         cache = self._cache
         deadline = cache.deadline(None)
+        partitions = range(cache.settings.partition_count)
         while True:
-            code, now_ms, found = deadlines.due(cache.hot, range(cache.settings.partition_count), PAGE)
+            again_until = min(deadline, time.monotonic() + _AGAIN_SECONDS)
+            look = partial(deadlines.due, cache.hot, partitions, PAGE)
+            code, now_ms, found = cache.driver.patiently(look, again_until)
             if code == "OK":
                 return found, now_ms
             cache.admission.ensure(code, deadline)

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
@@ -24,6 +25,8 @@ from statecache.core import entry, errors, flows, fold, model
 
 if TYPE_CHECKING:
     from statecache.engine.cache import StateCache
+
+Answer = TypeVar("Answer")
 
 _LOOKS = 4
 _PAGE = 500
@@ -207,7 +210,7 @@ def _log_findings(cache: StateCache, partition: int) -> list[Finding]:
     found: list[Finding] = []
     cursor = _watermark(cache, partition)
     while True:
-        reply = cache.hot.read([(partition, cursor)], entries=_PAGE, bytes_max=2**24)[0]
+        reply = _asked(cache, partial(cache.hot.read, [(partition, cursor)], entries=_PAGE, bytes_max=2**24))[0]
         if reply.code != "OK":
             cache.admission.ensure(reply.code, cache.deadline(None))
             cursor = _watermark(cache, partition)
@@ -230,6 +233,11 @@ def _log_findings(cache: StateCache, partition: int) -> list[Finding]:
                 return found
 
 
+def _asked(cache: StateCache, ask: Callable[[], Answer]) -> Answer:
+    """What Redis says; while it cannot be reached it is asked again, as long as a call may take."""
+    return cache.driver.patiently(ask, cache.deadline(None))
+
+
 def _watermark(cache: StateCache, partition: int) -> entry.EntryId:
     return cache.durable.partitions([partition])[0].watermark
 
@@ -241,7 +249,7 @@ def _suspects(cache: StateCache, page: Sequence[fold.Instance]) -> list[fold.Ins
     """Those of a page whose hash is not simply their checkpoint."""
     checkpoints = cache.durable.checkpoints(page)
     keyspace = cache.hot.keyspace
-    hashes = cache.hot.hashes([(keyspace.partition_of(*address), *address) for address in page])
+    hashes = _asked(cache, lambda: cache.hot.hashes([(keyspace.partition_of(*one), *one) for one in page]))
     return [
         address
         for address, fields in zip(page, hashes, strict=True)
@@ -260,10 +268,10 @@ def _hot_problem(cache: StateCache, machine: str, id: str) -> Problem:
     partition = cache.hot.keyspace.partition_of(machine, id)
 
     def hash_() -> Mapping[bytes, bytes]:
-        return cache.hot.hashes([(partition, machine, id)])[0]
+        return _asked(cache, lambda: cache.hot.hashes([(partition, machine, id)])[0])
 
     fields = hash_()
-    code, entries = cache.hot.find(partition, machine, id, whole=True)
+    code, entries = _asked(cache, lambda: cache.hot.find(partition, machine, id, whole=True))
     if code != "OK":
         cache.admission.ensure(code, cache.deadline(None))
         return "hot", f"Redis was {code}"

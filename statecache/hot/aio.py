@@ -11,7 +11,7 @@ from typing import Any
 import redis
 
 from statecache.core import items
-from statecache.hot import failures, gather, pipe, resp, store
+from statecache.hot import failures, gather, pipe, resp, store, wire
 
 Address = tuple[int, str, str]
 Turn = gather.Turn
@@ -117,14 +117,19 @@ class AsyncHotStore:
             "timeout_seconds": socket_timeout_seconds,
         }
 
-        def unchecked() -> None:
+        def broken(error: Exception) -> None:
+            if wire.is_break(error):  # those of the sync client are dead too: see there
+                hot.wires.discard_idle()
+
+        def unchecked(error: Exception) -> None:
             hot.wires.checked_at = 0.0  # whether a lost call compared the identity is not known
+            broken(error)
 
         self._items: gather.Gatherer[items.Item, items.Outcome] = gather.Gatherer(
             pool, _Transitions(hot), on_lost=unchecked, **bounds
         )
         self._hashes: gather.Gatherer[Address, dict[bytes, bytes] | Exception] = gather.Gatherer(
-            pool, _Hashes(hot), **bounds
+            pool, _Hashes(hot), on_lost=broken, **bounds
         )
         self.enter = self._items.enter
         """Take a write's turn among those of its instance, by address ``machine:id``."""

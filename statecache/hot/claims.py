@@ -12,7 +12,7 @@ from statecache.hot.store import HotStore
 _encode = msgspec.json.encode
 
 
-def ask(hot: HotStore, wish: claims.Ask) -> claims.Answer:
+def ask(hot: HotStore, wish: claims.Ask, deadline: float | None = None) -> claims.Answer:
     """Do what a flow asks: see ``claim.lua``. Raises ``UnavailableError``, ``BackpressureError`` (no memory)."""
     partitions: dict[int, int] = {}
     rows = [
@@ -20,10 +20,8 @@ def ask(hot: HotStore, wish: claims.Ask) -> claims.Answer:
         for row in wish.rows
     ]
     repeated, wish.repeated = wish.repeated, True  # the driver sends a wish again whose reply was lost
-    one = "1" if wish.one else "0"
-    reply = hot.ask(
-        "claim", list(partitions), _encode(rows), wish.nonce, wish.worker, wish.ttl_ms, one, "1" if repeated else "0"
-    )
+    arguments = (wish.nonce, wish.worker, wish.ttl_ms, "1" if wish.one else "0", "1" if repeated else "0")
+    reply = hot.ask("claim", list(partitions), _encode(rows), *arguments, deadline=deadline)
     head, *lines = reply.split("\n")
     return claims.Answer(int(head), lines) if lines else claims.Answer(0, [head])
 

@@ -117,7 +117,7 @@ class Gatherer(Generic[Sent, Received]):
         items_max: int,
         bytes_max: int,
         timeout_seconds: float,
-        on_lost: Callable[[], None] = lambda: None,
+        on_lost: Callable[[Exception], None] = lambda error: None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._pool = pool
@@ -339,7 +339,7 @@ class Gatherer(Generic[Sent, Received]):
         if pipe is not self._pipe:
             return
         self._pipe = None
-        self._on_lost()
+        self._on_lost(error)
         lost, self._in_flight = self._in_flight, deque()
         for exchange in lost:
             self._tell_all(exchange, error, sent=True)

@@ -10,6 +10,7 @@ one was answered (protocol hole H13).
 from __future__ import annotations
 
 import re
+import time
 from collections import deque
 from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -30,6 +31,8 @@ _HEADERS = [b"*%d\r\n" % number for number in range(4096)]
 CHUNKS_IN_FLIGHT = 2
 HYDRATIONS_IN_FLIGHT = 4
 HYDRATE_ROWS_MAX = 500
+CONFIRMATION_GRACE_SECONDS = 0.5
+"""How much later than at the end of its time the answer of ``WAIT`` may come."""
 BATCH_ITEMS_MAX = 250
 BATCH_BYTES_MAX = 1_000_000
 """What calls that are batched by themselves (threads, tasks) put into one script call at most."""
@@ -101,6 +104,9 @@ class Position(msgspec.Struct, frozen=True):
 class HotStore:
     """One Redis or Valkey server. Thread-safe, and safe in a child process forked from its user.
 
+    A ``deadline`` (``time.monotonic``) of a method bounds each of its exchanges, connecting included, though not below
+    ``wire.EXCHANGE_SECONDS_MIN``; without one it is the connection's own timeouts that do.
+
     ``client`` may be a ``fakeredis`` client with ``emulated=True`` for unit tests.
     """
 
@@ -120,7 +126,6 @@ class HotStore:
         self.wires = wire.Wires(pool, wire.EmulatedWire if emulated else wire.Wire)
         self.emulated = emulated
         self.identity_interval_seconds = identity_interval_seconds
-        self._socket_timeout_seconds = socket_timeout_seconds
         self._pack = msgspec.json.encode if emulated else resp.stream
         self._fields_max = resp.bulk(instance_fields_max)
         self.stamp = scripts.NEVER
@@ -144,53 +149,61 @@ class HotStore:
     def apply(self, batch: Sequence[items.Item], timeout_seconds: float | None = None) -> list[items.Outcome]:
         """Apply items in one script call; an outcome for each, in order. Never raises for a server that fails.
 
-        ``timeout_seconds`` shortens the wait for the reply: then the outcomes are ``LOST``.
+        ``timeout_seconds`` shortens the wait for a connection and for the reply: then the outcomes are ``UNSENT`` or ``LOST``.
         """
         # Without an ``Exchange``, whose four calls are a twentieth of what a single transition costs its client.
         try:
-            line = self.wires.take()
+            if timeout_seconds is None or timeout_seconds >= self.wires.near_seconds:
+                line = self.wires.take()
+            else:
+                line = self.wires.take(time.monotonic() + timeout_seconds)
         except (redis.RedisError, OSError) as error:
             return self._lost(batch, error, None)
         try:
             line.send(self.packed_apply(batch, line))
-            outcomes = self._answer(line, batch, self._shortened(timeout_seconds))
+            outcomes = self._answer(line, batch)
         except BaseException as error:
-            line.close()
+            self.wires.lose(line, error)
             if isinstance(error, (redis.RedisError, OSError)):
                 return self._lost(batch, error, line)
             raise
         self.wires.give_back(line)
         return outcomes
 
-    def apply_stream(
-        self, chunks: Iterable[Sequence[items.Item]], timeout_seconds: float | None = None
-    ) -> Iterator[Answered]:
+    def apply_stream(self, chunks: Iterable[Sequence[items.Item]], deadline: float | None = None) -> Iterator[Answered]:
         """Apply chunk after chunk, the next one sent before the reply of the last is read.
 
         Two moves of one instance must stand in one chunk: a chunk that was refused is repeated after its successor ran.
+        Past the deadline it goes on as long as the server answers: when a chunk does not get through then, no other is sent.
         """
-        timeout_seconds = self._shortened(timeout_seconds)
+        late: redis.RedisError | OSError | None = None
         in_flight: deque[Sequence[items.Item]] = deque()
         line: wire.Wire | None = None
         try:
             for chunk in chunks:
+                if late is not None:
+                    yield chunk, self._lost(chunk, late, None)
+                    continue
                 try:
                     if line is None:
-                        line = self.wires.take()
+                        line = self.wires.take(deadline)
+                    elif deadline is not None:
+                        line.until = self.wires.until(deadline)
                     packed = self.packed_apply(chunk, line)
                     in_flight.append(chunk)  # first: a wire that was interrupted while sending must not be used again
                     line.send(packed)
                 except (redis.RedisError, OSError) as error:
                     lost, line = line, None
+                    late = _is_over(deadline, error)
                     if lost is None:
                         yield chunk, self._lost(chunk, error, None)
                     else:
                         yield from self._all_lost(in_flight, error, lost)
                     continue
                 if len(in_flight) >= CHUNKS_IN_FLIGHT:
-                    line = yield from self._receive(line, in_flight, timeout_seconds)
+                    line, late = yield from self._receive(line, in_flight, deadline)
             while in_flight and line is not None:
-                line = yield from self._receive(line, in_flight, timeout_seconds)
+                line, late = yield from self._receive(line, in_flight, deadline)
         finally:
             if line is not None:
                 if in_flight:
@@ -199,27 +212,26 @@ class HotStore:
                     self.wires.give_back(line)
 
     def _receive(
-        self, line: wire.Wire | None, in_flight: deque[Sequence[items.Item]], timeout_seconds: float | None
-    ) -> Generator[Answered, None, wire.Wire | None]:
-        """Read one reply; returns the wire, or None when it was lost."""
-        assert line is not None
+        self, line: wire.Wire, in_flight: deque[Sequence[items.Item]], deadline: float | None
+    ) -> Generator[Answered, None, tuple[wire.Wire | None, redis.RedisError | OSError | None]]:
+        """Read one reply; returns the wire, or None when it was lost, and why nothing more is to be sent, if so."""
         chunk = in_flight[0]
         try:
-            outcomes = self._answer(line, chunk, timeout_seconds)
+            line.until = self.wires.until(deadline)
+            outcomes = self._answer(line, chunk)
         except (redis.RedisError, OSError) as error:
+            late = _is_over(deadline, error)
             yield from self._all_lost(in_flight, error, line)
-            return None
+            return None, late
         in_flight.popleft()
         yield chunk, outcomes
-        return line
+        return line, None
 
-    def _answer(
-        self, line: wire.Wire, chunk: Sequence[items.Item], timeout_seconds: float | None
-    ) -> list[items.Outcome]:
+    def _answer(self, line: wire.Wire, chunk: Sequence[items.Item]) -> list[items.Outcome]:
         """Read the reply to a chunk. Raises redis-py's errors when it does not come."""
         outcomes: list[items.Outcome]
         try:
-            outcomes = self.told(line, line.read(timeout_seconds))
+            outcomes = self.told(line, line.read())
         except redis.ResponseError as error:
             self.wires.distrust(line)
             outcomes = [failures.outcome_of(error, sent=True)] * len(chunk)
@@ -227,12 +239,6 @@ class HotStore:
         if confirm is not None and not _read_confirmation(line, confirm):
             return unconfirmed(outcomes)
         return outcomes
-
-    def _shortened(self, timeout_seconds: float | None) -> float | None:
-        """The wait for a reply, if it is shorter than the connection's own."""
-        if timeout_seconds is not None and timeout_seconds >= 0.9 * self._socket_timeout_seconds:
-            return None
-        return timeout_seconds
 
     def _lost(
         self, chunk: Sequence[items.Item], error: redis.RedisError | OSError, line: wire.Wire | None
@@ -245,7 +251,7 @@ class HotStore:
     def _all_lost(
         self, in_flight: deque[Sequence[items.Item]], error: redis.RedisError | OSError, line: wire.Wire
     ) -> Iterator[Answered]:
-        line.close()
+        self.wires.lose(line, error)
         while in_flight:
             chunk = in_flight.popleft()
             yield chunk, self._lost(chunk, error, line)
@@ -286,19 +292,21 @@ class HotStore:
 
     # --- reads -------------------------------------------------------------------------------------------------------
 
-    def hashes(self, addresses: Iterable[tuple[int, str, str]]) -> list[dict[bytes, bytes]]:
+    def hashes(
+        self, addresses: Iterable[tuple[int, str, str]], deadline: float | None = None
+    ) -> list[dict[bytes, bytes]]:
         """HGETALL of each (partition, machine, id), pipelined; empty for what is not hot.
 
         Plain reads, not admitted: a Redis that has just become untrue may be seen until the first checked call.
         """
-        return self._hashes([self.keyspace.instance(*address).encode() for address in addresses])
+        return self._hashes([self.keyspace.instance(*address).encode() for address in addresses], deadline)
 
-    def hashes_of(self, machine: str, ids: Iterable[str]) -> list[dict[bytes, bytes]]:
+    def hashes_of(self, machine: str, ids: Iterable[str], deadline: float | None = None) -> list[dict[bytes, bytes]]:
         """``hashes`` of one machine's instances."""
-        return self._hashes(self.keyspace.instances(machine, ids))
+        return self._hashes(self.keyspace.instances(machine, ids), deadline)
 
-    def _hashes(self, keys: Sequence[bytes]) -> list[dict[bytes, bytes]]:
-        with self._exchange("HGETALL") as line:
+    def _hashes(self, keys: Sequence[bytes], deadline: float | None) -> list[dict[bytes, bytes]]:
+        with self._exchange("HGETALL", deadline) as line:
             replies: list[Any] = []
             for start in range(0, len(keys), 125):
                 line.send(b"".join([_HGETALL % (len(key), key) for key in keys[start : start + 125]]))
@@ -307,15 +315,15 @@ class HotStore:
             replies += line.read_many(len(keys) - len(replies))
             return [hash_of(reply) for reply in replies]
 
-    def hash(self, partition: int, machine: str, id: str) -> dict[bytes, bytes]:
+    def hash(self, partition: int, machine: str, id: str, deadline: float | None = None) -> dict[bytes, bytes]:
         """``hashes`` of one."""
-        with self._exchange("HGETALL") as line:
+        with self._exchange("HGETALL", deadline) as line:
             line.send(resp.command("HGETALL", self.keyspace.instance(partition, machine, id)))
             return hash_of(line.read_many(1)[0])
 
-    def own_field(self, partition: int, machine: str, id: str) -> bytes | None:
+    def own_field(self, partition: int, machine: str, id: str, deadline: float | None = None) -> bytes | None:
         """The field ``@`` of an instance's hash, None if it is not hot."""
-        with self._exchange("HGET") as line:
+        with self._exchange("HGET", deadline) as line:
             found: bytes | None = line.call(resp.command("HGET", self.keyspace.instance(partition, machine, id), "@"))
             return found
 
@@ -323,10 +331,10 @@ class HotStore:
         """What ``meta`` says about cold instances; None where there is no ``meta`` (a wiped Redis)."""
         return self.positions([partition])[0]
 
-    def positions(self, partitions: Sequence[int]) -> list[Position | None]:
+    def positions(self, partitions: Sequence[int], deadline: float | None = None) -> list[Position | None]:
         """``position`` of each, in one exchange."""
         fields = ("epoch", "owner", "status", "cold", "evicted_to")
-        with self._exchange("HMGET") as line:
+        with self._exchange("HMGET", deadline) as line:
             line.send(b"".join(resp.command("HMGET", self.keyspace.meta(each), *fields) for each in partitions))
             return [_position_of(found) for found in line.read_all(len(partitions))]
 
@@ -356,28 +364,35 @@ class HotStore:
                 found.append((owner, id))
         return reply[0].decode() if isinstance(reply[0], bytes) else str(reply[0]), found
 
-    def find(self, partition: int, machine: str, id: str, *, whole: bool = False) -> tuple[str, list[entry.Entry]]:
+    def find(
+        self, partition: int, machine: str, id: str, *, whole: bool = False, deadline: float | None = None
+    ) -> tuple[str, list[entry.Entry]]:
         """One instance's entries behind the watermark as (code, entries); the code is ``OK`` or one of admission.
 
         The watermark is that of ``meta``, which only grows: where SQL went back, ``whole`` finds what it has not any more.
         """
-        code, lines = self._found(partition, {(machine, id): [""]}, whole)
+        code, lines = self._found(partition, {(machine, id): [""]}, whole, deadline)
         return code, [entry.parse_line(line) for line in lines]
 
     def find_many(
-        self, partition: int, wanted: Mapping[tuple[str, str], Sequence[str]], *, whole: bool = False
+        self,
+        partition: int,
+        wanted: Mapping[tuple[str, str], Sequence[str]],
+        *,
+        whole: bool = False,
+        deadline: float | None = None,
     ) -> tuple[str, list[entry.Entry]]:
         """The same of many instances in one reading of the log: of each (machine, id), entries with one of these parts.
 
         A superset: whoever asks for a version, or for a transition id, compares it. A stranger's record is nobody's.
         """
-        code, lines = self._found(partition, wanted, whole)
+        code, lines = self._found(partition, wanted, whole, deadline)
         return code, [
             record for record in (parse_any(partition, line) for line in lines) if record.machine != entry.FOREIGN
         ]
 
     def _found(
-        self, partition: int, wanted: Mapping[tuple[str, str], Sequence[str]], whole: bool
+        self, partition: int, wanted: Mapping[tuple[str, str], Sequence[str]], whole: bool, deadline: float | None
     ) -> tuple[str, list[str]]:
         mark = entry.SEPARATOR
         asked = _encode(
@@ -389,7 +404,7 @@ class HotStore:
         found: list[str] = []
         cursor = str(entry.ZERO) if whole else ""
         while cursor != "-":
-            reply = self._call("find", [self._pair_keys[partition]], 2, asked, cursor, _FIND_ENTRIES)
+            reply = self._call("find", [self._pair_keys[partition]], 2, asked, cursor, _FIND_ENTRIES, deadline=deadline)
             head, *lines = reply.split("\n")
             code, *words = head.split(" ")
             if code != "OK":
@@ -400,18 +415,20 @@ class HotStore:
 
     # --- cold tier ---------------------------------------------------------------------------------------------------
 
-    def hydrate(self, rows: Sequence[Cold], under: scripts.Stamp | None = None) -> list[str]:
+    def hydrate(
+        self, rows: Sequence[Cold], under: scripts.Stamp | None = None, deadline: float | None = None
+    ) -> list[str]:
         """Bring instances back, some hundred a script call; a code for each. ``OOM`` for all of a call when Redis has no memory
         for them."""
         calls = [rows[begin : begin + HYDRATE_ROWS_MAX] for begin in range(0, len(rows), HYDRATE_ROWS_MAX)]
-        return [code for codes in self.hydrate_stream(calls, under) for code in codes]
+        return [code for codes in self.hydrate_stream(calls, under, deadline) for code in codes]
 
     def hydrate_stream(
-        self, batches: Iterable[Sequence[Cold]], under: scripts.Stamp | None = None
+        self, batches: Iterable[Sequence[Cold]], under: scripts.Stamp | None = None, deadline: float | None = None
     ) -> Iterator[list[str]]:
         """``hydrate`` batch after batch; while the server takes some, the next one is made. Codes come in their order."""
         in_flight: deque[int] = deque()
-        with self._exchange("hydrate") as line:
+        with self._exchange("hydrate", deadline) as line:
             for rows in batches:
                 line.send(self._packed_hydrate(rows, under or self.stamp))
                 in_flight.append(len(rows))
@@ -421,7 +438,7 @@ class HotStore:
                 yield _hydrated(line.read_many(1)[0], in_flight.popleft())
 
     def hydrate_and_apply(
-        self, row: Cold, item: items.Item, under: scripts.Stamp | None, timeout_seconds: float | None = None
+        self, row: Cold, item: items.Item, under: scripts.Stamp | None, deadline: float | None = None
     ) -> tuple[str, items.Outcome]:
         """Bring an instance back and apply an item behind it, in one exchange: the code of the one, the outcome of the other.
 
@@ -429,10 +446,10 @@ class HotStore:
         """
         batch, line = (item,), None
         try:
-            with self.wires.wire() as line:
+            with self.wires.wire(deadline) as line:
                 line.send(self._packed_hydrate([row], under or self.stamp) + self.packed_apply(batch, line))
                 reply = line.read_many(1)[0]
-                outcome = self._answer(line, batch, self._shortened(timeout_seconds))[0]
+                outcome = self._answer(line, batch)[0]
         except (redis.RedisError, OSError) as error:
             return "", self._lost(batch, error, line)[0]
         if outcome.code != "MISS" and isinstance(reply, redis.ResponseError):
@@ -457,29 +474,38 @@ class HotStore:
         under: scripts.Stamp | None = None,
         *,
         dry_run: bool = False,
+        deadline: float | None = None,
     ) -> list[str]:
         """Drop flushed hot copies: (partition, "machine:id", version, SQL's watermark, parked); the reply's line for each."""
-        return self._by_partition("evict", rows, "1" if dry_run else "", under=under)
+        return self._by_partition("evict", rows, "1" if dry_run else "", under=under, deadline=deadline)
 
-    def park(self, rows: Sequence[tuple[int, str]], under: scripts.Stamp | None = None) -> list[str]:
+    def park(
+        self, rows: Sequence[tuple[int, str]], under: scripts.Stamp | None = None, deadline: float | None = None
+    ) -> list[str]:
         """Flag instances as parked: (partition, "machine:id"); the reply's line for each."""
-        return self._by_partition("park", rows, under=under)
+        return self._by_partition("park", rows, under=under, deadline=deadline)
 
     def _by_partition(
-        self, name: str, rows: Sequence[tuple[Any, ...]], *arguments: str, under: scripts.Stamp | None
+        self,
+        name: str,
+        rows: Sequence[tuple[Any, ...]],
+        *arguments: str,
+        under: scripts.Stamp | None,
+        deadline: float | None,
     ) -> list[str]:
         partitions: dict[int, int] = {}
         packed = []
         for partition, *rest in rows:
             packed.append([partitions.setdefault(partition, len(partitions) + 1), *rest])
         metas = [self._meta_keys[p] for p in partitions]
-        reply = self._call(name, metas, len(metas), _encode(packed), *arguments, under=under)
+        reply = self._call(name, metas, len(metas), _encode(packed), *arguments, under=under, deadline=deadline)
         lines = reply.split("\n")
         return lines if len(lines) == len(rows) else lines * len(rows)
 
-    def ask(self, name: str, partitions: Sequence[int], *arguments: Any) -> str:
+    def ask(self, name: str, partitions: Sequence[int], *arguments: Any, deadline: float | None = None) -> str:
         """Call a script whose keys are the partitions' ``meta``; its reply, or ``NOSCRIPT``."""
-        return self._call(name, [self._meta_keys[p] for p in partitions], len(partitions), *arguments)
+        metas = [self._meta_keys[p] for p in partitions]
+        return self._call(name, metas, len(partitions), *arguments, deadline=deadline)
 
     def commands(self, *commands: Sequence[Any]) -> list[Any]:
         """Plain reads in one round trip, not admitted."""
@@ -502,6 +528,7 @@ class HotStore:
         fenced_identity: str = "",
         stamp: scripts.Stamp | None = None,
         under: scripts.Stamp | None = None,
+        deadline: float | None = None,
     ) -> list[PartitionReply]:
         """Entries behind each (partition, cursor), if the partition has this store's stamp, is ready and is true.
 
@@ -517,6 +544,7 @@ class HotStore:
             *[str(cursor) for _, cursor in cursors],
             stamp=stamp,
             under=under,
+            deadline=deadline,
         )
         replies = []
         lines = iter(reply.split("\n"))
@@ -532,21 +560,25 @@ class HotStore:
         return replies
 
     def flushed(
-        self, rows: Sequence[tuple[int, entry.EntryId, entry.EntryId, int]], under: scripts.Stamp | None = None
+        self,
+        rows: Sequence[tuple[int, entry.EntryId, entry.EntryId, int]],
+        under: scripts.Stamp | None = None,
+        deadline: float | None = None,
     ) -> list[str]:
         """Raise watermarks and trim: (partition, watermark, trim to, limit); a code for each."""
         arguments = [str(part) for _, *parts in rows for part in parts]
-        reply = self._call("flushed", [self._pair_keys[p] for p, *_ in rows], 2 * len(rows), *arguments, under=under)
+        pairs = [self._pair_keys[p] for p, *_ in rows]
+        reply = self._call("flushed", pairs, 2 * len(rows), *arguments, under=under, deadline=deadline)
         lines = [line.split(" ")[0] for line in reply.split("\n")]
         return lines if len(lines) == len(rows) else lines * len(rows)
 
     # --- admission and recovery --------------------------------------------------------------------------------------
 
-    def admit(self, stamp: scripts.Stamp, *, load: bool = True) -> Admission:
+    def admit(self, stamp: scripts.Stamp, *, load: bool = True, deadline: float | None = None) -> Admission:
         """Compare epoch, owner and identity of every partition and, if all match, load the scripts: on ONE connection."""
         count = self.keyspace.partition_count
         script = scripts.stamped("admit", stamp, self.emulated)
-        with self._exchange("admission") as line:
+        with self._exchange("admission", deadline) as line:
             line.fresh = True
             reply = line.call(resp.command("EVAL", script.text, count, *[self.keyspace.meta(p) for p in range(count)]))
             identity, *codes, whose = reply.decode().split("\n")
@@ -619,12 +651,12 @@ class HotStore:
         arguments = (identity, str(watermark), limit, "0" if new else "", report)
         return self._call("ready", [self._pair_keys[partition]], 2, *arguments, stamp=stamp)
 
-    def configuration(self, *names: str) -> dict[str, str] | None:
+    def configuration(self, *names: str, deadline: float | None = None) -> dict[str, str] | None:
         """CONFIG GET of some settings; None where the server does not allow it."""
         if self.emulated:
             return {}
         try:
-            with self.wires.wire() as line:
+            with self.wires.wire(deadline) as line:
                 found = line.call(resp.command("CONFIG", "GET", *names))
         except redis.ResponseError:
             return None
@@ -650,9 +682,9 @@ class HotStore:
         used = int(facts.get("used_memory", 0)) - int(facts.get("mem_not_counted_for_evict", 0))
         return Fill(int(count), used, int(facts.get("maxmemory", 0)))
 
-    def server_facts(self) -> dict[str, str]:
+    def server_facts(self, deadline: float | None = None) -> dict[str, str]:
         """INFO server, memory and persistence as texts."""
-        with self._exchange("INFO") as line:
+        with self._exchange("INFO", deadline) as line:
             if self.emulated:
                 return {}
             text = line.call(resp.command("INFO", "server", "memory", "persistence", "replication")).decode()
@@ -660,9 +692,9 @@ class HotStore:
 
     # --- plumbing ----------------------------------------------------------------------------------------------------
 
-    def _exchange(self, what: str) -> wire.Exchange:
+    def _exchange(self, what: str, deadline: float | None = None) -> wire.Exchange:
         """A wire for one exchange, with the driver's errors translated for callers that are not flows."""
-        return wire.Exchange(self.wires, what)
+        return wire.Exchange(self.wires, what, deadline)
 
     def _call(
         self,
@@ -672,6 +704,7 @@ class HotStore:
         *arguments: Any,
         stamp: scripts.Stamp | None = None,
         under: scripts.Stamp | None = None,
+        deadline: float | None = None,
     ) -> str:
         """Call a script. A recovery's scripts (given a ``stamp``) go by EVAL: its fence admits the server, nobody else does.
 
@@ -681,7 +714,7 @@ class HotStore:
         script = scripts.stamped(name, stamp or under or self.stamp, self.emulated)
         start = resp.bulk("EVAL") + resp.bulk(script.text) if stamp else script.call
         packed = _packed_call(start, key_parts, key_count, *arguments)
-        with self._exchange(name) as line:
+        with self._exchange(name, deadline) as line:
             try:
                 reply: bytes = line.call(packed)
             except redis.exceptions.NoScriptError:
@@ -767,7 +800,14 @@ def _confirm_command(confirm: items.Confirm) -> bytes:
     return resp.command("WAIT", confirm.replicas, confirm.timeout_ms)
 
 
+def _is_over(deadline: float | None, error: redis.RedisError | OSError) -> redis.RedisError | OSError | None:
+    """The error of a chunk that did not get through, if that was past the deadline."""
+    return None if deadline is None or time.monotonic() < deadline else error
+
+
 def _read_confirmation(line: wire.Wire, confirm: items.Confirm) -> bool:
+    if line.until:  # the server's own wait ends at the deadline: its answer comes a little later
+        line.until = time.monotonic() + confirm.timeout_ms / 1000 + CONFIRMATION_GRACE_SECONDS
     try:
         return is_confirmed(line.read(), confirm)
     except redis.ResponseError:

@@ -5,11 +5,17 @@ Half of what a redis-py call costs is its wrapping, and its connection alone is 
 redis-py >= 6 repeats calls by itself, which would apply a transition twice: our connections never do (``NoBackoff``, 0
 retries), and a wire that failed, timed out or was cancelled is closed and never used again. So a wire has one socket for its
 whole life, and its first calls can be told from the others: those ask the script to compare the server's identity.
+A wire that served before and is found broken tells of the others: after a restart of the server, or a load balancer's limit for
+idle connections, they are dead too. They are dropped with it, else each of them would cost a call one of its attempts.
 
 A wire looks for its reply for a moment before it goes to sleep: to be woken up costs more than to look, on a virtual machine
 with an idle core 60 us a call, which is more than the server's work. Where replies take longer (a list of items, a server
 elsewhere, a machine with no core to spare) it looks in vain, and then rests: the more often in vain, the longer, so that a
 call in some hundred still looks, and less than two looks in three are in vain.
+
+An exchange may have a deadline. Where that comes before the connection's own timeout would, the wire is lent ``until`` then:
+whatever it waits for ends there (to connect, each step of it). The system is told of a shorter wait only before a wait, so that
+a call with a short timeout whose reply is found by looking pays nothing for it.
 """
 
 from __future__ import annotations
@@ -33,6 +39,11 @@ from statecache.hot import failures
 
 _READ_BYTES = 65536
 LOOK_SECONDS = 0.0002
+EXCHANGE_SECONDS_MIN = 0.1
+"""What an exchange may take however near the deadline is: an item that is cut off would be neither applied nor refused."""
+_NEAR = 0.9
+"""A deadline further away than this part of the connection's own timeout is not looked at: that timeout will do."""
+_WAIT_SECONDS_MIN = 0.001
 REST_MAX = 255
 """How many pieces of replies are slept for, at most, after one that was looked for in vain."""
 
@@ -49,11 +60,12 @@ class Wire:
     """One connection, used by one thread at a time."""
 
     __slots__ = (
-        "_connection", "_is_plain", "_reader", "_rest", "_resting", "_socket", "_timeout_seconds", "checks", "fresh", "pid",
+        "_connection", "_is_limited", "_is_plain", "_reader", "_rest", "_resting", "_socket", "_timeout_seconds", "checks",
+        "fresh", "pid", "reused", "until",
     )  # fmt: skip
 
-    def __init__(self, connection: Any) -> None:
-        """``connection`` is one of redis-py's, connected."""
+    def __init__(self, connection: Any, timeout_seconds: float | None) -> None:
+        """``connection`` is one of redis-py's, connected; the timeout is what a piece of a reply may take from now on."""
         self._connection = connection
         # A look behind redis-py's public surface: there is no other way to the socket that it has opened.
         sock: Any = getattr(connection, "_sock", None)
@@ -62,36 +74,55 @@ class Wire:
         # One that TLS does not wrap is asked without a poll before each call: the system keeps its timeouts.
         self._is_plain = type(sock) is socket.socket and hasattr(socket, "MSG_DONTWAIT")
         self._rest = self._resting = 0
-        self._timeout_seconds: float | None = sock.gettimeout() if isinstance(sock, socket.socket) else None
+        self._timeout_seconds = timeout_seconds
+        self._is_limited = False
         if self._is_plain:
             sock.settimeout(None)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(self._timeout_seconds))
-            self._limit(self._timeout_seconds)
+        self._limit(timeout_seconds)
+        self.until = 0.0
+        """Until when the wire may be waited for (``time.monotonic``); 0.0: as long as the connection's timeout allows."""
+        self.reused = False
+        """Whether it was idle before this exchange."""
         self.fresh = True
         self.checks: deque[float] = deque()
         self.pid = os.getpid()
 
     def _limit(self, timeout_seconds: float | None) -> None:
-        """How long a piece of a reply may take from now on."""
+        """How long a piece of a request or of a reply may take from now on."""
+        self._is_limited = timeout_seconds != self._timeout_seconds
         if self._is_plain:
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(timeout_seconds))
+            wanted = _timeval(timeout_seconds)
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, wanted)
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, wanted)
         else:
             self._socket.settimeout(timeout_seconds)
 
+    def _limit_anew(self) -> None:
+        """Before a wait, if the wire has a deadline, or had one: what is left until then, or the connection's own timeout."""
+        self._limit(max(_WAIT_SECONDS_MIN, self.until - time.monotonic()) if self.until else self._timeout_seconds)
+
     def send(self, packed: bytes) -> None:
         try:
-            self._socket.sendall(packed)
+            if self.until or self._is_limited:
+                self._send_in_time(packed)
+            else:
+                self._socket.sendall(packed)
         except BlockingIOError:
             raise redis.TimeoutError("the server takes nothing within the socket timeout") from None
 
-    def read(self, timeout_seconds: float | None = None) -> Any:
-        """One reply, bytes undecoded. Error replies are raised. Without a timeout the connection's counts."""
-        if timeout_seconds is None:
-            reply = self._reply()
-        else:
-            self._limit(timeout_seconds)
-            reply = self._reply()
-            self._limit(self._timeout_seconds)
+    def _send_in_time(self, packed: bytes) -> None:
+        """``sendall`` that tells the system of the time that is left only when it has to wait."""
+        left = memoryview(packed)
+        if self._is_plain:
+            with suppress(BlockingIOError):
+                left = left[self._socket.send(left, socket.MSG_DONTWAIT) :]
+        while left:
+            self._limit_anew()
+            left = left[self._socket.send(left) :]
+
+    def read(self) -> Any:
+        """One reply, bytes undecoded. Error replies are raised."""
+        reply = self._reply()
         if isinstance(reply, Exception):
             raise reply
         return reply
@@ -134,10 +165,13 @@ class Wire:
         return b""
 
     def _waited_for(self) -> bytes:
+        if self.until or self._is_limited:
+            self._limit_anew()
         try:
             piece: bytes = self._socket.recv(_READ_BYTES)
         except (BlockingIOError, TimeoutError):
-            raise redis.TimeoutError("no reply within the socket timeout") from None
+            whose = "call's" if self.until else "socket"
+            raise redis.TimeoutError(f"no reply within the {whose} timeout") from None
         return piece
 
     def read_all(self, count: int) -> list[Any]:
@@ -162,6 +196,19 @@ def _timeval(seconds: float | None) -> bytes:
     """What the system wants for a timeout; all zero is none."""
     microseconds = 0 if seconds is None else max(1, round(seconds * 1e6))
     return struct.pack("@ll", *divmod(microseconds, 1_000_000))
+
+
+def _close_all(idle: list[Wire]) -> None:
+    """Each is taken out first: another thread may be about to take one of this list, and has either it or nothing."""
+    with suppress(IndexError):
+        while True:
+            idle.pop().close()
+
+
+def is_break(error: BaseException) -> bool:
+    """Whether an error says that a connection is gone; not that its server is slow."""
+    gone = isinstance(error, (redis.ConnectionError, OSError))
+    return gone and not isinstance(error, (redis.TimeoutError, TimeoutError))
 
 
 class EmulatedWire(Wire):
@@ -212,18 +259,20 @@ def pool_of(
 class Exchange:
     """A wire for one exchange. It is closed when anything goes wrong, except an error reply that was read whole.
 
-    The driver's errors are translated if it is told what for (``what``). A class and no generator: every ``get`` makes one.
+    The driver's errors are translated if it is told what for (``what``). With a deadline (``time.monotonic``) it ends then, but
+    not before ``EXCHANGE_SECONDS_MIN``. A class and no generator: every ``get`` makes one.
     """
 
-    __slots__ = ("_what", "_wire", "_wires")
+    __slots__ = ("_deadline", "_what", "_wire", "_wires")
 
-    def __init__(self, wires: Wires, what: str = "") -> None:
+    def __init__(self, wires: Wires, what: str = "", deadline: float | None = None) -> None:
         self._wires = wires
         self._what = what
+        self._deadline = deadline
 
     def __enter__(self) -> Wire:
         try:
-            self._wire = self._wires.take()
+            self._wire = self._wires.take(self._deadline)
         except (redis.RedisError, OSError) as error:
             self._translate(error)
             raise
@@ -233,7 +282,7 @@ class Exchange:
         if error is None or isinstance(error, redis.ResponseError):
             self._wires.give_back(self._wire)
         else:
-            self._wire.close()
+            self._wires.lose(self._wire, error)
         if isinstance(error, (redis.RedisError, OSError)):
             self._translate(error)
 
@@ -248,14 +297,31 @@ class Wires:
     def __init__(self, pool: Any, wire_class: type[Wire] = Wire) -> None:
         self.pool = pool
         self.wire_class = wire_class
+        options = pool.connection_kwargs
+        self._timeout_seconds: float | None = options.get("socket_timeout")
+        self.near_seconds = float("inf") if self._timeout_seconds is None else _NEAR * self._timeout_seconds
+        if issubclass(wire_class, EmulatedWire):
+            self.near_seconds = float("-inf")  # it answers at once
+        """How near a deadline must be for a wire to be lent with it."""
         self._idle: list[Wire] = []
         self._lock = threading.Lock()
         self._closed = False
         self.checked_at = 0.0
         """When the last identity check was sent, by ``time.monotonic``."""
 
-    def take(self) -> Wire:
-        """Take an idle wire, or open one. Raises redis-py's errors."""
+    def until(self, deadline: float | None) -> float:
+        """When an exchange that begins now ends at the latest, for ``Wire.until``: 0.0 where the connection's own timeout comes
+        before its deadline, or soon after it."""
+        if deadline is None:
+            return 0.0
+        now = time.monotonic()
+        return 0.0 if deadline - now >= self.near_seconds else max(deadline, now + EXCHANGE_SECONDS_MIN)
+
+    def take(self, deadline: float | None = None) -> Wire:
+        """Take an idle wire, or open one, for an exchange with this deadline. Raises redis-py's errors."""
+        until = 0.0
+        if deadline is not None and deadline - time.monotonic() < self.near_seconds:
+            until = self.until(deadline)
         pid = os.getpid()
         while True:
             try:
@@ -263,13 +329,30 @@ class Wires:
             except IndexError:
                 break
             if wire.pid == pid:
+                wire.until = until
+                wire.reused = True
                 return wire
         if self._closed:
             raise errors.ConfigurationError("this StateCache is closed")
-        # Not ``pool.get_connection``: the pool counts what it lends, and our wires are closed, never given back to it.
-        connection = self.pool.connection_class(**self.pool.connection_kwargs)
+        wire = self.wire_class(self._connected(until), self._timeout_seconds)
+        wire.until = until
+        return wire
+
+    def _connected(self, until: float) -> Any:
+        """A new connection of redis-py's. Not ``pool.get_connection``: the pool counts what it lends, and our wires are closed,
+        never given back to it."""
+        options = self.pool.connection_kwargs
+        if until:
+            left = max(_WAIT_SECONDS_MIN, until - time.monotonic())
+            shorter = options.get("socket_connect_timeout")
+            options = {
+                **options,
+                "socket_timeout": left,
+                "socket_connect_timeout": left if shorter is None else min(left, shorter),
+            }
+        connection = self.pool.connection_class(**options)
         connection.connect()
-        return self.wire_class(connection)
+        return connection
 
     def give_back(self, wire: Wire) -> None:
         if self._closed:
@@ -277,28 +360,32 @@ class Wires:
         else:
             self._idle.append(wire)
 
+    def lose(self, wire: Wire, error: BaseException) -> None:
+        """Close a wire after an error; and if it broke that had served before, the idle ones with it."""
+        wire.close()
+        if is_break(error) and wire.reused:
+            self.discard_idle()
+
     def distrust(self, wire: Checked) -> None:
         """The oldest call in flight on this wire has not compared the identity: its script did not run."""
         wire.checks.popleft()
         self.checked(wire, 0.0)
 
-    def wire(self) -> Exchange:
+    def wire(self, deadline: float | None = None) -> Exchange:
         """A wire for one exchange (a context manager), which raises redis-py's errors."""
-        return Exchange(self)
+        return Exchange(self, deadline=deadline)
 
     def discard_idle(self) -> None:
         """Close the idle wires: after a restart of the server they are dead, and only a call would find that out."""
         with self._lock:
             idle, self._idle = self._idle, []
-        for wire in idle:
-            wire.close()
+        _close_all(idle)
 
     def close(self) -> None:
         with self._lock:
             self._closed = True
             idle, self._idle = self._idle, []
-        for wire in idle:
-            wire.close()
+        _close_all(idle)
 
     def identity_due(self, wire: Checked, interval_seconds: float) -> float:
         """When the next call on this wire compares the server's identity, for ``wire.checks``: now, or 0.0 if it need not.

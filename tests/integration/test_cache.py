@@ -262,7 +262,7 @@ def test_a_long_list_of_guarded_moves_is_looked_at_in_parts(lite: World, monkeyp
     lite.orders.start_many([(id, {"amount": 5}) for id in ids])
     looks: list[int] = []
     hashes = lite.hot.hashes
-    monkeypatch.setattr(lite.hot, "hashes", lambda asked: looks.append(len(asked)) or hashes(asked))
+    monkeypatch.setattr(lite.hot, "hashes", lambda asked, deadline: looks.append(len(asked)) or hashes(asked, deadline))
     results = lite.orders.transition_many([Move(id, "note" if n % 3 == 0 else "approve") for n, id in enumerate(ids)])
     assert {(one.version, one.state) for one in results[0::3]} == {(2, "placed")}
     assert {(one.version, one.state) for one in results[1::3] + results[2::3]} == {(2, "paid")}
@@ -293,11 +293,11 @@ def test_guards_look_while_chunks_before_them_are_in_flight(lite: World, monkeyp
 
         return counting
 
-    def looked(asked: Any) -> Any:
+    def looked(asked: Any, deadline: float | None = None) -> Any:
         looks.append(in_flight[0])
         if failing:
             raise RuntimeError("a guard's own error")
-        return hashes(asked)
+        return hashes(asked, deadline)
 
     failing = False
     monkeypatch.setattr(lite.hot, "packed_apply", counted(1, pack))
@@ -1110,8 +1110,8 @@ def test_interrupted_call_leaves_no_reply_to_the_next(lite: World) -> None:
     lite.start("2")
     original = lite.hot.wires.take
 
-    def take() -> Any:
-        line = original()
+    def take(deadline: float | None = None) -> Any:
+        line = original(deadline)
         send = type(line).send
 
         class Interrupted:

@@ -4,6 +4,7 @@ another one afterwards. Every call is applied once and answered with the same re
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -147,6 +148,77 @@ def test_a_server_that_is_stopped_and_goes_on(start_redis: Any, sqlite_url: str,
         assert world.orders.get("1").data == {"tries": 1}
 
 
+def _calls(world: worlds.World, receipt: Any, claim: Any) -> dict[str, Any]:
+    orders, cache = world.orders, world.cache
+    return {
+        "transition": lambda: orders.transition("1", "note", timeout=0.3),
+        "get": lambda: orders.get("1", timeout=0.3),
+        "get, cold": lambda: orders.get("cold", timeout=0.3),
+        "start": lambda: orders.start("new", timeout=0.3),
+        "durable": lambda: orders.transition("1", "note", durability="durable", timeout=0.3),
+        "get_many": lambda: orders.get_many(["1", "2", "cold"], timeout=0.3),
+        "transition_many": lambda: orders.transition_many([Move("1", "note"), Move("2", "note")], timeout=0.3),
+        "a long list": lambda: orders.transition_many([Move(f"n{n}", "note") for n in range(5000)], timeout=0.3),
+        "start_many": lambda: orders.start_many([f"s{n}" for n in range(1000)], timeout=0.3),
+        "guarded": lambda: orders.transition_many([Move("1", "approve")], timeout=0.3),
+        "own id": lambda: orders.transition("1", "note", transition_id="t", expect_version=1, timeout=0.3),
+        "history": lambda: orders.history("1", timeout=0.3),
+        "at": lambda: orders.at("1", version=1, timeout=0.3),
+        "claim": lambda: orders.claim("2", timeout=0.3),
+        "claim_next": lambda: orders.claim_next("placed", timeout=0.3),
+        "renew": lambda: claim.renew(timeout=0.3),
+        "release": lambda: claim.release(timeout=0.3),
+        "flush": lambda: cache.flush(timeout=0.3),
+        "wait_durable": lambda: cache.wait_durable(receipt, timeout=0.3),
+    }
+
+
+@pytest.mark.parametrize("idle", [True, False], ids=["idle connections", "none"])
+def test_a_calls_timeout_is_kept_while_the_server_is_stopped(
+    start_redis: Any, sqlite_url: str, namespace: str, client: str, idle: bool
+) -> None:
+    """SIGSTOP: the system still accepts connections, and nobody answers on them. Each call ends by its own timeout, not by that
+    of the connection, whether it has one at hand or has to make it."""
+    server = start_redis()
+    with worlds.World(server.url, sqlite_url, namespace, client=client, socket_timeout_seconds=60.0) as world:
+        for id in ("1", "2", "3", "cold"):
+            world.start(id, amount=5)
+        world.flush()
+        world.evict("cold")
+        claim = world.orders.claim("3", ttl=600)
+        calls = _calls(world, world.orders.transition("1", "note"), claim)
+        if client == "async":  # claims are the sync client's, in a thread
+            calls = {name: call for name, call in calls.items() if name not in ("claim", "renew", "release")}
+        server.pause()
+        for name, call in calls.items():
+            if idle:  # as other threads would have left them
+                server.resume()
+                worlds.together(*[lambda: world.hot.position(0)] * 3)
+                server.pause()
+            began = time.monotonic()
+            try:
+                found = call()
+            except errors.StateCacheError as error:
+                found = [error]
+            assert time.monotonic() - began < 20, name
+            assert all(isinstance(one, (errors.UnavailableError, errors.DurabilityTimeout)) for one in found), (
+                name,
+                found,
+            )
+        server.resume()
+        assert world.orders.get("1").version >= 2
+        world.flush()
+        world.verify()
+
+
+def test_a_list_goes_on_past_its_deadline_while_the_server_answers(world: worlds.World) -> None:
+    """Each item has one attempt, however near the deadline is."""
+    ids = [f"p{number}" for number in range(500)]
+    assert {one.version for one in world.orders.start_many(ids, timeout=1e-6)} == {1}
+    assert {one.version for one in world.orders.transition_many([Move(id, "note") for id in ids], timeout=1e-6)} == {2}
+    assert {one.version for one in world.orders.get_many(ids, timeout=1e-6)} == {2}
+
+
 def _noticing(original: Any, event: threading.Event) -> Any:
     def noticing(self: wire.Wire) -> None:
         original(self)
@@ -268,6 +340,128 @@ def test_unknown_scripts_are_not_simply_loaded_again(redis_url: str, sqlite_url:
         assert world.orders.transition("1", "note").version == 3
         world.flush()
         world.verify()
+
+
+# --- connections that died while they were idle --------------------------------------------------------------------------
+
+
+IDLE = 60
+AFTER_A_CUT: dict[str, Any] = {
+    "transition": lambda world: world.orders.transition("1", "note", timeout=1.0),
+    "get": lambda world: world.orders.get("1", timeout=1.0),
+    "get_many": lambda world: world.orders.get_many(["1"], timeout=1.0)[0].version,
+    "transition_many": lambda world: world.orders.transition_many([Move("1", "note")], timeout=1.0)[0].version,
+    "history": lambda world: world.orders.history("1", timeout=1.0),
+    "claims": lambda world: world.orders.claims(),
+    "flush": lambda world: world.cache.flush(timeout=1.0),
+    "timeouts": lambda world: getattr(world.cache, "sync", world.cache).timeouts.run(),
+    "verify": lambda world: world.verify(),
+}
+
+
+def _idle_wires(world: worlds.World, count: int) -> list[wire.Wire]:
+    """So many idle connections, as after a busy hour."""
+    lines = [world.hot.wires.take() for _ in range(count)]
+    for line in lines:
+        world.hot.wires.give_back(line)
+    return lines
+
+
+@pytest.mark.parametrize("name", AFTER_A_CUT)
+def test_idle_connections_that_were_cut(world: worlds.World, link: proxy.Proxy, name: str) -> None:
+    """A load balancer ends all of them: the first that is found broken costs one attempt, and takes the others with it."""
+    world.start("1")
+    _idle_wires(world, IDLE)
+    link.cut()
+    AFTER_A_CUT[name](world)
+    assert len(world.hot.wires._idle) < IDLE // 2
+
+
+def test_flush_rides_out_a_restart(start_redis: Any, sqlite_url: str, namespace: str, client: str) -> None:
+    """Redis dies and is away for a while; ``flush`` asks until it is there, as a transition does."""
+    server = start_redis()
+    with worlds.World(server.url, sqlite_url, namespace, client=client, call_timeout_seconds=20.0) as world:
+        world.start("1")
+        world.flush()
+        _idle_wires(world, 5)
+        server.kill()
+        again = threading.Timer(0.5, server.start)
+        again.start()
+        world.cache.flush(timeout=20.0)
+        again.join()
+        assert world.orders.transition("1", "note").version == 2
+        world.cache.flush(timeout=20.0)
+        assert [row.version for row in world.durable.history("order", "1")] == [1, 2]
+
+
+def test_flush_when_redis_dies_before_it_helps(start_redis: Any, sqlite_url: str, namespace: str) -> None:
+    """The logs' ends were read; then Redis goes away, for longer than one step of the flusher takes, and comes back. It is
+    recovered, and may have lost its tail: that is said, not passed over."""
+    server = start_redis()
+    with worlds.World(server.url, sqlite_url, namespace) as world:
+        world.start("1")
+        again = threading.Timer(0.5, server.start)
+
+        def die() -> None:
+            server.kill()
+            again.start()
+
+        with (
+            worlds.before_call(world.cache.commits, "help", die),
+            pytest.raises(errors.RecoveringError),
+        ):
+            world.cache.flush(timeout=20.0)
+        again.join()
+        world.cache.flush(timeout=20.0)
+        assert [row.version for row in world.durable.history("order", "1")] == [1]
+
+
+def test_a_flush_without_redis_ends_in_time(start_redis: Any, sqlite_url: str, namespace: str) -> None:
+    server = start_redis()
+    with worlds.World(server.url, sqlite_url, namespace) as world:
+        world.start("1")
+        server.kill()
+        with pytest.raises(errors.UnavailableError):
+            world.cache.flush(timeout=0.2)
+
+
+@pytest.mark.parametrize("reused", [True, False])
+def test_which_errors_drop_the_idle_connections(world: worlds.World, link: proxy.Proxy, reused: bool) -> None:
+    """A slow server does not, and nor does a connection that breaks in its first exchange: they say nothing of the others."""
+    wires = world.hot.wires
+    wires.discard_idle()
+    lines = _idle_wires(world, 3)
+    link.hold()
+    with pytest.raises(errors.UnavailableError):
+        world.hot.position(0)
+    link.pass_through()
+    assert wires._idle == lines[:2]
+    line = wires.take() if reused else wires.wire_class(wires._connected(0.0), 1.0)
+    line._socket.close()
+    wires.lose(line, OSError("broken"))
+    assert wires._idle == ([] if reused else lines[:2])
+
+
+def test_connections_are_dropped_while_others_take_them(world: worlds.World) -> None:
+    """Threads take and give back while another drops what is idle: each connection has one owner, or is closed."""
+    wires = world.hot.wires
+    stop = threading.Event()
+
+    def drop() -> None:
+        while not stop.is_set():
+            wires.discard_idle()
+
+    def look() -> list[Any]:
+        return [world.hot.position(0) for _ in range(300)]
+
+    dropping = threading.Thread(target=drop)
+    dropping.start()
+    try:
+        found = worlds.together(*[look] * 3)
+    finally:
+        stop.set()
+        dropping.join()
+    assert all(each == found[0] for each in found)
 
 
 # --- connections that may not be used again ----------------------------------------------------------------------------

@@ -926,7 +926,7 @@ MUTANTS = [
         (
             Patch(
                 "statecache/hot/wire.py",
-                "        else:\n            self._wire.close()\n",
+                "        else:\n            self._wires.lose(self._wire, error)\n",
                 "        else:\n            self._wires.give_back(self._wire)\n",
             ),
         ),

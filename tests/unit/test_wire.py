@@ -35,8 +35,7 @@ class Stage:
         ours, self.server = socket.socketpair()
         if kind is not socket.socket:
             ours = kind(fileno=ours.detach())
-        ours.settimeout(timeout_seconds)
-        self.wire = wire.Wire(Connection(ours))
+        self.wire = wire.Wire(Connection(ours), timeout_seconds)
 
     def answer_after(self, seconds: float) -> None:
         threading.Timer(seconds, self.server.sendall, (b"+OK\r\n",)).start()
@@ -62,25 +61,66 @@ def test_replies_that_are_there_and_that_come_late(stage: Stage) -> None:
         stage.answer_after(seconds)
         assert stage.wire.read() == b"OK"
         stage.answer_after(seconds)
-        assert stage.wire.read(1.0) == b"OK"
+        stage.wire.until = time.monotonic() + 1.0
+        assert stage.wire.read() == b"OK"
+        stage.wire.until = 0.0
 
 
 def test_timeouts(stage: Stage) -> None:
     """The connection's, a call's own that is shorter, and the connection's again."""
-    for wanted, given in ((0.2, None), (0.05, 0.05)):
+    for wanted, given, whose in ((0.2, None, "socket"), (0.05, 0.05, "call's"), (0.2, None, "socket")):
         began = time.monotonic()
-        with pytest.raises(redis.TimeoutError, match="no reply within the socket timeout"):
-            stage.wire.read(given)
+        stage.wire.until = 0.0 if given is None else began + given
+        with pytest.raises(redis.TimeoutError, match=f"no reply within the {whose} timeout"):
+            stage.wire.read()
         assert wanted <= time.monotonic() - began + 0.005
     stage.answer_after(0.1)
+    stage.wire.until = time.monotonic() + 0.01
     with pytest.raises(redis.TimeoutError):
-        stage.wire.read(0.01)
-    assert stage.wire.read(5.0) == b"OK"
+        stage.wire.read()
+    stage.wire.until = time.monotonic() + 5.0
+    assert stage.wire.read() == b"OK"
 
 
-def test_a_server_that_takes_nothing(stage: Stage) -> None:
+def test_a_deadline_is_one_of_all_pieces(stage: Stage) -> None:
+    """Each piece comes well within the connection's timeout; the deadline comes before the last."""
+    timers = [threading.Timer(number / 20, stage.server.sendall, (b"x" * 10,)) for number in (1, 2, 3)]
+    stage.server.sendall(b"$100\r\n")
+    stage.wire.until = time.monotonic() + 0.12
+    for timer in timers:
+        timer.start()
+    with pytest.raises(redis.TimeoutError, match="call's"):
+        stage.wire.read()
+    for timer in timers:
+        timer.join()
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.05])
+def test_a_server_that_takes_nothing(stage: Stage, seconds: float) -> None:
+    stage.wire.until = time.monotonic() + seconds if seconds else 0.0
     with pytest.raises((redis.TimeoutError, TimeoutError)):
         stage.wire.send(b"x" * 50_000_000)
+    stage.wire.until = 0.0
+    with pytest.raises((redis.TimeoutError, TimeoutError)):
+        stage.wire.send(b"x" * 50_000_000)
+
+
+def test_a_long_request_in_time(stage: Stage) -> None:
+    """What the system does not take at once is sent piece by piece, before a deadline and after one."""
+    got: list[int] = []
+
+    def take() -> None:
+        while sum(got) < 6_000_000:
+            got.append(len(stage.server.recv(1_000_000)))
+
+    reader = threading.Thread(target=take)
+    reader.start()
+    stage.wire.until = time.monotonic() + 20.0
+    stage.wire.send(b"x" * 3_000_000)
+    stage.wire.until = 0.0
+    stage.wire.send(b"x" * 3_000_000)
+    reader.join()
+    assert sum(got) == 6_000_000
 
 
 def test_the_connection_ends(stage: Stage) -> None:
