@@ -299,6 +299,20 @@ def test_a_read_in_parts_ends_at_the_bytes_allowed(world: World, monkeypatch: py
     world.verify()
 
 
+def test_a_read_in_parts_of_so_many_bytes(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No part keeps Redis for long, and yet a batch is what is there: one commit."""
+    monkeypatch.setattr(flusher_module, "READ_BYTES_MAX", 700)
+    world.flush()  # the marks
+    ids = _orders(world, 20)
+    flusher = world.flusher(batch_entries=100)
+    with mock.patch.object(world.hot, "read", wraps=world.hot.read) as read:
+        assert flusher.step().entries == 40
+    assert len(read.call_args_list) > 3
+    assert {call.kwargs["bytes_max"] for call in read.call_args_list} == {700}
+    assert all(world.versions(id) == [1, 2] for id in ids)
+    world.verify()
+
+
 def test_a_recovery_between_two_parts_of_a_read(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second part is refused, so nothing of the first is used either; the next step reads all again."""
     monkeypatch.setattr(flusher_module, "READ_ENTRIES_MAX", 7)
