@@ -459,6 +459,16 @@ def test_hydration_of_nothing(lab: Any) -> None:
     assert list(lab.store.hydrate_stream([[]])) == [[""]]
 
 
+@pytest.mark.parametrize("count", [1997, 1998, 1999, 2000, 9000])
+def test_hydration_of_an_instance_with_more_fields_than_are_allowed_now(lab: Any, count: int) -> None:
+    """It was made under a larger setting: it comes back whole, and so do its neighbours."""
+    texts = {f"f{number}": b"%d" % number for number in range(count)}
+    rows = [(0, f"order:{id}", "placed 1 1-0 1 1 1 w", codec.token_of("a"), "1-0", texts) for id in "12"]
+    assert lab.store.hydrate([(0, "order:3", *rows[0][2:5], {"a": b"1"}), *rows]) == ["OK"] * 3
+    wanted = {"@": rows[0][2], "@r": rows[0][3]} | {name: text.decode() for name, text in texts.items()}
+    assert lab.hash("1") == lab.hash("2") == wanted
+
+
 def test_hydration_takes_as_many_fields_as_an_instance_may_have(lab: Any) -> None:
     texts = {f"field_{number}": b"%d" % number for number in range(256)}
     assert lab.store.hydrate([(0, "order:1", "placed 1 1-0 1 1 1", codec.token_of("a"), "1-0", texts)]) == ["OK"]
