@@ -33,6 +33,8 @@ _FOREIGN_VARIABLES = re.compile(r"STATECACHE_(FAILPOINT.*|TEST_.*)")
 Positive = Annotated[int, Field(gt=0)]
 PositiveSeconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fields = Annotated[int, Field(gt=0, le=3000)]
+"""A script hands names and values to one HSET on Lua's stack, which holds 8,000, and it does so behind its XADD."""
 
 
 class Settings(pydantic_settings.BaseSettings):
@@ -161,11 +163,11 @@ class Settings(pydantic_settings.BaseSettings):
     id_length_max: Annotated[int, Field(ge=1, le=1000)] = 200
     """Most characters of an instance's id."""
 
-    patch_fields_max: Positive = 64
-    """Most fields that one transition sets or unsets."""
+    patch_fields_max: Fields = 64
+    """Most fields that one transition sets or unsets; up to 3,000."""
 
-    instance_fields_max: Positive = 256
-    """Most data fields of an instance."""
+    instance_fields_max: Fields = 256
+    """Most data fields of an instance; up to 3,000. One that has more, from other settings, is kept as it is."""
 
     patch_bytes_max: Annotated[int, Field(gt=0, le=16 * 1024 * 1024)] = 64 * 1024
     """Most bytes of one transition's patch as JSON."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,17 @@ from statecache.core import entry, errors, fold, model
 from statecache.durable.faults import Refused
 from statecache.durable.rows import Advance, PartitionRow, Row
 from statecache.hot.store import parse_any
+
+LOAD_FIRST = 250
+"""Of so many instances the checkpoints are asked for first, then of twice as many each time, as far as their bytes allow."""
+
+
+class TooMuchDataError(Exception):
+    """The data of a batch's instances takes more memory than it may: at least so many bytes an entry."""
+
+    def __init__(self, bytes_each: float) -> None:
+        super().__init__(f"{bytes_each:.0f} bytes of data an entry")
+        self.bytes_each = bytes_each
 
 
 class Batch(msgspec.Struct, frozen=True):
@@ -105,6 +117,7 @@ class Plan:
         self._aside: set[fold.Instance] = set()
         self._before: dict[fold.Instance, fold.Folded] = {}
         self.parked: set[fold.Instance] = set()
+        self.data_bytes = 0
         self.folds: dict[fold.Instance, fold.Folded] = {}
         self.changed: list[Row] = []
         self.begun: list[Row] = []
@@ -144,14 +157,17 @@ class Plan:
         self,
         remembered: Callable[[fold.Instance], fold.Folded | None],
         load: Callable[[Sequence[fold.Instance]], Mapping[fold.Instance, model.Checkpoint]],
+        bytes_max: float = math.inf,
     ) -> None:
         """Find what is before every instance: in the last folds, or in SQL where those do not lead up to it.
 
-        An instance whose versions do not go on is put aside: what is in the log contradicts SQL.
+        An instance whose versions do not go on is put aside: what is in the log contradicts SQL. Raises ``TooMuchDataError``
+        where what is before them all takes more than ``bytes_max``: each of them is written anew, however small its patch.
         """
         before = self._before
-        wanted: list[fold.Instance] = []
+        wanted: dict[fold.Instance, int] = {}
         unsure: list[tuple[fold.Instance, list[entry.Entry]]] = []
+        size = entries = 0
         for groups in self._groups.values():
             for instance, records in groups.items():
                 version = records[0].version
@@ -159,17 +175,44 @@ class Plan:
                 goes_on = version == 1
                 if cached is not None and cached.version == version - 1:
                     before[instance], goes_on = cached, True
-                if not goes_on:
-                    wanted.append(instance)
+                    size += len(cached.data)
+                if goes_on:
+                    entries += len(records)
+                else:
+                    wanted[instance] = len(records)
                 if len(records) > 1 or not goes_on:
                     unsure.append((instance, records))
-        for instance, row in load(wanted).items() if wanted else ():
-            before[instance] = fold.Folded.of_checkpoint(row)
+        if size > bytes_max:
+            raise TooMuchDataError(size / entries)
+        self.data_bytes = size + self._load(wanted, load, bytes_max, size, entries)
         for instance, records in unsure:
             try:
                 fold.require_next(before.get(instance), records)
             except errors.IntegrityError as error:
                 self.put_aside([instance], str(error))
+
+    def _load(
+        self,
+        wanted: Mapping[fold.Instance, int],
+        load: Callable[[Sequence[fold.Instance]], Mapping[fold.Instance, model.Checkpoint]],
+        bytes_max: float,
+        size: int,
+        entries: int,
+    ) -> int:
+        """Ask SQL for what is before instances with so many entries each; ``size`` and ``entries`` are those of the others.
+        Returns the bytes of their data."""
+        names, begin, many, loaded = list(wanted), 0, LOAD_FIRST, 0
+        while begin < len(names):
+            part = names[begin : begin + many]
+            for instance, row in load(part).items():
+                self._before[instance] = fold.Folded.of_checkpoint(row)
+                loaded += len(row.data or "")
+            begin += len(part)
+            if size + loaded > bytes_max:
+                raise TooMuchDataError((size + loaded) / (entries + sum(wanted[name] for name in names[:begin])))
+            fitting = (bytes_max - size - loaded) * begin / max(loaded, 1)
+            many = int(min(2 * many, max(LOAD_FIRST / 4, fitting)))
+        return loaded
 
     def fold(self, finals: fold.Finals) -> None:
         """Fold every instance that was not put aside onto what is before it: into rows of checkpoints, those that change and

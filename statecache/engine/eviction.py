@@ -45,6 +45,8 @@ BATCH = 250
 _PAGE_FIRST, _PAGE_MAX = 250, 2000
 _FRESH_MS = 10_000
 """What changed later than this is looked at again next time: flushes may still bring in older changes."""
+_FOREVER_MS = 2**62
+_IDLE_SECONDS_MAX = 1e12
 _RANGES_SECONDS = 30.0
 _ANEW_SECONDS_MIN, _ANEW_FACTOR = 600.0, 20.0
 _TURN_SECONDS = 1.0
@@ -208,7 +210,8 @@ class Evictor:
                 report.above = max(0, report.above - report.evicted)
             if not report.above:
                 return
-            candidates = candidates or self._oldest_first([(one, now_ms) for one in ranges])
+            # Whatever the clock says: after it was set back nobody would be old enough for as long.
+            candidates = candidates or self._oldest_first([(one, _FOREVER_MS) for one in ranges])
             batch = list(islice(candidates, min(BATCH, report.above)))
             if not batch:
                 break
@@ -286,8 +289,10 @@ def evict(
     progress: Progress = lambda report: None,
 ) -> Report:
     """Evict once, from the beginning: see ``Evictor.run``. It may be stopped or die at any point, and be run again."""
-    if idle_seconds is not None and idle_seconds < 0:
-        raise errors.InvalidDataError(f"idle_seconds {idle_seconds} is refused: it must be 0 or more")
+    if idle_seconds is not None and not 0 <= idle_seconds <= _IDLE_SECONDS_MAX:
+        raise errors.InvalidDataError(
+            f"idle_seconds {idle_seconds} is refused: it must be 0 or more, and 10^12 at most"
+        )
     return Evictor(cache).run(
         idle_seconds=idle_seconds,
         machine=machine,

@@ -20,8 +20,9 @@ same epoch and owner, behind the watermark that this commit will set. What it fo
 and is read again otherwise; that it found nothing is no answer to a later step.
 
 A batch is what is there, up to ``batch_entries``; less where SQL takes longer for it than the wanted lag, or than it may, so
-that the watermark moves under a slow database too, and heartbeats and signals are not kept waiting. No pause while there is
-more.
+that the watermark moves under a slow database too, and heartbeats and signals are not kept waiting; less too where its
+instances' data, all of which is written anew for each small patch, would take more memory than ``DATA_BYTES_MAX`` (the
+transaction is rolled back when that shows, and tried again with what fits). No pause while there is more.
 A hole in the log stops its partition: it is never skipped; a recovery is asked for.
 
 Rejected: consumer groups (their cursor rolls back with Redis, and every read is a write); ``DO NOTHING`` in history (it hides
@@ -34,6 +35,7 @@ import collections
 import contextlib
 import functools
 import logging
+import math
 import random
 import threading
 import time
@@ -62,9 +64,15 @@ looks ahead beside it. With the pause and without the look ahead one flusher mov
 READ_ENTRIES_MAX = 1000
 """How many entries one script call reads: Redis does nothing else meanwhile (about 5 us an entry). With 5,000 a ``get`` that
 came at that moment took up to 40 ms instead of 12; with 500 the flusher itself took 5 % more."""
+READ_BYTES_MAX = 2**20
+"""The same in bytes, where entries are large: Redis takes 9 ms for it."""
 FLUSH_SECONDS_MAX = 30
 """PostgreSQL ends a longer transaction: its process was perhaps stopped, and others wait for its partitions. A batch that takes
 nearly as long is tried again in smaller ones; the smallest may take as long as any transaction."""
+DATA_BYTES_MAX = 64 * 2**20
+"""Data of the instances of one batch, if it has more than ``BATCH_ENTRIES_MIN`` entries. With the new data, and what the driver
+makes of it, a step takes up to four times as much memory."""
+_FITTING_SHARE = 0.8
 _KEPT_MARKS = 200
 """Into about how many parts the kept tail is divided; a part is trimmed when all of it is old enough."""
 _REFUSALS = (Refused, KeyHit)
@@ -153,6 +161,7 @@ class Flusher:
         self._first = 0
         self._rate = 0.0
         self._size = batch_entries
+        self._data_bytes_each = 0.0
         self._at_work = len(self.partitions)
         """Among how many partitions the rate is shared: those of the lease, whatever a single step is asked to do."""
 
@@ -211,6 +220,10 @@ class Flusher:
             except Overtaken:
                 self._forget(pair)
                 return Step(0, True, stopped)
+            except batching.TooMuchDataError as error:
+                self._note_data(error.bytes_each)
+                self._size = min(self._smaller(size), self._fitting())
+                return Step(0, True, stopped)
             except errors.UnavailableError as error:
                 if time.monotonic() - started > 0.8 * FLUSH_SECONDS_MAX:
                     self._size = self._smaller(size)
@@ -251,8 +264,8 @@ class Flusher:
         found: dict[int, list[str]] = {partition: [] for partition, _ in cursors}
         bytes_left = self.batch_bytes
         while True:
-            asked = min(size, READ_ENTRIES_MAX)
-            replies = self.hot.read(cursors, entries=asked, bytes_max=bytes_left, under=pair, deadline=until)
+            asked, bytes_asked = min(size, READ_ENTRIES_MAX), min(bytes_left, READ_BYTES_MAX)
+            replies = self.hot.read(cursors, entries=asked, bytes_max=bytes_asked, under=pair, deadline=until)
             if any(reply.code != "OK" for reply in replies):
                 return replies
             for (partition, _), reply in zip(cursors, replies, strict=True):
@@ -260,12 +273,13 @@ class Flusher:
             count = sum(len(reply.lines) for reply in replies)
             size -= count
             bytes_left -= sum(len(line) for reply in replies for line in reply.lines)
-            if count < asked or size <= 0 or bytes_left <= 0:
-                break
             cursors = [
                 (partition, _id_of(reply.lines[-1]) if reply.lines else cursor)
                 for (partition, cursor), reply in zip(cursors, replies, strict=True)
             ]
+            at_end = all(cursor >= reply.last for (_, cursor), reply in zip(cursors, replies, strict=True))
+            if at_end or not count or size <= 0 or bytes_left <= 0:
+                break
         return [
             PartitionReply(reply.code, reply.last, found[partition])
             for (partition, _), reply in zip(cursors, replies, strict=True)
@@ -402,7 +416,10 @@ class Flusher:
             plan.put_aside(transaction.parked(plan.instances), "waits behind a dead letter", waiting=True)
             for instance, why in refused.items():
                 plan.put_aside([instance], why)
-            plan.place(self._cache.get, transaction.checkpoints)
+            count = sum(len(batch.records) for batch in batches)
+            plan.place(
+                self._cache.get, transaction.checkpoints, DATA_BYTES_MAX if count > BATCH_ENTRIES_MIN else math.inf
+            )
             transaction.insert_history(plan.lines(), plan.rows, meanwhile=lambda: plan.fold(self.finals))
             self._start_ahead()
             transaction.upsert_checkpoints(plan.changed, new=plan.begun)
@@ -412,6 +429,8 @@ class Flusher:
             failpoints.hit("flusher.written")
         failpoints.hit("flusher.committed")
         self._cache.remember(plan.folds)
+        if count >= BATCH_ENTRIES_MIN:  # fewer say little of what comes
+            self._note_data(plan.data_bytes / count)
         return plan.parked
 
     # --- after the commit --------------------------------------------------------------------------------------------
@@ -455,12 +474,21 @@ class Flusher:
         if seconds > self.lag_target_seconds:
             self._size = self._smaller(size)
         elif count >= size and seconds < self.lag_target_seconds / 4:
-            self._size = min(self.batch_entries, size * 2)
+            self._size = min(self.batch_entries, size * 2, self._fitting())
         rate = count / max(seconds, 1e-6)
         self._rate = rate if not self._rate else 0.8 * self._rate + 0.2 * rate
 
     def _smaller(self, size: int) -> int:
         return max(min(BATCH_ENTRIES_MIN, self.batch_entries), size // 2)
+
+    def _note_data(self, bytes_each: float) -> None:
+        """Remember what an entry's instance takes: at once if it is more than before, slowly if it is less."""
+        self._data_bytes_each = max(bytes_each, 0.8 * self._data_bytes_each + 0.2 * bytes_each)
+
+    def _fitting(self) -> int:
+        """How many entries' instances fit into ``DATA_BYTES_MAX``, if they are like those before."""
+        fitting = int(_FITTING_SHARE * DATA_BYTES_MAX / max(self._data_bytes_each, 1.0))
+        return max(min(BATCH_ENTRIES_MIN, self.batch_entries), fitting)
 
     def limit(self) -> int:
         """The backlog a partition may have: what SQL takes within half the wanted lag, never less than a batch's share. The

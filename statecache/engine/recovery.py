@@ -574,7 +574,7 @@ class _Attempt:
         found: list[entry.Entry] = []
         while True:
             reply = self.hot.read(
-                [(partition, cursor)], entries=5000, bytes_max=2**23, fenced_identity=identity, stamp=self.stamp
+                [(partition, cursor)], entries=5000, bytes_max=2**20, fenced_identity=identity, stamp=self.stamp
             )[0]
             if reply.code != "OK":
                 raise Superseded(f"partition {partition}: {reply.code} while its log was read")

@@ -141,10 +141,10 @@ def _backlog(cache: StateCache, row: PartitionRow, tail: entry.EntryId) -> int:
         return tail.seq - row.watermark.seq
     cursor, count = row.watermark, 0
     while count < _COUNTED_MAX:
-        reply = cache.hot.read([(row.partition, cursor)], entries=_PAGE, bytes_max=2**24)[0]
+        reply = cache.hot.read([(row.partition, cursor)], entries=_PAGE, bytes_max=2**20)[0]
         records = [parse_any(row.partition, line) for line in reply.lines]
         count += sum(not record.is_mark for record in records)
-        if len(records) < _PAGE:
+        if not records or records[-1].entry_id >= reply.last:
             break
         cursor = records[-1].entry_id
     return count

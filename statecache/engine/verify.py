@@ -210,7 +210,7 @@ def _log_findings(cache: StateCache, partition: int) -> list[Finding]:
     found: list[Finding] = []
     cursor = _watermark(cache, partition)
     while True:
-        reply = _asked(cache, partial(cache.hot.read, [(partition, cursor)], entries=_PAGE, bytes_max=2**24))[0]
+        reply = _asked(cache, partial(cache.hot.read, [(partition, cursor)], entries=_PAGE, bytes_max=2**20))[0]
         if reply.code != "OK":
             cache.admission.ensure(reply.code, cache.deadline(None))
             cursor = _watermark(cache, partition)
@@ -229,7 +229,7 @@ def _log_findings(cache: StateCache, partition: int) -> list[Finding]:
                 found.append(Finding("log", f"partition {partition}", detail))
             cursor = record.entry_id
         else:
-            if len(reply.lines) < _PAGE:
+            if not reply.lines or cursor >= reply.last:
                 return found
 
 

@@ -37,7 +37,9 @@ if TYPE_CHECKING:
 
 BATCH = 250
 """Instances of one script call: it holds the server for two or three milliseconds."""
-_PAGE_FIRST, _PAGE_MAX = 250, 4000
+_PAGE_FIRST, _PAGE_MAX = 32, 4000
+_PAGE_BYTES_MAX = 8 * 2**20
+"""About so much data a page holds, going by the one before it. Of each state two may be at hand."""
 _TAKEN_MAX = 1000
 """So many of a page are packed at once: Redis is not to wait for it."""
 _LOOK_EVERY = 20_000
@@ -246,10 +248,11 @@ class _Warmer:
         self._ended = True
 
     def _room(self) -> int:
-        """So many may be sent before Redis is asked again how full it is."""
+        """So many may be sent before Redis is asked again how full it is; 0 where what is under way may fill it, and is to be
+        answered first."""
         room = eviction.room(self._cache)
         self.report.full = room <= 0
-        return 0 if self.report.full else int(min(max(room - self._under_way, BATCH), _LOOK_EVERY))
+        return 0 if self.report.full else int(min(max(room - self._under_way, 0), _LOOK_EVERY))
 
 
 class _Walk:
@@ -284,7 +287,9 @@ class _Walk:
             if len(self._page.rows) < self._size:
                 self._next = None
             else:
-                self._size = min(2 * self._size, _PAGE_MAX)
+                data_bytes = sum(len(data or "") for *_, data in self._page.rows)
+                fitting = _PAGE_BYTES_MAX * len(self._page.rows) // max(data_bytes, 1)
+                self._size = max(1, min(2 * self._size, _PAGE_MAX, fitting))
                 self._next = self._ask(self._page.rows[-1][:2])
         rows = self._page.rows
         end = min(self._first + _TAKEN_MAX, len(rows))

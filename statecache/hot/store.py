@@ -24,7 +24,8 @@ from statecache.hot import failures, resp, scripts, wire
 
 _encode = msgspec.json.encode
 _FIND_ENTRIES = 2000
-"""Looked at by one call of ``find.lua``: one or two milliseconds of the server's time."""
+_FIND_BYTES = 4 * 2**20
+"""Looked at by one call of ``find.lua``: one or two milliseconds of the server's time; some tens where entries are large."""
 _NUMBERS = [resp.bulk(number) for number in range(4096)]
 _HGETALL = b"*2\r\n$7\r\nHGETALL\r\n$%d\r\n%b\r\n"
 _HEADERS = [b"*%d\r\n" % number for number in range(4096)]
@@ -33,6 +34,8 @@ HYDRATIONS_IN_FLIGHT = 4
 HYDRATE_ROWS_MAX = 500
 CONFIRMATION_GRACE_SECONDS = 0.5
 """How much later than at the end of its time the answer of ``WAIT`` may come."""
+HYDRATE_BYTES_MAX = 4 * 2**20
+"""What one script call brings back at most, but for a single instance: Redis refuses an argument of 512 MB."""
 BATCH_ITEMS_MAX = 250
 BATCH_BYTES_MAX = 1_000_000
 """What calls that are batched by themselves (threads, tasks) put into one script call at most."""
@@ -404,7 +407,9 @@ class HotStore:
         found: list[str] = []
         cursor = str(entry.ZERO) if whole else ""
         while cursor != "-":
-            reply = self._call("find", [self._pair_keys[partition]], 2, asked, cursor, _FIND_ENTRIES, deadline=deadline)
+            reply = self._call(
+                "find", [self._pair_keys[partition]], 2, asked, cursor, _FIND_ENTRIES, _FIND_BYTES, deadline=deadline
+            )
             head, *lines = reply.split("\n")
             code, *words = head.split(" ")
             if code != "OK":
@@ -426,16 +431,30 @@ class HotStore:
     def hydrate_stream(
         self, batches: Iterable[Sequence[Cold]], under: scripts.Stamp | None = None, deadline: float | None = None
     ) -> Iterator[list[str]]:
-        """``hydrate`` batch after batch; while the server takes some, the next one is made. Codes come in their order."""
-        in_flight: deque[int] = deque()
+        """``hydrate`` batch after batch; while the server takes some, the next one is made. Codes come in their order.
+
+        A batch is one script call, or several where its data takes more than ``HYDRATE_BYTES_MAX``.
+        """
+        in_flight: deque[tuple[int, bool]] = deque()  # of each call how many instances, and whether it ends a batch
+        codes: list[str] = []
         with self._exchange("hydrate", deadline) as line:
             for rows in batches:
-                line.send(self._packed_hydrate(rows, under or self.stamp))
-                in_flight.append(len(rows))
-                if len(in_flight) >= HYDRATIONS_IN_FLIGHT:
-                    yield _hydrated(line.read_many(1)[0], in_flight.popleft())
+                parts = _cut(rows)
+                for number, part in enumerate(parts, 1):
+                    line.send(self._packed_hydrate(part, under or self.stamp))
+                    in_flight.append((len(part), number == len(parts)))
+                    if len(in_flight) >= HYDRATIONS_IN_FLIGHT:
+                        count, is_last = in_flight.popleft()
+                        codes += _hydrated(line.read_many(1)[0], count)
+                        if is_last:
+                            yield codes
+                            codes = []
             while in_flight:
-                yield _hydrated(line.read_many(1)[0], in_flight.popleft())
+                count, is_last = in_flight.popleft()
+                codes += _hydrated(line.read_many(1)[0], count)
+                if is_last:
+                    yield codes
+                    codes = []
 
     def hydrate_and_apply(
         self, row: Cold, item: items.Item, under: scripts.Stamp | None, deadline: float | None = None
@@ -732,6 +751,20 @@ def _packed_call(start: bytes, key_parts: Sequence[bytes], key_count: int, *argu
             *[resp.bulk(argument) for argument in arguments],
         ]
     )
+
+
+def _cut(rows: Sequence[Cold]) -> list[Sequence[Cold]]:
+    """Rows in parts of up to ``HYDRATE_BYTES_MAX``; a single one may take more."""
+    sizes = [sum(map(len, texts.values())) for *_, texts in rows]
+    if sum(sizes) <= HYDRATE_BYTES_MAX:
+        return [rows]
+    parts, begin, left = [], 0, HYDRATE_BYTES_MAX
+    for place, size in enumerate(sizes):
+        if size > left and place > begin:
+            parts.append(rows[begin:place])
+            begin, left = place, HYDRATE_BYTES_MAX
+        left -= size
+    return [*parts, rows[begin:]]
 
 
 def _hydrated(reply: bytes | redis.ResponseError, count: int) -> list[str]:

@@ -15,6 +15,7 @@ import pytest
 
 from statecache.core import errors, model
 from statecache.engine import eviction
+from statecache.hot import store
 from tests.support import plans
 from tests.support.servers import ValkeyServer
 from tests.support.worlds import World
@@ -188,3 +189,18 @@ def test_single_calls_of_many_tasks(redis_url: str, sqlite_url: str, namespace: 
             assert versions(cache.call(move_all())) == [2] * COUNT
         assert found["SQL"] <= 25
         assert found["xadd"] == COUNT
+
+
+def test_many_large_instances_come_back_in_several_calls(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All in one argument, 40 of 15 MB were more than Redis takes at all (``proto-max-bulk-len``). One larger than a call's
+    bound goes alone."""
+    monkeypatch.setattr(store, "HYDRATE_BYTES_MAX", 10_000)
+    sizes = [3000] * 10 + [20_000] + [10_000, 1] * 5
+    ids = [f"large{number}" for number in range(len(sizes))]
+    world.orders.start_many([(id, {"blob": "x" * size}) for id, size in zip(ids, sizes, strict=True)])
+    world.flush()
+    assert eviction.evict(world.cache, idle_seconds=0).evicted == len(ids)
+    with counted(world) as found:
+        assert versions(world.orders.transition_many([model.Move(id, "pay") for id in ids])) == [2] * len(ids)
+    assert found["exists"] >= 15
+    world.verify()

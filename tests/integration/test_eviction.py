@@ -114,9 +114,20 @@ def test_only_one_machines_instances(world: World) -> None:
     assert hot(world) == {"o000", "o001"}
 
 
-def test_bad_age_is_refused(world: World) -> None:
-    with pytest.raises(errors.InvalidDataError, match="idle_seconds -1 is refused"):
-        eviction.evict(world.cache, idle_seconds=-1)
+@pytest.mark.parametrize("seconds", [-1, float("nan"), float("inf"), 1e17])
+def test_bad_age_is_refused(world: World, seconds: float) -> None:
+    with pytest.raises(errors.InvalidDataError, match=r"idle_seconds .* is refused"):
+        eviction.evict(world.cache, idle_seconds=seconds)
+
+
+def test_room_is_made_after_the_servers_clock_was_set_back(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All have moved later than now: nobody is of any age, and the longest idle leave all the same."""
+    ids = started(world, 8)
+    cache = world.more(hot_instances_max=5)
+    hour_ago = world.hot.time_ms() - 3_600_000
+    monkeypatch.setattr(cache.hot, "time_ms", lambda: hour_ago)
+    assert eviction.evict(cache).evicted == 3
+    assert hot(world) == set(ids[3:])
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ from statecache.core import entry, errors
 from statecache.durable import faults
 from statecache.durable.flush import FlushTransaction
 from statecache.durable.store import DurableStore
+from statecache.engine import batching, letters
 from statecache.engine import flusher as flusher_module
-from statecache.engine import letters
 from statecache.hot import watching
 from tests.support import servers
 from tests.support.proxy import Proxy
@@ -299,6 +299,20 @@ def test_a_read_in_parts_ends_at_the_bytes_allowed(world: World, monkeypatch: py
     world.verify()
 
 
+def test_a_read_in_parts_of_so_many_bytes(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No part keeps Redis for long, and yet a batch is what is there: one commit."""
+    monkeypatch.setattr(flusher_module, "READ_BYTES_MAX", 700)
+    world.flush()  # the marks
+    ids = _orders(world, 20)
+    flusher = world.flusher(batch_entries=100)
+    with mock.patch.object(world.hot, "read", wraps=world.hot.read) as read:
+        assert flusher.step().entries == 40
+    assert len(read.call_args_list) > 3
+    assert {call.kwargs["bytes_max"] for call in read.call_args_list} == {700}
+    assert all(world.versions(id) == [1, 2] for id in ids)
+    world.verify()
+
+
 def test_a_recovery_between_two_parts_of_a_read(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second part is refused, so nothing of the first is used either; the next step reads all again."""
     monkeypatch.setattr(flusher_module, "READ_ENTRIES_MAX", 7)
@@ -319,6 +333,71 @@ def test_a_recovery_between_two_parts_of_a_read(world: World, monkeypatch: pytes
     assert sum(flusher.step().entries for _ in range(3)) == 20
     assert all(world.versions(id) == [1, 2] for id in ids)
     world.verify()
+
+
+def _large(world: World, monkeypatch: pytest.MonkeyPatch, count: int) -> list[str]:
+    """Instances of 2 KB, each with one small entry that is not flushed, where 40 KB may be rewritten at once."""
+    ids = [f"l{number}" for number in range(count)]
+    world.orders.start_many([(id, {"blob": "x" * 2000}) for id in ids])
+    world.flush()
+    world.orders.transition_many([Move(id, "note", {"k": 1}) for id in ids])
+    monkeypatch.setattr(flusher_module, "BATCH_ENTRIES_MIN", 5)
+    monkeypatch.setattr(flusher_module, "DATA_BYTES_MAX", 40_000)
+    monkeypatch.setattr(batching, "LOAD_FIRST", 8)
+    return ids
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["asked for", "remembered"])
+def test_a_batch_is_what_fits_into_memory(world: World, monkeypatch: pytest.MonkeyPatch, known: bool) -> None:
+    """One transaction is rolled back when it shows how large the instances are; from then on batches are as many as fit, and
+    do not grow beyond it each time again."""
+    ids = _large(world, monkeypatch, 100)
+    flusher = world.flusher()
+    if known:
+        with monkeypatch.context() as unbounded:
+            unbounded.setattr(flusher_module, "DATA_BYTES_MAX", 10**9)
+            assert flusher.step().entries == 100
+        flusher._data_bytes_each = 0.0
+        world.orders.transition_many([Move(id, "note", {"k": 2}) for id in ids])
+    loaded: list[int] = []
+    checkpoints = FlushTransaction.checkpoints
+
+    def told(transaction: FlushTransaction, instances: Sequence[tuple[str, str]]) -> Any:
+        found = checkpoints(transaction, instances)
+        loaded.append(sum(len(row.data) for row in found.values()))
+        return found
+
+    monkeypatch.setattr(FlushTransaction, "checkpoints", told)
+    steps = []
+    while (step := flusher.step()).more or step.entries:
+        steps.append(step.entries)
+    assert steps[0] == 0
+    assert all(10 <= entries <= 20 for entries in steps[1:-1]), steps
+    assert sum(steps) == 100
+    assert max(loaded, default=0) <= 50_000
+    assert all(world.versions(id) == [1, 2, 3][: 2 + known] for id in ids)
+    world.verify()
+
+
+def test_the_smallest_batch_goes_through_whatever_its_data_takes(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = _large(world, monkeypatch, 12)
+    monkeypatch.setattr(flusher_module, "DATA_BYTES_MAX", 1)
+    flusher = world.flusher()
+    assert [flusher.step().entries for _ in range(5)] == [0, 5, 5, 2, 0]
+    assert all(world.versions(id) == [1, 2] for id in ids)
+
+
+def test_batches_grow_again_when_the_large_instances_have_passed(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    _large(world, monkeypatch, 60)
+    flusher = world.flusher()
+    while flusher.step().more:
+        pass
+    small = flusher._size
+    for _ in range(12):
+        _orders(world, flusher._size, f"s{flusher._size}-{world.client.dbsize()}-")
+        while flusher.step().more:
+            pass
+    assert flusher._size > 5 * small
 
 
 def test_what_history_holds_in_sqlite(lite: World) -> None:

@@ -136,3 +136,14 @@ def test_a_hole_in_the_log_is_found(world: World) -> None:
     world.start(id, ["note", "note"])
     world.client.xdel(world.keyspace.log(0), world.log()[1])
     assert {each.kind for each in verify.verify(world.cache).findings} == {"log"}
+
+
+def test_a_hole_behind_large_entries_is_found(start_redis: Any, sqlite_url: str, namespace: str) -> None:
+    """A part of the log that was cut at its bytes is not the log's end."""
+    with World(start_redis().url, sqlite_url, namespace, partition_count=1, patch_bytes_max=2**21) as world:
+        world.start("a")
+        for _ in range(18):
+            world.orders.transition("a", "note", data={"blob": "x" * 10**6})
+        world.start("b", ["note", "note"])
+        world.client.xdel(world.keyspace.log(0), world.log()[-2])
+        assert [each.kind for each in verify._log_findings(world.cache, 0)] == ["log"]

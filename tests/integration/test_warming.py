@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import msgspec
 import pytest
 
 from statecache.core import errors
 from statecache.engine import eviction, letters, warming
+from statecache.hot import store
 from tests.integration.test_eviction import hot, started
 from tests.integration.test_holes import _spoil
 from tests.support.worlds import Order, World, after_call, before_call
@@ -94,12 +96,13 @@ def test_it_goes_on_at_its_position(world: World) -> None:
 
 
 def test_it_ends_where_redis_is_full(world: World) -> None:
+    """Never beyond a number of instances: what is under way counts too."""
     world.orders.start_many([f"o{number}" for number in range(3000)])
     world.flush()
     wiped(world)
-    report = warming.warm(world.more(hot_instances_max=500))
-    assert report.full
-    assert 500 <= report.warmed <= 1000
+    for bound, more in ((10, 10), (1500, 1490)):
+        report = warming.warm(world.more(hot_instances_max=bound))
+        assert (report.full, report.warmed, len(hot(world))) == (True, more, bound)
     world.client.config_set("maxmemory", 1)
     try:
         report = warming.warm(world.more(hot_memory_share=0.0))
@@ -237,3 +240,30 @@ def test_warmers_and_evictors_side_by_side(world: World) -> None:
         report = warming.warm(world.cache)
     assert report.warmed == 5
     world.verify()
+
+
+def test_pages_and_calls_are_bounded_in_bytes(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page behind one of large instances is smaller; what is too much for one argument goes in several calls."""
+    world.orders.start_many([(f"o{number:03}", {"blob": "x" * 2000}) for number in range(200)])
+    world.flush()
+    wiped(world)
+    monkeypatch.setattr(warming, "_PAGE_BYTES_MAX", 40_000)
+    monkeypatch.setattr(store, "HYDRATE_BYTES_MAX", 10_000)
+    pages, packed = [], []
+    recent, packs = world.durable.recent, world.hot._packed_hydrate
+
+    def told(*arguments: Any) -> Any:
+        pages.append(len((found := recent(*arguments)).rows))
+        return found
+
+    def call(rows: Any, under: Any) -> bytes:
+        packed.append(len(rows))
+        return packs(rows, under)
+
+    monkeypatch.setattr(world.durable, "recent", told)
+    monkeypatch.setattr(world.hot, "_packed_hydrate", call)
+    report = warming.warm(world.cache)
+    assert (report.warmed, len(hot(world))) == (200, 200)
+    assert sum(pages) == sum(packed) == 200
+    assert max(pages[1:]) <= 20
+    assert max(packed) == 4

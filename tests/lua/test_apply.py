@@ -282,6 +282,17 @@ def test_the_limit_holds_to_the_field_however_it_is_come_to(lab: Any) -> None:
     assert lab.apply(lab.item(lab.NOTE, pairs=_fields(0, 64)))[0].startswith("OK ")
 
 
+def test_as_many_fields_as_settings_allow(lab: Any) -> None:
+    """Their names and texts go to one HSET behind the XADD, by way of Lua's stack: the settings' bound keeps them below it."""
+    _limited(lab, 3000)
+    lab.start(pairs=_fields(0, 3000))
+    increments = [[f"f{number}", "1", "i"] for number in range(1500, 3000)]
+    assert lab.apply(lab.item(lab.NOTE, pairs=_fields(0, 1500), increments=increments))[0].startswith("OK 2 ")
+    assert lab.hash("1")["f2999"] == "2"
+    assert lab.apply(lab.item(lab.NOTE, unset=[f"f{number}" for number in range(3000)]))[0].startswith("OK 3 ")
+    assert set(lab.hash("1")) == {"@", "@r"}
+
+
 def test_a_call_of_nothing_is_answered_with_nothing(lab: Any) -> None:
     assert lab.apply() == []
 

@@ -222,8 +222,32 @@ def test_read_gives_one_entry_whatever_its_size(lab: Any) -> None:
     assert replies[1].last == ID(1, 0)
 
 
+@pytest.mark.parametrize("script", ["read", "find"])
+def test_little_more_is_fetched_than_the_bytes_allow(real_lab: Any, script: str) -> None:
+    """A page is copied whole before its bytes can be counted: with 500 large entries in it Redis stood still for a second."""
+    lab = real_lab
+    for number in range(4):
+        lab.start(str(number), number % 2)
+    blob = ["v", '"' + "x" * 20_000 + '"']
+    for _ in range(100):
+        lab.note("0", pairs=blob)
+    with lab.client.monitor() as monitor:
+        if script == "read":
+            replies = lab.store.read([(1, ID(1, 0)), (0, ID(1, 0))], entries=1000, bytes_max=400_000)
+            assert [len(reply.lines) for reply in replies] == [2, 22]
+        else:
+            with mock.patch.object(store_module, "_FIND_BYTES", 400_000):
+                assert len(lab.store.find(0, "order", "0")[1]) == 101
+        lab.client.echo("done")
+        asked = []
+        while "done" not in (command := monitor.next_command()["command"]):
+            if command.startswith(f"XRANGE {lab.log()} "):
+                asked.append(int(command.split(" ")[-1]))
+    assert sum(asked) <= (40 if script == "read" else 180), asked
+
+
 def test_read_goes_on_beyond_its_page(lab: Any) -> None:
-    """The script reads in pages of 500; the count of the call may be more."""
+    """The script reads in pages of up to 250; the count of the call may be more."""
     lab.set_meta(limit="2000")
     for start in range(0, 1100, 100):
         lab.apply(*[lab.item(lab.START, str(start + index)) for index in range(100)])
@@ -249,15 +273,16 @@ def test_find_reads_behind_the_watermark_only_and_of_one_instance(lab: Any) -> N
     assert (code, [one.version for one in found]) == ("OK", [3, 4])
 
 
-def test_find_reads_for_many_at_once(lab: Any) -> None:
-    """Of each instance only what one of its parts names: a version, a transition id; over the pages of a long log."""
+@pytest.mark.parametrize(("entries_max", "bytes_max"), [(5, 2**20), (2000, 300)])
+def test_find_reads_for_many_at_once(lab: Any, entries_max: int, bytes_max: int) -> None:
+    """Of each instance only what one of its parts names: a version, a transition id; over the parts of a long log."""
     for id in ("1", "2", "11"):
         lab.start(id)
         lab.note(id, times=3)
     everything = lab.entries()
     mine = {one.version: one.transition_id for one in everything if one.id == "2"}
     wanted = {("order", "1"): ["2", "4"], ("order", "2"): [mine[3]], ("order", "3"): ["1"]}
-    with mock.patch.object(store_module, "_FIND_ENTRIES", 5):
+    with mock.patch.multiple(store_module, _FIND_ENTRIES=entries_max, _FIND_BYTES=bytes_max):
         code, found = lab.store.find_many(0, wanted)
     assert (code, [(one.id, one.version) for one in found]) == ("OK", [("1", 2), ("1", 4), ("2", 3)])
     lab.client.xadd(lab.log(), {"e": "order\x1f1\x1f2\x1f"}, id="1-*")
@@ -432,6 +457,16 @@ def test_more_are_hydrated_than_lua_can_unpack(lab: Any) -> None:
 def test_hydration_of_nothing(lab: Any) -> None:
     assert lab.store.hydrate([]) == []
     assert list(lab.store.hydrate_stream([[]])) == [[""]]
+
+
+@pytest.mark.parametrize("count", [1997, 1998, 1999, 2000, 9000])
+def test_hydration_of_an_instance_with_more_fields_than_are_allowed_now(lab: Any, count: int) -> None:
+    """It was made under a larger setting: it comes back whole, and so do its neighbours."""
+    texts = {f"f{number}": b"%d" % number for number in range(count)}
+    rows = [(0, f"order:{id}", "placed 1 1-0 1 1 1 w", codec.token_of("a"), "1-0", texts) for id in "12"]
+    assert lab.store.hydrate([(0, "order:3", *rows[0][2:5], {"a": b"1"}), *rows]) == ["OK"] * 3
+    wanted = {"@": rows[0][2], "@r": rows[0][3]} | {name: text.decode() for name, text in texts.items()}
+    assert lab.hash("1") == lab.hash("2") == wanted
 
 
 def test_hydration_takes_as_many_fields_as_an_instance_may_have(lab: Any) -> None:

@@ -69,6 +69,8 @@ def test_settings_cannot_be_changed() -> None:
         ("durability", "forever", r"durability = 'forever' .*'hot', 'fsync', 'replica' or 'durable'"),
         ("lag_target_seconds", float("nan"), r"lag_target_seconds = nan .*finite"),
         ("flush_interval_ms", 0, r"flush_interval_ms = 0 .*greater than 0"),
+        ("patch_fields_max", 3001, r"patch_fields_max = 3001 .*less than or equal to 3000"),
+        ("instance_fields_max", 10_000, r"instance_fields_max = 10000 .*less than or equal to 3000"),
         ("redis_url", "localhost:6379", "it must begin with redis://, rediss:// or unix:///"),
         ("redis_url", "", "it must begin with redis://"),
         ("database_url", "orders.db", "it must be an SQLAlchemy URL"),

@@ -36,8 +36,9 @@ while first < last do
   keys[count], all_absent, seen[key] = key, all_absent and not seen[key], true
   first = first + 5 + sizes[values[first + 4]]
 end
-for n = 1, count, 1000 do -- what fits on Lua's stack
-  all_absent = all_absent and call('EXISTS', unpack(keys, n, math.min(n + 999, count))) == 0
+local PIECE = 2000 -- of what fits on Lua's stack: an instance may be of a time when settings allowed more fields than that
+for n = 1, count, PIECE do
+  all_absent = all_absent and call('EXISTS', unpack(keys, n, math.min(n + PIECE - 1, count))) == 0
 end
 for n = 1, count do
   local p, key, shape = values[behind], keys[n], values[behind + 4]
@@ -51,7 +52,9 @@ for n = 1, count do
   else
     set[2], set[4] = values[behind + 2], values[behind + 3]
     for k = 1, size do set[4 + 2 * k] = values[behind + 4 + k] end
-    call('HSET', key, unpack(set, 1, 4 + 2 * size))
+    local set_last = 4 + 2 * size
+    call('HSET', key, unpack(set, 1, math.min(set_last, PIECE)))
+    for k = PIECE + 1, set_last, PIECE do call('HSET', key, unpack(set, k, math.min(k + PIECE - 1, set_last))) end
     lines[n] = 'OK'
   end
   behind = behind + 5 + size
