@@ -464,7 +464,7 @@ def no_room(address: str, attempt: int) -> Generator[Wish, Any, int]:
 def sql_is_older(address: str, attempt: int) -> Generator[Wish, Any, int]:
     if not (yield Pause(attempt, "STALE")):
         raise errors.IntegrityError(
-            f"{address}: SQL has not reached what Redis has dropped: if a flusher is behind, or none runs, run 'statecache "
+            f"{address}: SQL is older than what Redis has dropped: if no flusher runs, or it is behind, run 'statecache "
             "flusher --once' and try again; if that does not help, SQL was restored from a backup: run 'statecache recover'"
         )
     return attempt + 1

@@ -230,6 +230,7 @@ def test_status_watch_prints_a_document_a_line_until_ctrl_c(
     redis_url: str, sqlite_url: str, namespace: str, tmp_path: Path
 ) -> None:
     where = ["--redis-url", redis_url, "--database-url", sqlite_url, "--namespace", namespace]
+    assert run_here("flusher", "--once", *where).code == 0
     watching = Running(tmp_path, "status", "--watch", "--interval", "0.1", "--json", *where)
     wait_until(lambda: len(watching.documents()) >= 3, "three documents", 60)
     watching.send(signal.SIGINT)

@@ -158,5 +158,5 @@ def test_a_taken_port_is_told(world: World, tmp_path: Path) -> None:
         "flusher", "--redis-url", world.redis_url, "--database-url", world.database_url, "--namespace", world.namespace,
         "--metrics-port", port,
     )  # fmt: skip
-    assert done.code == 2
+    assert done.code == 3
     assert f"metrics cannot be served at 127.0.0.1, port {port}" in done.err

@@ -101,7 +101,7 @@ def test_the_dry_run_tells_what_the_machine_refuses(tmp_path: Path) -> None:
 
 def test_a_run_without_refusals_removes_the_side_file_of_another(tmp_path: Path) -> None:
     side_file = tmp_path / "refused.jsonl"
-    side_file.write_text("{}\n")
+    side_file.write_text('{"line":2,"reason":"refused","row":{}}\n')
     replay.check(replay_of(log_of(tmp_path / "a.csv", [("1", "pay", "2024-01-01")]), side_file))
     assert not side_file.exists()
 
