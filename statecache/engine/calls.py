@@ -138,9 +138,9 @@ class Calls:
 
 def as_ids(ids: Iterable[str]) -> list[str]:
     """A list of ids; a text is one id, not a list of its characters."""
-    if isinstance(ids, str):
+    if isinstance(ids, str) or not isinstance(ids, Iterable):
         raise errors.InvalidDataError(f"ids {wording.shown(ids)} is refused: give a list of ids")
-    return codec.plain_texts(as_list("ids", ids))
+    return codec.plain_texts(list(ids))
 
 
 def _ids(wanted: Iterable[object]) -> list[Any]:
