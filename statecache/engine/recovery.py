@@ -49,8 +49,6 @@ from statecache.hot.store import Fenced, HotStore, Probed, parse_any
 _log = logging.getLogger(__name__)
 NEW, INTACT, WIPED, TAIL_LOST, SQL_BEHIND, DIVERGED = "new", "intact", "wiped", "tail lost", "SQL behind", "diverged"
 _REWRITTEN = (SQL_BEHIND, DIVERGED)
-
-
 _FINDINGS_MAX = 200
 
 
