@@ -248,8 +248,7 @@ def encode_patch(data: Mapping[str, Any], limits: Limits) -> Encoded:
     texts: list[str] = []
     size = 0
     for given, value in data.items():
-        name = check_field_name(given)
-        _remember_name(name)
+        name = _seen_names.get(given) or _remembered(check_field_name(given))
         text = encode_value(name, value)
         size += len(name) + (len(text) if text.isascii() else len(text.encode()))
         names.append(name)
@@ -342,9 +341,8 @@ def encode_patches(patches: Sequence[object], limits: Limits) -> list[Encoded | 
 _seen_names: dict[str, str] = {}
 
 
-def _remember_name(name: str) -> None:
-    if len(_seen_names) < 10_000:
-        _seen_names.setdefault(name, name)
+def _remembered(name: str) -> str:
+    return _seen_names.setdefault(name, name) if len(_seen_names) < 10_000 else name
 
 
 def patch_text(names: Sequence[str], texts: Sequence[str]) -> str:

@@ -39,8 +39,8 @@ PARTS = (
 
 
 FOREIGN = "@foreign"
-_NAME_LENGTH_MAX = 1100
 """The machine under which a record that statecache did not write is kept as a letter; its id is partition and entry id."""
+_NAME_LENGTH_MAX = 1100
 
 
 class EntryId(msgspec.Struct, frozen=True, order=True, gc=False):

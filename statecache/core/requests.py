@@ -48,7 +48,7 @@ class Door:
         return codec.check_text("id", id, self._limits.id_length_max)
 
     def check_ids(self, ids: Sequence[object]) -> list[errors.InvalidDataError | None]:
-        """The error of each id that is refused, None for the others, which are ``codec.plain_texts``."""
+        """The error of each id that is refused, None for the others."""
         return codec.check_texts("id", ids, self._limits.id_length_max)
 
     def start(

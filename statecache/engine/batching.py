@@ -17,7 +17,7 @@ LOAD_FIRST = 250
 """Of so many instances the checkpoints are asked for first, then of twice as many each time, as far as their bytes allow."""
 
 
-class TooMuchDataError(Exception):
+class TooMuchDataError(errors.StateCacheError):
     """The data of a batch's instances takes more memory than it may: at least so many bytes an entry."""
 
     def __init__(self, bytes_each: float) -> None:

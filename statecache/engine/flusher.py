@@ -52,7 +52,7 @@ from statecache.durable.store import DurableStore
 from statecache.engine import batching, folds, threads
 from statecache.engine.leases import Leases
 from statecache.hot import scripts, watching
-from statecache.hot.store import HotStore, PartitionReply
+from statecache.hot.store import READ_BYTES_MAX, HotStore, PartitionReply
 
 _log = logging.getLogger(__name__)
 BATCH_ENTRIES_MIN = 100
@@ -64,8 +64,6 @@ looks ahead beside it. With the pause and without the look ahead one flusher mov
 READ_ENTRIES_MAX = 1000
 """How many entries one script call reads: Redis does nothing else meanwhile (about 5 us an entry). With 5,000 a ``get`` that
 came at that moment took up to 40 ms instead of 12; with 500 the flusher itself took 5 % more."""
-READ_BYTES_MAX = 2**20
-"""The same in bytes, where entries are large: Redis takes 9 ms for it."""
 FLUSH_SECONDS_MAX = 30
 """PostgreSQL ends a longer transaction: its process was perhaps stopped, and others wait for its partitions. A batch that takes
 nearly as long is tried again in smaller ones; the smallest may take as long as any transaction."""

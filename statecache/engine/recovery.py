@@ -44,7 +44,7 @@ from statecache.durable.rows import Above, Advance, Discard, PartitionRow
 from statecache.durable.store import DurableStore
 from statecache.engine import admission, processes
 from statecache.hot import scripts
-from statecache.hot.store import Fenced, HotStore, Probed, parse_any
+from statecache.hot.store import READ_BYTES_MAX, Fenced, HotStore, Probed, parse_any
 
 _log = logging.getLogger(__name__)
 NEW, INTACT, WIPED, TAIL_LOST, SQL_BEHIND, DIVERGED = "new", "intact", "wiped", "tail lost", "SQL behind", "diverged"
@@ -572,7 +572,11 @@ class _Attempt:
         found: list[entry.Entry] = []
         while True:
             reply = self.hot.read(
-                [(partition, cursor)], entries=5000, bytes_max=2**20, fenced_identity=identity, stamp=self.stamp
+                [(partition, cursor)],
+                entries=5000,
+                bytes_max=READ_BYTES_MAX,
+                fenced_identity=identity,
+                stamp=self.stamp,
             )[0]
             if reply.code != "OK":
                 raise Superseded(f"partition {partition}: {reply.code} while its log was read")

@@ -12,7 +12,7 @@ from statecache.durable import leases as durable_leases
 from statecache.durable import recoveries
 from statecache.durable.rows import PartitionRow, RecoveryRow
 from statecache.engine import leases
-from statecache.hot.store import parse_any
+from statecache.hot.store import READ_BYTES_MAX, parse_any
 
 if TYPE_CHECKING:
     from statecache.engine.cache import StateCache
@@ -124,7 +124,7 @@ def flushers(cache: StateCache) -> tuple[FlusherStatus, ...]:
 
 def _partition(cache: StateCache, row: PartitionRow, now_ms: float) -> PartitionStatus:
     """What of a partition is behind its watermark: its oldest entry tells the lag."""
-    reply = cache.hot.read([(row.partition, row.watermark)], entries=2, bytes_max=2**20)[0]
+    reply = cache.hot.read([(row.partition, row.watermark)], entries=2, bytes_max=READ_BYTES_MAX)[0]
     if reply.code != "OK":
         raise errors.RecoveringError(f"partition {row.partition} answers {reply.code}")
     records = [parse_any(row.partition, line) for line in reply.lines]
@@ -141,7 +141,7 @@ def _backlog(cache: StateCache, row: PartitionRow, tail: entry.EntryId) -> int:
         return tail.seq - row.watermark.seq
     cursor, count = row.watermark, 0
     while count < _COUNTED_MAX:
-        reply = cache.hot.read([(row.partition, cursor)], entries=_PAGE, bytes_max=2**20)[0]
+        reply = cache.hot.read([(row.partition, cursor)], entries=_PAGE, bytes_max=READ_BYTES_MAX)[0]
         records = [parse_any(row.partition, line) for line in reply.lines]
         count += sum(not record.is_mark for record in records)
         if not records or records[-1].entry_id >= reply.last:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import msgspec
 
 from statecache.core import entry, errors, flows, fold, model
+from statecache.hot.store import READ_BYTES_MAX
 
 if TYPE_CHECKING:
     from statecache.engine.cache import StateCache
@@ -210,7 +211,8 @@ def _log_findings(cache: StateCache, partition: int) -> list[Finding]:
     found: list[Finding] = []
     cursor = _watermark(cache, partition)
     while True:
-        reply = _asked(cache, partial(cache.hot.read, [(partition, cursor)], entries=_PAGE, bytes_max=2**20))[0]
+        read = partial(cache.hot.read, [(partition, cursor)], entries=_PAGE, bytes_max=READ_BYTES_MAX)
+        reply = _asked(cache, read)[0]
         if reply.code != "OK":
             cache.admission.ensure(reply.code, cache.deadline(None))
             cursor = _watermark(cache, partition)

@@ -23,6 +23,8 @@ from statecache.core import entry, errors, failpoints, items, keys
 from statecache.hot import failures, resp, scripts, wire
 
 _encode = msgspec.json.encode
+READ_BYTES_MAX = 2**20
+"""So many bytes of a log one script call reads: Redis takes 9 ms for it, and does nothing else meanwhile."""
 _FIND_ENTRIES = 2000
 _FIND_BYTES = 4 * 2**20
 """Looked at by one call of ``find.lua``: one or two milliseconds of the server's time; some tens where entries are large."""
@@ -437,24 +439,25 @@ class HotStore:
         """
         in_flight: deque[tuple[int, bool]] = deque()  # of each call how many instances, and whether it ends a batch
         codes: list[str] = []
+
+        def answered(left: int) -> Iterator[list[str]]:
+            """Read replies until so many are left in flight; the codes of each batch that ends."""
+            nonlocal codes
+            while len(in_flight) > left:
+                count, is_last = in_flight.popleft()
+                codes += _hydrated(line.read_many(1)[0], count)
+                if is_last:
+                    yield codes
+                    codes = []
+
         with self._exchange("hydrate", deadline) as line:
             for rows in batches:
                 parts = _cut(rows)
                 for number, part in enumerate(parts, 1):
                     line.send(self._packed_hydrate(part, under or self.stamp))
                     in_flight.append((len(part), number == len(parts)))
-                    if len(in_flight) >= HYDRATIONS_IN_FLIGHT:
-                        count, is_last = in_flight.popleft()
-                        codes += _hydrated(line.read_many(1)[0], count)
-                        if is_last:
-                            yield codes
-                            codes = []
-            while in_flight:
-                count, is_last = in_flight.popleft()
-                codes += _hydrated(line.read_many(1)[0], count)
-                if is_last:
-                    yield codes
-                    codes = []
+                    yield from answered(HYDRATIONS_IN_FLIGHT - 1)
+            yield from answered(0)
 
     def hydrate_and_apply(
         self, row: Cold, item: items.Item, under: scripts.Stamp | None, deadline: float | None = None
@@ -498,11 +501,9 @@ class HotStore:
         """Drop flushed hot copies: (partition, "machine:id", version, SQL's watermark, parked); the reply's line for each."""
         return self._by_partition("evict", rows, "1" if dry_run else "", under=under, deadline=deadline)
 
-    def park(
-        self, rows: Sequence[tuple[int, str]], under: scripts.Stamp | None = None, deadline: float | None = None
-    ) -> list[str]:
+    def park(self, rows: Sequence[tuple[int, str]], under: scripts.Stamp | None = None) -> list[str]:
         """Flag instances as parked: (partition, "machine:id"); the reply's line for each."""
-        return self._by_partition("park", rows, under=under, deadline=deadline)
+        return self._by_partition("park", rows, under=under)
 
     def _by_partition(
         self,
@@ -510,7 +511,7 @@ class HotStore:
         rows: Sequence[tuple[Any, ...]],
         *arguments: str,
         under: scripts.Stamp | None,
-        deadline: float | None,
+        deadline: float | None = None,
     ) -> list[str]:
         partitions: dict[int, int] = {}
         packed = []
@@ -582,12 +583,11 @@ class HotStore:
         self,
         rows: Sequence[tuple[int, entry.EntryId, entry.EntryId, int]],
         under: scripts.Stamp | None = None,
-        deadline: float | None = None,
     ) -> list[str]:
         """Raise watermarks and trim: (partition, watermark, trim to, limit); a code for each."""
         arguments = [str(part) for _, *parts in rows for part in parts]
         pairs = [self._pair_keys[p] for p, *_ in rows]
-        reply = self._call("flushed", pairs, 2 * len(rows), *arguments, under=under, deadline=deadline)
+        reply = self._call("flushed", pairs, 2 * len(rows), *arguments, under=under)
         lines = [line.split(" ")[0] for line in reply.split("\n")]
         return lines if len(lines) == len(rows) else lines * len(rows)
 

@@ -300,9 +300,9 @@ class Wires:
         options = pool.connection_kwargs
         self._timeout_seconds: float | None = options.get("socket_timeout")
         self.near_seconds = float("inf") if self._timeout_seconds is None else _NEAR * self._timeout_seconds
+        """How near a deadline must be for a wire to be lent with it."""
         if issubclass(wire_class, EmulatedWire):
             self.near_seconds = float("-inf")  # it answers at once
-        """How near a deadline must be for a wire to be lent with it."""
         self._idle: list[Wire] = []
         self._lock = threading.Lock()
         self._closed = False
@@ -319,9 +319,7 @@ class Wires:
 
     def take(self, deadline: float | None = None) -> Wire:
         """Take an idle wire, or open one, for an exchange with this deadline. Raises redis-py's errors."""
-        until = 0.0
-        if deadline is not None and deadline - time.monotonic() < self.near_seconds:
-            until = self.until(deadline)
+        until = self.until(deadline)
         pid = os.getpid()
         while True:
             try:
