@@ -13,12 +13,16 @@ one, for migrations, streams and pages.
 
 There is no ping before use (it would double the cost of a look-up). A pooled connection that died meanwhile is found by
 its first statement, which is run once more on a fresh one.
+
+What PostgreSQL does not answer in time is cut off (``patience.py``): a read at the deadline of its call, a transaction soon
+after the limit that the server was told. A machine that is gone is noticed by TCP within half a minute.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import sqlite3
 import time
@@ -30,7 +34,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import URL, make_url
 
 from statecache.core import errors
-from statecache.durable import faults
+from statecache.durable import faults, patience
 
 T = TypeVar("T")
 
@@ -52,6 +56,14 @@ _POSTGRESQL_END_FROZEN = (
 )
 FROZEN_SECONDS = 15
 TRANSACTION_SECONDS_MAX = 120
+_BEYOND_LIMIT_SECONDS = 5.0
+"""So long after the server's limit a transaction is cut off here: time for the server to tell that it has ended it."""
+_LIBPQ_DEFAULTS = {
+    "connect_timeout": CONNECT_TIMEOUT_SECONDS, "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3,
+    "tcp_user_timeout": 25_000,
+}  # fmt: skip
+"""Unless the URL says otherwise. The system's own would notice that a machine is gone after 15 minutes, or two hours."""
+_TOO_LATE = "SQL did not answer in time: the connection was given up"
 
 _KEPT_MAX = 4
 """Of the pool's connections, those that stay with who reads."""
@@ -59,6 +71,10 @@ _KEPT_MAX = 4
 # What the parent process was connected by, kept alive in a child: closing a SQLite or TLS connection here would disturb the
 # parent's.
 _abandoned: list[object] = []
+
+
+class _DeadConnectionError(Exception):
+    """The connection at hand had died."""
 
 
 class Database:
@@ -76,6 +92,7 @@ class Database:
             self.reader = engine.execution_options(isolation_level="AUTOCOMMIT")
             self.writer = self._snapshots = engine
         self._kept: list[sa.Connection] = []
+        self.patience = patience.Patience()
         _forget_after_fork(self)
 
     @property
@@ -119,7 +136,7 @@ class Database:
             return self.reader.connect()
 
     def _keep(self, connection: sa.Connection) -> None:
-        if len(self._kept) < _KEPT_MAX:
+        if len(self._kept) < _KEPT_MAX and not connection.invalidated:
             self._kept.append(connection)
         else:
             self._give_back(connection)
@@ -137,20 +154,38 @@ class Database:
     ) -> T:
         """Run ``work``, on a fresh connection if the one at hand has died. One that served well goes to ``end``."""
         with self.translated():
-            connection = connect()
             try:
-                result = work(connection)
-            except BaseException as error:
-                is_gone = connection.invalidated and isinstance(error, Exception)
-                self._give_back(connection, error)
-                if not is_gone:
-                    raise
-            else:
-                end(connection)
-                return result
-            self._close_kept()
-            with connect() as fresh:
-                return work(fresh)
+                return self._once(connect, end, work)
+            except _DeadConnectionError:
+                self._close_kept()
+            return self._once(connect, end, work, is_last=True)
+
+    def _once(
+        self,
+        connect: Callable[[], sa.Connection],
+        end: Callable[[sa.Connection], None],
+        work: Callable[[sa.Connection], T],
+        *,
+        is_last: bool = False,
+    ) -> T:
+        connection = connect()
+        watch = None
+        try:
+            watch = self.patience.begin(connection, self.patience.left(TRANSACTION_SECONDS_MAX))
+            result = work(connection)
+        except BaseException as error:
+            is_late = self.patience.end(watch)
+            is_gone = connection.invalidated and isinstance(error, Exception)
+            self._give_back(connection, error)
+            if is_late and isinstance(error, self._errors):
+                raise errors.UnavailableError(_TOO_LATE) from error
+            if is_gone and not is_last:
+                raise _DeadConnectionError from error
+            raise
+        if self.patience.end(watch):  # it answered in the last moment
+            connection.invalidate()
+        end(connection)
+        return result
 
     @contextlib.contextmanager
     def transaction(self, *, limit_seconds: int | None = TRANSACTION_SECONDS_MAX) -> Iterator[sa.Connection]:
@@ -160,17 +195,30 @@ class Database:
         process was stopped in the middle of a statement. In the midst of a COPY it does not: whoever has waited for a lock in
         vain (``Transient``) does. None lets it take any time (a migration may rewrite a large table).
         """
-        connection = self._begin(limit_seconds)
+        connection, watch = self._begin(limit_seconds)
         try:
             with self.translated():
                 yield connection
             self._commit(connection)
         except BaseException as error:
+            is_late = self.patience.end(watch)
             self._give_back(connection, error)
             if isinstance(error, faults.Transient):
                 self._end_frozen()
+            if is_late and type(error) is errors.UnavailableError:
+                raise errors.UnavailableError(_TOO_LATE) from error.__cause__
             raise
+        if self.patience.end(watch):
+            connection.invalidate()
         self._give_back(connection)
+
+    def connected_in_time(self, dialect: sa.Dialect, record: object, places: Any, named: dict[str, Any]) -> Any:
+        """SQLAlchemy's ``do_connect``: no longer than the reader has."""
+        left, limit = self.patience.left(), str(named.get("connect_timeout", ""))
+        if left < math.inf and limit.isdecimal():  # anything else the driver refuses
+            seconds = max(2, math.ceil(left))
+            named = {**named, "connect_timeout": min(int(limit) or seconds, seconds)}
+        return dialect.connect(*places, **named)
 
     def _end_frozen(self) -> None:
         """End the sessions of processes that stand still in the midst of a COPY: their locks would stay for ever."""
@@ -183,7 +231,7 @@ class Database:
                     "ended the SQL sessions of processes that stood still for %s seconds: %s", FROZEN_SECONDS, ended
                 )
 
-    def _begin(self, limit_seconds: int | None) -> sa.Connection:
+    def _begin(self, limit_seconds: int | None) -> tuple[sa.Connection, patience.Watch | None]:
         with self.translated():
             try:
                 return self._begin_once(limit_seconds)
@@ -192,9 +240,12 @@ class Database:
                     raise
             return self._begin_once(limit_seconds)
 
-    def _begin_once(self, limit_seconds: int | None) -> sa.Connection:
+    def _begin_once(self, limit_seconds: int | None) -> tuple[sa.Connection, patience.Watch | None]:
         connection = self.writer.connect()
+        watch = None
         try:
+            limit = math.inf if limit_seconds is None else limit_seconds + _BEYOND_LIMIT_SECONDS
+            watch = self.patience.begin(connection, limit)
             connection.begin()
             if self.dialect.name == "postgresql" and limit_seconds is not None:
                 recent = (self.dialect.server_version_info or (0,)) >= (17,)
@@ -202,9 +253,12 @@ class Database:
                 # Who waits for a lock gives way before the limit comes: that is no failure of the server's.
                 connection.exec_driver_sql(_POSTGRESQL_LIMITS.format(min(30, limit_seconds * 2 // 3)) + whole)
         except BaseException as error:
+            is_late = self.patience.end(watch)
             self._give_back(connection, error)
+            if is_late and isinstance(error, self._errors):
+                raise errors.UnavailableError(_TOO_LATE) from error
             raise
-        return connection
+        return connection, watch
 
     def _commit(self, connection: sa.Connection) -> None:
         try:
@@ -230,6 +284,7 @@ class Database:
     def close(self) -> None:
         self._close_kept()
         self.engine.dispose()
+        self.patience.close()
 
 
 def open_database(url: str) -> Database:
@@ -253,7 +308,10 @@ def open_database(url: str) -> Database:
         sa.event.listen(engine, "begin", _begin_sqlite)
     elif engine.dialect.driver == "psycopg":
         sa.event.listen(engine, "after_cursor_execute", _rearm_idle_timeout)
-    return Database(engine)
+    database = Database(engine)
+    if engine.dialect.driver == "psycopg":
+        sa.event.listen(engine, "do_connect", database.connected_in_time)
+    return database
 
 
 def _create_engine(url: URL) -> sa.Engine:
@@ -263,7 +321,7 @@ def _create_engine(url: URL) -> sa.Engine:
     else:
         options |= {"isolation_level": "READ COMMITTED", "skip_autocommit_rollback": True}
         if url.get_driver_name() == "psycopg":
-            options["connect_args"] = {"connect_timeout": CONNECT_TIMEOUT_SECONDS}
+            options["connect_args"] = {key: value for key, value in _LIBPQ_DEFAULTS.items() if key not in url.query}
             if "prepare_threshold" in url.query:
                 options["connect_args"]["prepare_threshold"] = _threshold_of(url.query["prepare_threshold"])
                 url = url.difference_update_query(["prepare_threshold"])
@@ -343,6 +401,7 @@ def _forget_after_fork(database: Database) -> None:
             _abandoned.append((inherited.engine.pool, inherited._kept))
             inherited._kept = []
             inherited.engine.dispose(close=False)
+            inherited.patience = patience.Patience()
 
     os.register_at_fork(after_in_child=forget)
 

@@ -11,6 +11,7 @@ flushers' cannot deadlock.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import sqlalchemy as sa
@@ -132,7 +133,7 @@ def complete_index(store: DurableStore) -> None:
     PostgreSQL does so by itself about once a minute; what was flushed since takes 3 s a million entries. To be called while
     nothing is flushed, that is between ``take`` and ``finish``. Only the table's owner may; others go without.
     """
-    with contextlib.suppress(errors.ConfigurationError):
+    with contextlib.suppress(errors.ConfigurationError), store.until(math.inf):
         store.database.read(store.forms.index_tail)
 
 

@@ -59,6 +59,11 @@ class DurableStore:
         """Close the connections. The store may be used again: it would open new ones."""
         self.database.close()
 
+    def until(self, deadline: float | None) -> contextlib.AbstractContextManager[None]:
+        """What this thread reads meanwhile ends soon after ``deadline``, a ``time.monotonic`` time: a frozen PostgreSQL is
+        given up with ``UnavailableError``. With None, after two minutes each, as everywhere else."""
+        return self.database.patience.until(deadline)
+
     # What the store is
 
     def identity(self) -> StoreRow:

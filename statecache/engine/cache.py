@@ -426,12 +426,14 @@ class StateCache:
         log: recover) or ``UnavailableError``.
         """
         deadline = self.deadline(timeout)
-        others = self._flusher_about() or self.driver.patiently(lambda: someone_flushes(self.durable), deadline)
-        self._flush(deadline, _HELP_AFTER_SECONDS if others else 0.0)
+        with self.durable.until(deadline):
+            others = self._flusher_about() or self.driver.patiently(lambda: someone_flushes(self.durable), deadline)
+            self._flush(deadline, _HELP_AFTER_SECONDS if others else 0.0)
 
     def flush_alone(self, timeout: float | None = 10.0) -> None:
         """As ``flush``, but do the work here and at once, whoever else flushes."""
-        self._flush(self.deadline(timeout), 0.0)
+        with self.durable.until(self.deadline(timeout)):
+            self._flush(self.deadline(timeout), 0.0)
 
     def _flush(self, deadline: float, patience_seconds: float, asked_until: float | None = None) -> None:
         """``patience_seconds``: how long to look on while others flush and none of the watermarks waited for moves.
@@ -527,7 +529,11 @@ class StateCache:
     # --- recovery ----------------------------------------------------------------------------------------------------
 
     def recover(self, *, dry_run: bool = False, progress: Any = lambda text: None) -> recovery.Report:
-        """Reconcile Redis with SQL: see ``engine/recovery.py``."""
+        """Reconcile Redis with SQL: see ``engine/recovery.py``. It takes its time, also within a call that has a deadline."""
+        with self.durable.until(None):
+            return self._recover(dry_run, progress)
+
+    def _recover(self, dry_run: bool, progress: Any) -> recovery.Report:
         return recovery.recover(
             self.hot,
             self.durable,

@@ -182,7 +182,8 @@ def take_next(
     deadline = cache.deadline(timeout)
     after, nonce = (0, ""), nonce_of_a_call()
     while True:
-        page = cache.durable.idle(handle.name, state, after, _LATEST if until_ms is None else until_ms, PAGE)
+        with cache.durable.until(deadline):
+            page = cache.durable.idle(handle.name, state, after, _LATEST if until_ms is None else until_ms, PAGE)
         rows = [claims.Row(row.partition, row.machine, row.id, state) for row in page]
         held: Held | None = cache.driver.run(claims.first_of(claims.Ask(rows, nonce, name, ttl_ms, one=True)), deadline)
         if held is not None:

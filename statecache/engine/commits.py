@@ -291,9 +291,12 @@ class GroupCommit:
 
     def _lead(self, mine: Waiter) -> None:
         while not mine.ended:
-            if mine.looked:
-                self._move()
-            self._look()
+            with self._lock:
+                latest = max((one.deadline for one in self._waiting if one.receipts), default=0.0)
+            with self._durable.until(min(mine.deadline, latest)):
+                if mine.looked:
+                    self._move()
+                self._look()
 
     # --- one round ---------------------------------------------------------------------------------------------------
 

@@ -34,6 +34,7 @@ _UNFINISHED_MAX = 1000
 _LANE_ITEMS_MAX = 500
 UNREACHABLE = ("LOST", "UNSENT")
 _PAUSE_SECONDS_MIN, _PAUSE_SECONDS_MAX = 0.001, 0.1
+HISTORY_SECONDS_MAX = 30.0
 
 
 class Running:
@@ -125,7 +126,8 @@ class Driver:
 
     def answers(self, wishes: Sequence[Any], deadline: float) -> Sequence[Any]:
         """Answer wishes of one kind, however long a server is away, until the deadline. Raises the error of all of them."""
-        return self.patiently(lambda: self._answers(wishes, deadline), deadline)
+        with self.durable.until(deadline):
+            return self.patiently(lambda: self._answers(wishes, deadline), deadline)
 
     def patiently(self, ask: Callable[[], Answer], deadline: float) -> Answer:
         """Ask, and while a server cannot be reached ask again until the deadline: nothing but an item does harm twice."""
@@ -425,8 +427,9 @@ class Driver:
         return [flows.transition_of(one) if isinstance(one, entry.Entry) else one for one in found]
 
     def _recorded(self, machine: str, id: str) -> list[model.Transition]:
-        """History, and the dead letters that go on from it."""
-        rows, waiting = self.durable.recorded(machine, id)
+        """History, and the dead letters that go on from it: as many rows as there are, so SQL may take its time."""
+        with self.durable.until(time.monotonic() + HISTORY_SECONDS_MAX):
+            rows, waiting = self.durable.recorded(machine, id)
         for record in (letter.entry for letter in waiting):
             if record.version == (rows[-1].version if rows else 0) + 1:
                 rows.append(flows.transition_of(record))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
@@ -276,11 +277,16 @@ class MachineHandle:
         """
         state = codec.plain_text(state)
         older_than_ms = self.calls.find_bound(state, older_than, limit)
-        if stuck:
-            late = self._cache.timeouts.stuck(self.name, state, limit, older_than_ms)
-            return self.calls.found([one.row for one in late])
-        return self.calls.found(self._cache.durable.find(self.name, state, older_than_ms, limit))
+        with self._in_time():
+            if stuck:
+                late = self._cache.timeouts.stuck(self.name, state, limit, older_than_ms)
+                return self.calls.found([one.row for one in late])
+            return self.calls.found(self._cache.durable.find(self.name, state, older_than_ms, limit))
 
     def counts(self) -> dict[str, int]:
         """Instances by state: from SQL, as of the watermark."""
-        return self._cache.durable.counts(self.name)
+        with self._in_time():
+            return self._cache.durable.counts(self.name)
+
+    def _in_time(self) -> contextlib.AbstractContextManager[None]:
+        return self._cache.durable.until(self._cache.deadline(None))

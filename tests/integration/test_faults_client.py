@@ -15,6 +15,9 @@ import redis
 
 from statecache import Move, StateCacheError
 from statecache.core import errors
+from statecache.durable import engine
+from statecache.durable.flush import FlushTransaction
+from statecache.engine import flusher
 from statecache.hot import resp, wire
 from tests.support import proxy, servers, waiting, worlds
 
@@ -210,6 +213,103 @@ def test_a_calls_timeout_is_kept_while_the_server_is_stopped(
         assert world.orders.get("1").version >= 2
         world.flush()
         world.verify()
+
+
+@pytest.mark.postgres
+@pytest.mark.parametrize("idle", [True, False], ids=["idle connections", "none"])
+def test_a_calls_timeout_is_kept_while_postgresql_is_frozen(
+    redis_url: str, private_postgres: servers.PostgresServer, namespace: str, client: str, idle: bool
+) -> None:
+    """SIGSTOP to all its processes: the system answers for them, and no statement ever ends. What needs SQL ends soon after its
+    deadline, what does not goes on; when PostgreSQL goes on, so does all, and nothing is lost."""
+    with worlds.World(
+        redis_url,
+        private_postgres.url(private_postgres.create_database()),
+        namespace,
+        client=client,
+        call_timeout_seconds=0.3,
+    ) as world:
+        receipts = world.start("1") + [world.orders.transition("1", "note") for _ in range(10)]
+        for id in ("cold", "colder"):
+            world.start(id, amount=5)
+        world.flush()
+        world.evict("cold")
+        world.evict("colder")
+        more = world.orders.transition("1", "note")
+        assert world.hot.wires  # a client that is admitted
+        server = private_postgres
+        calls = _calls_of_sql(world, receipts[1].transition_id, more)
+        server.pause()
+        for name, call in calls.items():
+            if idle:  # as other threads would have left them
+                server.resume()
+                worlds.together(*[world.durable.identity] * 3)
+                server.pause()
+            began = time.monotonic()
+            with pytest.raises((errors.UnavailableError, errors.DurabilityTimeout)):
+                _raised(call())
+            assert time.monotonic() - began < 20, name
+            assert world.orders.get("1").version >= 12
+        hot = world.orders.transition("1", "note")
+        server.resume()
+        assert world.orders.get("1").version == hot.version
+        assert world.orders.get("cold").data["amount"] == 5
+        world.flush()
+        world.verify()
+
+
+def _calls_of_sql(world: worlds.World, old_id: str, receipt: Any) -> dict[str, Any]:
+    orders, cache = world.orders, world.cache
+    return {
+        "get, cold": lambda: orders.get("cold"),
+        "transition, cold": lambda: orders.transition("colder", "note"),
+        "get_many": lambda: orders.get_many(["1", "cold", "colder"], timeout=0.3),
+        "transition_many": lambda: orders.transition_many([Move("cold", "note"), Move("colder", "note")], timeout=0.3),
+        "durable": lambda: orders.transition("1", "note", durability="durable"),
+        "wait_durable": lambda: cache.wait_durable(receipt),
+        "flush": lambda: cache.flush(timeout=0.3),
+        "own id": lambda: orders.transition("1", "note", transition_id=old_id),
+        "find": lambda: orders.find("placed"),
+        "counts": orders.counts,
+        "claim_next": lambda: orders.claim_next("placed", timeout=0.3),
+    }
+
+
+def _raised(found: Any) -> None:
+    """What a list tells of its last item is raised; the first that has none of SQL's is of no interest."""
+    if isinstance(found, list) and isinstance(found[-1], Exception):
+        raise found[-1]
+
+
+@pytest.mark.postgres
+@pytest.mark.parametrize(("target", "name"), [(FlushTransaction, "upsert_checkpoints"), (engine.Database, "_commit")])
+def test_a_flusher_gives_up_a_postgresql_that_freezes_in_its_transaction(
+    redis_url: str, private_postgres: servers.PostgresServer, namespace: str, target: type, name: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """A flusher has sent its rows (or the COMMIT: then it does not know); no answer comes; it gives the connection up, and its
+    next step, when PostgreSQL goes on, moves each entry once."""
+    monkeypatch.setattr(flusher, "FLUSH_SECONDS_MAX", 1)
+    monkeypatch.setattr(engine, "_BEYOND_LIMIT_SECONDS", 0.5)
+    url = private_postgres.url(private_postgres.create_database())
+    with worlds.World(redis_url, url, namespace) as world:
+        for number in range(50):
+            world.start(str(number), ["note"])
+        began = time.monotonic()
+        with worlds.before_call(target, name, private_postgres.pause), pytest.raises(errors.UnavailableError):
+            world.flusher().step()
+        assert 1 <= time.monotonic() - began < 20
+        private_postgres.resume()
+        waiting.wait_until(lambda: _moves(world) is not None, "PostgreSQL ended the session that was given up")
+        world.flush()
+        assert world.durable.counts("order")["placed"] == 50
+        world.verify()
+
+
+def _moves(world: worlds.World) -> Any:
+    """What a step says when the session that was given up has ended with its locks."""
+    with contextlib.suppress(errors.UnavailableError):
+        return world.flusher().step()
 
 
 def test_a_list_goes_on_past_its_deadline_while_the_server_answers(world: worlds.World) -> None:
