@@ -7,6 +7,7 @@ Plain ASGI: it passes streams through as they are. What it decides:
 - elsewhere everything but ``/healthz``, the login form and its style needs the token;
 - a change through the API needs actions enabled and the bearer token: a cookie, which browsers send by themselves, is not
   enough there;
+- HEAD is answered as GET is, by its headers alone (the server sends no body); not a stream, which would never end;
 - a form must come from our own pages: the Origin header says so, the cookie is SameSite=Strict, and the form itself carries
   a token of its session (``forms``).
 """
@@ -88,8 +89,11 @@ class Guard:
         if refusal is not None:
             await refusal(scope, receive, secured)
             return
+        inner = scope
+        if scope["method"] == "HEAD" and not path.startswith("/live/"):
+            inner = {**scope, "method": "GET"}
         try:
-            await self._app(scope, receive, secured)
+            await self._app(inner, receive, secured)
         except Exception as error:
             if started:
                 raise

@@ -93,6 +93,17 @@ def test_every_answer_carries_the_headers(world: worlds.World) -> None:
             assert "server" not in answer.headers
 
 
+def test_head_tells_what_get_would(world: worlds.World) -> None:
+    """Load balancers ask so. A stream has no end to tell."""
+    with webs.serving(world) as web:
+        paths = ("/", "/healthz", "/readyz", "/metrics", "/machines/order", "/api/v1/instances/order?id=1", "/nowhere")
+        for path in paths:
+            whole, head = web.get(path), web.head(path)
+            assert (head.status_code, head.content) == (whole.status_code, b""), path
+            assert head.headers["content-type"] == whole.headers["content-type"]
+        assert web.head("/live/health").status_code == 405
+
+
 def test_what_is_not_http_is_survived(world: worlds.World) -> None:
     with webs.serving(world) as web:
         port = int(web.url.rpartition(":")[2])
