@@ -92,6 +92,7 @@ class Database:
             self.reader = engine.execution_options(isolation_level="AUTOCOMMIT")
             self.writer = self._snapshots = engine
         self._kept: list[sa.Connection] = []
+        self._closed = False
         self.patience = patience.Patience()
         _forget_after_fork(self)
 
@@ -168,6 +169,7 @@ class Database:
         *,
         is_last: bool = False,
     ) -> T:
+        self._check_open()
         connection = connect()
         watch = None
         try:
@@ -241,6 +243,7 @@ class Database:
             return self._begin_once(limit_seconds)
 
     def _begin_once(self, limit_seconds: int | None) -> tuple[sa.Connection, patience.Watch | None]:
+        self._check_open()
         connection = self.writer.connect()
         watch = None
         try:
@@ -281,7 +284,13 @@ class Database:
             if lent is not None:
                 lent.invalidate()  # not the connection, which may be closed already and its place in the pool still taken
 
+    def _check_open(self) -> None:
+        if self._closed:  # the pool would make new connections, which nobody would close
+            raise errors.ConfigurationError("this StateCache is closed")
+
     def close(self) -> None:
+        """Close the connections. What is asked from now on raises ``ConfigurationError``."""
+        self._closed = True
         self._close_kept()
         self.engine.dispose()
         self.patience.close()

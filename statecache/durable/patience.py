@@ -100,12 +100,16 @@ class Patience:
             thread.join()
 
     def _run(self) -> None:
+        """Until nothing is left to watch: a client that nobody closed leaves no thread behind."""
         with self._changed:
             while self._thread is threading.current_thread():
                 now = time.monotonic()
                 while self._watched and self._watched[0][0] <= now:
                     _cut(heapq.heappop(self._watched)[2])
-                self._changed.wait(self._watched[0][0] - now if self._watched else None)
+                if not self._watched:
+                    self._thread = None
+                    return
+                self._changed.wait(self._watched[0][0] - now)
 
 
 def _cut(watch: Watch) -> None:

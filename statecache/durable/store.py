@@ -56,7 +56,7 @@ class DurableStore:
         return cls(database)
 
     def close(self) -> None:
-        """Close the connections. The store may be used again: it would open new ones."""
+        """Close the connections. What is asked from now on raises ``ConfigurationError``."""
         self.database.close()
 
     def until(self, deadline: float | None) -> contextlib.AbstractContextManager[None]:

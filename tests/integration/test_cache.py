@@ -969,10 +969,13 @@ def test_embedded_thread_flushes_by_itself(redis_url: str, sqlite_url: str, name
 def test_closed_cache_says_so_and_closing_twice_is_harmless(lite: World) -> None:
     lite.cache.close()
     lite.cache.close()
-    with pytest.raises(errors.ConfigurationError, match="closed"):
-        lite.orders.get("1")
-    with pytest.raises(errors.ConfigurationError, match="closed"):
-        lite.orders.start("1")
+    calls: list[Callable[[], object]] = [
+        lambda: lite.orders.get("1"), lambda: lite.orders.start("1"), lambda: lite.orders.find("placed"), lite.orders.counts,
+        lambda: lite.orders.history("1"), lambda: lite.cache.machine(Order), lite.cache.flush, lite.cache.recover,
+    ]  # fmt: skip
+    for call in calls:
+        with pytest.raises(errors.ConfigurationError, match="closed"):
+            call()
 
 
 # --- dead letters ---------------------------------------------------------------------------------------------------------
