@@ -44,9 +44,18 @@ CONNECT_TIMEOUT_SECONDS = 10
 POOL_TIMEOUT_SECONDS = 10.0
 BUSY_TIMEOUT_SECONDS = 15.0
 _SQLITE_BEGIN = "statecache_sqlite_begin"
-_POSTGRESQL_LIMITS = "SET LOCAL lock_timeout = '{}s'; SET LOCAL idle_in_transaction_session_timeout = '15s'"
+_SQLITE_WRITE = "BEGIN IMMEDIATE"
+_FILES = "statecache_files"
+_CACHE, _CACHE_OF_WRITERS = -8192, -65536
+"""KiB of pages that a connection may keep."""
+# The role's own statement_timeout may be less than a batch takes: then it would end each time anew.
+_POSTGRESQL_LIMITS = (
+    "SET LOCAL lock_timeout = '{lock}s'; SET LOCAL idle_in_transaction_session_timeout = '15s'; "
+    "SET LOCAL statement_timeout = '{whole}s'"
+)
+_POSTGRESQL_NO_LIMIT = "SET LOCAL statement_timeout = 0"
 _POSTGRESQL_ALONG_INDEXES = "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY; SET LOCAL enable_sort = off"
-_POSTGRESQL_17_LIMIT = "; SET LOCAL transaction_timeout = '{}s'"
+_POSTGRESQL_17_LIMIT = "; SET LOCAL transaction_timeout = '{whole}s'"
 # No limit is looked at while a COPY waits for its client (tried on 18). The delimiter tells ours from a restore's.
 _POSTGRESQL_END_FROZEN = (
     "SELECT count(*) FILTER (WHERE pg_terminate_backend(pid)) FROM pg_stat_activity "
@@ -86,7 +95,7 @@ class Database:
         self._errors = (sa.exc.SQLAlchemyError, engine.dialect.loaded_dbapi.Error)
         if engine.dialect.name == "sqlite":
             self.reader: sa.Engine = engine
-            self.writer: sa.Engine = engine.execution_options(**{_SQLITE_BEGIN: "BEGIN IMMEDIATE"})
+            self.writer: sa.Engine = engine.execution_options(**{_SQLITE_BEGIN: _SQLITE_WRITE})
             self._snapshots: sa.Engine = engine.execution_options(**{_SQLITE_BEGIN: "BEGIN"})
         else:
             self.reader = engine.execution_options(isolation_level="AUTOCOMMIT")
@@ -158,7 +167,7 @@ class Database:
             try:
                 return self._once(connect, end, work)
             except _DeadConnectionError:
-                self._close_kept()
+                self._begin_anew()  # the others have died with it: each would cost somebody his second attempt
             return self._once(connect, end, work, is_last=True)
 
     def _once(
@@ -173,6 +182,7 @@ class Database:
         connection = connect()
         watch = None
         try:
+            self._check_file(connection)
             watch = self.patience.begin(connection, self.patience.left(TRANSACTION_SECONDS_MAX))
             result = work(connection)
         except BaseException as error:
@@ -250,11 +260,8 @@ class Database:
             limit = math.inf if limit_seconds is None else limit_seconds + _BEYOND_LIMIT_SECONDS
             watch = self.patience.begin(connection, limit)
             connection.begin()
-            if self.dialect.name == "postgresql" and limit_seconds is not None:
-                recent = (self.dialect.server_version_info or (0,)) >= (17,)
-                whole = _POSTGRESQL_17_LIMIT.format(limit_seconds) if recent else ""
-                # Who waits for a lock gives way before the limit comes: that is no failure of the server's.
-                connection.exec_driver_sql(_POSTGRESQL_LIMITS.format(min(30, limit_seconds * 2 // 3)) + whole)
+            if self.dialect.name == "postgresql":
+                connection.exec_driver_sql(self._limits(limit_seconds))
         except BaseException as error:
             is_late = self.patience.end(watch)
             self._give_back(connection, error)
@@ -263,7 +270,16 @@ class Database:
             raise
         return connection, watch
 
+    def _limits(self, limit_seconds: int | None) -> str:
+        if limit_seconds is None:
+            return _POSTGRESQL_NO_LIMIT
+        recent = (self.dialect.server_version_info or (0,)) >= (17,)
+        limits = _POSTGRESQL_LIMITS + (_POSTGRESQL_17_LIMIT if recent else "")
+        # Who waits for a lock gives way before the limit comes: that is no failure of the server's.
+        return limits.format(lock=min(30, limit_seconds * 2 // 3), whole=limit_seconds)
+
     def _commit(self, connection: sa.Connection) -> None:
+        self._check_file(connection)
         try:
             with self.translated():
                 connection.commit()
@@ -271,12 +287,38 @@ class Database:
             raise
         except errors.UnavailableError as error:
             raise faults.CommitUnknown(f"whether SQL committed is unknown: {error}") from error.__cause__
+        try:
+            self._check_file(connection)
+        except errors.UnavailableError as error:
+            raise faults.CommitUnknown(str(error)) from error
+
+    def _check_file(self, connection: sa.Connection) -> None:
+        """Refuse a SQLite file that stands at its path no more, or its log: what is committed there would be gone."""
+        files = connection.info.get(_FILES, {})
+        now = {path: _file_id(path) for path in files}
+        if any(known not in (None, now[path]) for path, known in files.items()):
+            connection.invalidate()
+            self._begin_anew()
+            raise errors.UnavailableError(
+                "the SQLite file, or its -wal, was replaced or deleted while it was open: it is opened anew. Restore a backup "
+                "while no process has the file open"
+            )
+        files.update(now)  # the log is made by the first write
+
+    def _begin_anew(self) -> None:
+        """No connection of those at hand is used again."""
+        self._close_kept()
+        self.engine.dispose()
 
     def _give_back(self, connection: sa.Connection, error: BaseException | None = None) -> None:
         """Roll back what was not committed. A connection that cannot even do that is thrown away, and so is one that neither
         the driver nor we gave up: a signal's exception (a job's timeout) may have left its statement under way."""
         if error is not None and not isinstance(error, (*self._errors, errors.StateCacheError)):
             connection.invalidate()
+        if error is not None and _is_read_only(error):
+            # What was the primary lives on as a standby. Behind the same address a new connection may find the new one.
+            connection.invalidate()
+            self._begin_anew()
         lent = None if connection.invalidated else connection.connection
         try:
             connection.close()
@@ -327,6 +369,7 @@ def _create_engine(url: URL) -> sa.Engine:
     options: dict[str, Any] = {"hide_parameters": True, "pool_timeout": POOL_TIMEOUT_SECONDS}
     if url.get_backend_name() == "sqlite":
         options["connect_args"] = {"timeout": BUSY_TIMEOUT_SECONDS, "isolation_level": None}
+        options["pool_use_lifo"] = True  # few of them write, and have a large cache
     else:
         options |= {"isolation_level": "READ COMMITTED", "skip_autocommit_rollback": True}
         if url.get_driver_name() == "psycopg":
@@ -365,10 +408,28 @@ def _parse(url: str) -> URL:
     return parsed
 
 
-def _prepare_sqlite(connection: sqlite3.Connection, record: object) -> None:
+def _prepare_sqlite(connection: sqlite3.Connection, record: sa.pool.ConnectionPoolEntry) -> None:
     _switch_to_wal(connection)
-    for pragma in ("synchronous=FULL", "cache_size=-65536", "temp_store=MEMORY", "wal_autocheckpoint=20000"):
+    for pragma in ("synchronous=FULL", f"cache_size={_CACHE}", "temp_store=MEMORY", "wal_autocheckpoint=20000"):
         connection.execute(f"PRAGMA {pragma}")
+    path = connection.execute("PRAGMA database_list").fetchone()[2]
+    record.info[_FILES] = {name: _file_id(name) for name in (path, f"{path}-wal")}
+
+
+def _file_id(path: str) -> tuple[int, int] | None:
+    """Which file stands there now."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _is_read_only(error: BaseException) -> bool:
+    """A transaction that wanted to write met a server, or a session, that only reads."""
+    return any(
+        getattr(one, "sqlstate", None) == "25006" for one in (error, getattr(error, "orig", None), error.__cause__)
+    )
 
 
 def _switch_to_wal(connection: sqlite3.Connection) -> None:
@@ -387,6 +448,9 @@ def _switch_to_wal(connection: sqlite3.Connection) -> None:
 
 def _begin_sqlite(connection: sa.Connection) -> None:
     begin = connection.get_execution_options().get(_SQLITE_BEGIN)
+    if begin == _SQLITE_WRITE and not connection.info.get(_SQLITE_WRITE):
+        connection.exec_driver_sql(f"PRAGMA cache_size={_CACHE_OF_WRITERS}")
+        connection.info[_SQLITE_WRITE] = True
     if begin:
         connection.exec_driver_sql(begin)
 

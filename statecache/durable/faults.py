@@ -55,6 +55,7 @@ _SQLSTATES: dict[str, type[errors.StateCacheError]] = {
     "3F": errors.ConfigurationError,  # no such schema
     "42": errors.ConfigurationError,  # no such table or column, no privilege
     "54": Refused,
+    "P0": Refused,  # a trigger of the operator's raised it
 }
 _SQLITE_NAMES: dict[str, type[errors.StateCacheError]] = {
     "SQLITE_BUSY": Transient,

@@ -26,6 +26,8 @@ import sqlalchemy as sa
 GRACE_SECONDS = 0.5
 """A statement has so long, however near the deadline is; what is asked anew each time would never be answered else."""
 
+_ENDED_MIN = 1000
+
 
 class Watch:
     """A connection at work, by a descriptor of its own to its socket. ``is_cut`` when it ran out of its time."""
@@ -45,6 +47,7 @@ class Patience:
         self._changed = threading.Condition()
         self._watched: list[tuple[float, int, Watch]] = []
         self._numbers = itertools.count()
+        self._ended = 0
         self._thread: threading.Thread | None = None
 
     @contextlib.contextmanager
@@ -74,8 +77,10 @@ class Patience:
         with self._changed:
             heapq.heappush(self._watched, (time.monotonic() + seconds, next(self._numbers), watch))
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="statecache-sql-patience", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="statecache-sql-patience", daemon=True)
+                with contextlib.suppress(RuntimeError):  # none to be had: the next one tries again
+                    thread.start()
+                    self._thread = thread
             elif self._watched[0][2] is watch:
                 self._changed.notify()
         return watch
@@ -86,6 +91,11 @@ class Patience:
             return False
         with self._changed:
             descriptor, watch.descriptor = watch.descriptor, None
+            self._ended += 1
+            if self._ended > max(_ENDED_MIN, len(self._watched) // 2):  # under long deadlines they would pile up
+                self._watched = [one for one in self._watched if one[2].descriptor is not None]
+                heapq.heapify(self._watched)
+                self._ended = 0
         if descriptor is not None:
             os.close(descriptor)
         return watch.is_cut

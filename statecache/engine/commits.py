@@ -348,8 +348,8 @@ class GroupCommit:
             return
         try:
             found = self._durable.standing(addresses)
-        except errors.UnavailableError as error:
-            self._note(error, waiting)
+        except (errors.UnavailableError, errors.ConfigurationError, errors.IntegrityError) as error:
+            self._note(error, waiting)  # of SQL, which says nothing of the receipts
             return
         except Exception as error:
             if again:

@@ -39,7 +39,7 @@ import math
 import random
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import msgspec
 
@@ -157,6 +157,7 @@ class Flusher:
         self._told: dict[int, tuple[entry.EntryId, entry.EntryId]] = {}
         self._ahead: _Ahead | None = None
         self._first = 0
+        self._unsure: list[tuple[int, entry.EntryId, int]] = []
         self._rate = 0.0
         self._size = batch_entries
         self._data_bytes_each = 0.0
@@ -186,6 +187,8 @@ class Flusher:
         deadline = time.monotonic() + 5.0 if until is None else until
         size = min(self._size, self.batch_entries)
         rows = self.durable.partitions(numbers)
+        if self._unsure:
+            self._count_unsure(rows)
         pair = scripts.Stamp(rows[0].epoch, rows[0].owner)
         if any((row.epoch, row.owner) != (pair.epoch, pair.owner) for row in rows):
             return Step(0, True, {})  # a recovery is writing them at this very moment
@@ -195,6 +198,7 @@ class Flusher:
                 return Step(0, True, {})
         if pair != self._stamp:
             self._forget(pair)
+        self._first = (self._first + 1) % len(rows)
         look = self._foreseen(rows, pair) or self._look(self._in_turn(rows), size, pair, until)
         failpoints.hit("flusher.read")
         if look.refused:
@@ -231,7 +235,6 @@ class Flusher:
             seconds = time.monotonic() - started
             self._on_commit()
             self._measure(count, size, seconds)
-            self._metrics.add("statecache_flushed_transitions_total", count)
             self._metrics.observe("statecache_flush_batch_size", count)
             self._metrics.observe("statecache_flush_commit_seconds", seconds)
         self._after(rows, batches)
@@ -294,7 +297,7 @@ class Flusher:
         """Begin to look at what stands behind these batches."""
         last = {batch.row.partition: batch.last for batch in batches}
         behind = [msgspec.structs.replace(row, watermark=last.get(row.partition, row.watermark)) for row in rows]
-        self._ahead = _Ahead(functools.partial(self._look, self._in_turn(behind), size, pair, until), pair)
+        self._ahead = _Ahead(functools.partial(self._look, self._in_turn(behind, 1), size, pair, until), pair)
 
     def _start_ahead(self) -> None:
         """Let the look begin that was put off until SQL has something to do."""
@@ -347,10 +350,10 @@ class Flusher:
         self._holes.update(fresh)
         return is_mended
 
-    def _in_turn(self, rows: Sequence[PartitionRow]) -> list[PartitionRow]:
-        """Begin with another partition each time: the batch's size is shared, and the first ones take what they need."""
-        self._first = (self._first + 1) % len(rows)
-        return [*rows[self._first :], *rows[: self._first]]
+    def _in_turn(self, rows: Sequence[PartitionRow], ahead: int = 0) -> list[PartitionRow]:
+        """Begin with another partition each step: the batch's size is shared, and the first ones take what they need."""
+        first = (self._first + ahead) % len(rows)
+        return [*rows[first:], *rows[:first]]
 
     def _forget(self, pair: scripts.Stamp) -> None:
         self._cache.clear()
@@ -405,7 +408,7 @@ class Flusher:
         batches = sorted(batches, key=lambda batch: batch.row.partition)
         now_ms = int(time.time() * 1000)
         limit_seconds = FLUSH_SECONDS_MAX if self._size > BATCH_ENTRIES_MIN else TRANSACTION_SECONDS_MAX
-        with self.durable.flush_transaction(limit_seconds) as transaction:
+        with self._counted(batches), self.durable.flush_transaction(limit_seconds) as transaction:
             transaction.advance([batch.advance() for batch in batches])
             failpoints.hit("flusher.advanced")
             plan = batching.Plan(batches)
@@ -430,6 +433,23 @@ class Flusher:
         if count >= BATCH_ENTRIES_MIN:  # fewer say little of what comes
             self._note_data(plan.data_bytes / count)
         return plan.parked
+
+    @contextlib.contextmanager
+    def _counted(self, batches: Sequence[batching.Batch]) -> Iterator[None]:
+        """Count what a transaction moves; where it is unknown whether it has, the next step's look at SQL tells."""
+        moved = [(batch.row.partition, batch.last, len(batch.records)) for batch in batches]
+        try:
+            yield
+        except CommitUnknown:
+            self._unsure = moved
+            raise
+        self._metrics.add("statecache_flushed_transitions_total", sum(count for _, _, count in moved))
+
+    def _count_unsure(self, rows: Sequence[PartitionRow]) -> None:
+        watermarks = {row.partition: row.watermark for row in rows}
+        count = sum(count for partition, last, count in self._unsure if watermarks.get(partition) == last)
+        self._metrics.add("statecache_flushed_transitions_total", count)
+        self._unsure = []
 
     # --- after the commit --------------------------------------------------------------------------------------------
 
@@ -521,8 +541,9 @@ class Flusher:
                 failures, well = 0, True
             except Exception as error:  # also a mistake of ours: what is still well must not stop with it
                 failures += 1
-                well = not isinstance(error, errors.UnavailableError)
-                if not well:
+                # Others may have the right that this one lacks. Not so a contradiction in a log: it goes with its partition.
+                well = not isinstance(error, (errors.UnavailableError, errors.ConfigurationError))
+                if isinstance(error, errors.UnavailableError):
                     self._revive()
                 # A database that gave way to another writer is no news, unless it goes on so.
                 level = logging.INFO if isinstance(error, Transient) and failures < 5 else logging.WARNING
