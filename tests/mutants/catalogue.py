@@ -57,7 +57,7 @@ MUTANTS = [
         (
             Patch(
                 "statecache/engine/flusher.py",
-                "        with self.durable.flush_transaction(limit_seconds) as transaction:\n"
+                "        with self._counted(batches), self.durable.flush_transaction(limit_seconds) as transaction:\n"
                 "            transaction.advance([batch.advance() for batch in batches])\n",
                 "        with self.durable.flush_transaction(limit_seconds) as first:\n"
                 "            first.advance([batch.advance() for batch in batches])\n"
