@@ -67,7 +67,7 @@ class Settings(pydantic_settings.BaseSettings):
     """Folder of the embedded server and of the SQLite file. Not used when both URLs are given."""
 
     namespace: str = "statecache"
-    """First part of every Redis key: several stores may share a server under different namespaces."""
+    """First part of every Redis key: several stores may share a Redis under different namespaces. Each has a database."""
 
     partition_count: int = 16
     """Number of shards of a store. Fixed when the store is created; later it must be the same everywhere."""

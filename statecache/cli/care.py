@@ -19,6 +19,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Only tell what would be
 
 def register(app: typer.Typer) -> None:
     options.command(app, "doctor")(doctor)
+    options.command(app, "advise")(advise)
     letters = typer.Typer(help="Entries that SQL refused, and what waits behind them.", rich_markup_mode=None)
     app.add_typer(letters, name="dead-letters")
     options.command(letters, "list")(list_letters)
@@ -42,6 +43,24 @@ def doctor(store: options.Store) -> int:
         rows = [(one.verdict, one.name, one.found, one.advice) for one in checks]
         output.console().print(output.table(["", "check", "found", "advice"], rows))
     return exits.FOUND if any(one.verdict == engine_doctor.FAIL for one in checks) else exits.DONE
+
+
+def advise(store: options.Store) -> int:
+    """Which settings would fit the load that is there, with the figures that say so. Changes nothing."""
+    from statecache.engine import advise as engine_advise
+
+    with store.open() as cache:
+        found = engine_advise.advise(cache)
+    if store.as_json:
+        import msgspec
+
+        output.emit(msgspec.to_builtins(found))
+    elif not found.advice:
+        output.console().print("Nothing to advise: the settings fit what was measured.")
+    else:
+        rows = [(one.setting, one.now, one.advised, one.why) for one in found.advice]
+        output.console().print(output.table(["setting", "now", "advised", "why"], rows))
+    return exits.DONE
 
 
 def list_letters(

@@ -27,11 +27,19 @@ def identity(connection: sa.Connection) -> StoreRow:
 
 _store = schema.store.c
 _IDENTITY = sa.select(
-    _store.deployment, _store.protocol, _store.schema_version, _store.partition_count, _store.epoch, _store.owner
+    _store.deployment,
+    _store.protocol,
+    _store.schema_version,
+    _store.partition_count,
+    _store.epoch,
+    _store.owner,
+    _store.namespace,
 ).where(_store.id == 1)
 
 
-def check(database: engine.Database, partition_count: int | None, create: bool, now_ms: int) -> None:
+def check(
+    database: engine.Database, partition_count: int | None, namespace: str | None, create: bool, now_ms: int
+) -> None:
     """Refuse a database that this version of the package cannot work with; with ``create``, fill an empty one."""
     _check_encoding(database)
     found = migrate.revision(database)
@@ -42,8 +50,8 @@ def check(database: engine.Database, partition_count: int | None, create: bool, 
     else:
         _check_revision(database, found)
     if create:
-        _create(database, PARTITION_COUNT if partition_count is None else partition_count, now_ms)
-    _check_store(database, database.read(identity), partition_count)
+        _create(database, PARTITION_COUNT if partition_count is None else partition_count, namespace or "", now_ms)
+    _check_store(database, database.read(identity), partition_count, namespace)
 
 
 def _check_encoding(database: engine.Database) -> None:
@@ -72,7 +80,14 @@ def _check_revision(database: engine.Database, found: str) -> None:
     )
 
 
-def _create(database: engine.Database, partition_count: int, now_ms: int) -> None:
+def adopt(database: engine.Database, namespace: str) -> None:
+    """Note the namespace of a store that tells none: a client has found its Redis there."""
+    noted = sa.update(schema.store).where(_store.id == 1, _store.namespace == "").values(namespace=namespace)
+    with database.transaction() as connection:
+        connection.execute(noted)
+
+
+def _create(database: engine.Database, partition_count: int, namespace: str, now_ms: int) -> None:
     """Make the store's row and its partitions, unless somebody has."""
     if database.read(lambda connection: connection.execute(_IDENTITY).first()) is not None:
         return
@@ -82,7 +97,7 @@ def _create(database: engine.Database, partition_count: int, now_ms: int) -> Non
         )
     row = {
         "id": 1, "deployment": str(uuid.uuid4()), "protocol": schema.PROTOCOL, "schema_version": schema.SCHEMA_VERSION,
-        "partition_count": partition_count, "epoch": 0, "owner": "", "created_ms": now_ms,
+        "partition_count": partition_count, "epoch": 0, "owner": "", "created_ms": now_ms, "namespace": namespace,
     }  # fmt: skip
     nothing = {"epoch": 0, "owner": "", "watermark_epoch": 0, "watermark_seq": 0}
     nothing |= {"tail_epoch": 0, "tail_seq": 0, "tail_seen_ms": 0}
@@ -96,7 +111,9 @@ def _create(database: engine.Database, partition_count: int, now_ms: int) -> Non
             connection.execute(sa.insert(schema.leases), free)
 
 
-def _check_store(database: engine.Database, store: StoreRow, partition_count: int | None) -> None:
+def _check_store(
+    database: engine.Database, store: StoreRow, partition_count: int | None, namespace: str | None
+) -> None:
     if store.protocol != schema.PROTOCOL:
         raise errors.ConfigurationError(
             f"{database.name} holds a store of protocol {store.protocol}, this version of statecache speaks "
@@ -107,4 +124,9 @@ def _check_store(database: engine.Database, store: StoreRow, partition_count: in
         raise errors.ConfigurationError(
             f"{database.name} holds a store of {store.partition_count} partitions, the settings say {partition_count}: "
             "the number is fixed when a store is created; correct the settings"
+        )
+    if namespace and store.namespace not in ("", namespace):
+        raise errors.ConfigurationError(
+            f"{database.name} holds the store of namespace {store.namespace!r}, the settings say {namespace!r}: correct the "
+            "namespace, or name another database (--database-url, --data-dir): each store has one of its own"
         )

@@ -28,6 +28,7 @@ class StoreRow(msgspec.Struct, frozen=True):
     partition_count: int
     epoch: int
     owner: str
+    namespace: str
 
 
 class PartitionRow(msgspec.Struct, frozen=True):

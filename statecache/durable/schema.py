@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sqlalchemy as sa
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 PROTOCOL = 1
 
 metadata = sa.MetaData()
@@ -34,6 +34,8 @@ store = sa.Table(
     sa.Column("epoch", sa.BigInteger, nullable=False),
     sa.Column("owner", TOKEN, nullable=False),
     sa.Column("created_ms", sa.BigInteger, nullable=False),
+    # Empty where the store is older than this column, until a client is admitted.
+    sa.Column("namespace", TOKEN, nullable=False, server_default=sa.text("''")),
 )
 
 # Epoch and owner stand in every row, so that a recovery's write conflicts with an open flush transaction (hole H1).

@@ -38,18 +38,24 @@ class DurableStore:
 
     @classmethod
     def connect(
-        cls, url: str, *, partition_count: int | None = 16, create: bool = True, now_ms: int = 0
+        cls,
+        url: str,
+        *,
+        partition_count: int | None = 16,
+        namespace: str | None = None,
+        create: bool = True,
+        now_ms: int = 0,
     ) -> DurableStore:
         """Connect and check that this is a store that this version of the package can work with.
 
         With ``create``, a database without our tables gets them, and a store of ``partition_count`` partitions (16 for
         None) is made, noted as created at ``now_ms``; two processes doing so at once end with the same store.
-        ``partition_count=None`` takes the store as it is. Raises ``ConfigurationError`` (URL, driver, login, schema
-        version, partition count) or ``UnavailableError``.
+        ``partition_count=None`` and ``namespace=None`` take the store as it is. Raises ``ConfigurationError`` (URL, driver,
+        login, schema version, partition count, namespace) or ``UnavailableError``.
         """
         database = engine.open_database(url)
         try:
-            connecting.check(database, partition_count, create, now_ms)
+            connecting.check(database, partition_count, namespace, create, now_ms)
         except BaseException:
             database.close()
             raise
@@ -69,6 +75,10 @@ class DurableStore:
     def identity(self) -> StoreRow:
         """Return the store's row: deployment, versions, and the epoch and owner that count."""
         return self.database.read(connecting.identity)
+
+    def adopt(self, namespace: str) -> None:
+        """Note the namespace that a store from before schema version 4 belongs to; no other one is let in any more."""
+        connecting.adopt(self.database, namespace)
 
     def partitions(self, numbers: Sequence[int] | None = None) -> list[PartitionRow]:
         """Return the partitions' rows (all of them for None), by number, in one snapshot."""

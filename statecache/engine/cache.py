@@ -174,6 +174,7 @@ class StateCache:
             durable = DurableStore.connect(
                 database_url,
                 partition_count=settings.partition_count if explicit else None,
+                namespace=settings.namespace,
                 create=create,
                 now_ms=int(time.time() * 1000),
             )
@@ -207,6 +208,8 @@ class StateCache:
     def _admit_at_connect(self) -> None:
         try:
             self.admission.ensure("EPOCH", self.deadline(None))
+            if not self.durable.identity().namespace:
+                self.durable.adopt(self.settings.namespace)
         except errors.RecoveringError as error:
             _log.warning("connected, but not admitted: %s", error)
 

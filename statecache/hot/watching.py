@@ -124,6 +124,24 @@ def newest_older(hot: HotStore, partition: int, watermark: entry.EntryId, than_m
     return newest
 
 
+def sizes(hot: HotStore, addresses: Sequence[tuple[str, str]]) -> list[tuple[int, str]]:
+    """The bytes and the encoding of the hash of each that is hot; none where the server does not let us look.
+
+    Raises ``UnavailableError``.
+    """
+    keyspace = hot.keyspace
+    keys = [keyspace.instance(keyspace.partition_of(*one), *one) for one in addresses]
+    commands = []
+    for key in keys:
+        commands += [resp.command("MEMORY", "USAGE", key), resp.command("OBJECT", "ENCODING", key)]
+    replies = _replies(hot, commands, refusable=True)
+    return [
+        (size, encoding.decode())
+        for size, encoding in zip(replies[::2], replies[1::2], strict=True)
+        if isinstance(size, int) and isinstance(encoding, bytes)
+    ]
+
+
 def _records(partition: int, reply: Sequence[Any]) -> list[entry.Entry]:
     """The entries of an XRANGE reply, those too that statecache did not write."""
     found = []
@@ -133,14 +151,15 @@ def _records(partition: int, reply: Sequence[Any]) -> list[entry.Entry]:
     return found
 
 
-def _replies(hot: HotStore, commands: Sequence[bytes]) -> list[Any]:
-    """A reply for each command. All are read before an error is raised: the wire is used again."""
+def _replies(hot: HotStore, commands: Sequence[bytes], *, refusable: bool = False) -> list[Any]:
+    """A reply for each command. All are read before an error is raised: the wire is used again. ``refusable``: an error reply
+    is a reply."""
     try:
         with hot.wires.wire() as line:
             line.send(b"".join(commands))
             replies = line.read_many(len(commands))
         for reply in replies:
-            if isinstance(reply, redis.ResponseError):
+            if isinstance(reply, redis.ResponseError) and not refusable:
                 raise reply
     except (redis.RedisError, OSError) as error:
         raise failures.translated(error, "metrics") from error

@@ -33,7 +33,7 @@ def nowhere(redis_url: str, database_url: str, namespace: str) -> list[str]:
 @pytest.mark.parametrize("command", [
     ["status"], ["doctor"], ["verify"], ["recover", "--dry-run"], ["recover"], ["where", "order:1"], ["history", "order:1"],
     ["ls", "order"], ["machine", "list"], ["dead-letters", "list"], ["evict", "--dry-run"], ["warm", "--dry-run"], ["claims"],
-    ["retention", "--older-than", "1d", "--delete", "--dry-run"], ["transition", "order:1", "pay"],
+    ["advise"], ["retention", "--older-than", "1d", "--delete", "--dry-run"], ["transition", "order:1", "pay"],
 ], ids=" ".join)  # fmt: skip
 def test_a_look_at_empty_servers_makes_no_store(
     nowhere: list[str], redis_url: str, database_url: str, namespace: str, command: list[str]

@@ -8,6 +8,8 @@ import os
 import pickle
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -1222,6 +1224,28 @@ def test_one_namespace_has_one_store(redis_url: str, sqlite_url: str, namespace:
         other = world.more().machine(Order)
         assert other.transition("1", "note").version == 2
         assert world.durable.identity().epoch == epoch
+
+
+@pytest.mark.parametrize("kind", ["connect", "embedded"])
+def test_another_namespace_is_refused(
+    redis_url: str, database_url: str, namespace: str, data_folder: Path, kind: str
+) -> None:
+    """P3, P9. It would find nothing of the store in Redis, take it for wiped, and write versions that are there already; the
+    clients of the right one would do the same in their turn."""
+    places: dict[str, Any] = {"redis_url": redis_url, "database_url": database_url} if kind == "connect" else {}
+    open_store = (
+        partial(StateCache.connect, **places) if kind == "connect" else partial(StateCache.embedded, data_folder)
+    )
+    with open_store(namespace=namespace) as cache:
+        orders = cache.machine(Order)
+        orders.start("1")
+        cache.flush()
+        before = cache.durable.identity()
+        with pytest.raises(errors.ConfigurationError, match="correct the namespace"):
+            open_store(namespace=f"{namespace}x")
+        assert cache.durable.identity() == before
+        assert orders.transition("1", "note").version == 2
+        cache.flush()
 
 
 def test_auto_recover_off_waits_for_an_operator(redis_url: str, sqlite_url: str, namespace: str) -> None:

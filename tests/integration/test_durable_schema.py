@@ -112,6 +112,16 @@ def test_a_new_store(database_url: str) -> None:
     again.close()
 
 
+def test_a_store_has_one_namespace(database_url: str) -> None:
+    """Another one would find nothing in Redis, and take the store for wiped."""
+    DurableStore.connect(database_url, namespace="shop").close()
+    for namespace in ("shop", None):
+        DurableStore.connect(database_url, namespace=namespace, create=False).close()
+    for create in (True, False):
+        with pytest.raises(errors.ConfigurationError, match="'shop', the settings say 'shpo': correct the namespace"):
+            DurableStore.connect(database_url, namespace="shpo", create=create)
+
+
 def test_settings_that_decide_durability(database_url: str) -> None:
     store = DurableStore.connect(database_url)
     settings = store.durability_settings()
@@ -184,6 +194,10 @@ def test_a_store_of_the_first_schema_is_upgraded_with_its_data(database_url: str
     store = DurableStore.connect(database_url, partition_count=None)
     assert (store.identity().schema_version, store.identity().epoch) == (schema.SCHEMA_VERSION, 1)
     assert recoveries.recoveries(store)[0].process is None
+    assert store.identity().namespace == ""
+    store.adopt("first")
+    store.adopt("second")
+    assert store.identity().namespace == "first"
     leases.join(store, "me", "here", 1, "", 1000)
     leases.take(store, "me", [0, 1, 2], [])
     assert leases.look(store)[0].partitions == (0, 1, 2)
