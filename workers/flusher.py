@@ -23,7 +23,6 @@ from statecache.core import errors
 from statecache.engine.cache import StateCache
 from statecache.engine.flusher import Step
 from statecache.engine.leases import leave_quietly
-from statecache.settings import systemd_variables
 from workers.notify import Notifier
 
 _log = logging.getLogger(__name__)
@@ -123,8 +122,8 @@ def run(cache: StateCache, tell: Told = log_progress, notifier: Notifier | None 
     Raises ``StopNow`` at the second signal.
     """
     progress = Progress(tell)
-    notifier = notifier or Notifier(*systemd_variables())
-    leases = cache.leases
+    notifier = notifier or Notifier(None)
+    leases, loop = cache.leases, threading.current_thread()
 
     def turn() -> None:
         notifier.turn(
@@ -132,6 +131,11 @@ def run(cache: StateCache, tell: Told = log_progress, notifier: Notifier | None 
             f"{progress.total} transitions flushed"
         )
 
+    def turn_recovering() -> None:
+        if threading.current_thread() is loop:  # a duty that recovers says nothing about the loop
+            turn()
+
+    cache.on_recovering = turn_recovering
     with stopping(cache.flusher.wake.set) as stop, rare_collections():
         _log.info("flushing as %s", leases.name)
         try:
