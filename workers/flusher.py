@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 import signal
 import threading
 import time
@@ -29,6 +30,8 @@ _log = logging.getLogger(__name__)
 _TELL_SECONDS = 5.0
 _ONCE_SECONDS = 5.0
 _AGAIN_SECONDS = 0.2
+_HOLE_SECONDS = 60.0
+"""How often a hole that stays is told of again."""
 
 Told = Callable[[int, float, int], None]
 """Receives how many entries were flushed in how many seconds, and how many since the start."""
@@ -88,12 +91,14 @@ def rare_collections() -> Iterator[None]:
 
 
 class Progress:
-    """Adds up steps, and tells of them every few seconds while there is something to tell."""
+    """Adds up steps, and tells of them every few seconds while there is something to tell; of a hole when it is found, and
+    every minute while it stays."""
 
     def __init__(self, tell: Told) -> None:
         self._tell = tell
         self._entries = 0
         self._since = time.monotonic()
+        self._holes: dict[int, tuple[str, float]] = {}
         self.total = 0
 
     def step(self, step: Step) -> None:
@@ -101,9 +106,18 @@ class Progress:
         self._entries += step.entries
         self.total += step.entries
         for partition, hole in step.stopped.items():
-            _log.error("%s; its partition waits for 'statecache recover'", hole, extra={"partition": partition})
+            self._tell_hole(partition, hole)
         if time.monotonic() - self._since >= _TELL_SECONDS:
             self.tell()
+
+    def _tell_hole(self, partition: int, hole: str) -> None:
+        now = time.monotonic()
+        told, at = self._holes.get(partition, ("", -math.inf))
+        if now - at >= (
+            _HOLE_SECONDS if hole == told else _TELL_SECONDS
+        ):  # its text may change with each entry written
+            self._holes[partition] = hole, now
+            _log.error("%s; its partition waits for 'statecache recover'", hole, extra={"partition": partition})
 
     def tell(self) -> None:
         now = time.monotonic()
