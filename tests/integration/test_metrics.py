@@ -249,6 +249,19 @@ def test_dead_letters_and_discards(world: World) -> None:
     assert found["lost_transitions_total", ("discarded",)] == 2
 
 
+def test_a_strangers_record_that_is_discarded_is_no_loss(world: World) -> None:
+    world.start("1", ["pay"])
+    world.flush()
+    world.client.xadd(world.keyspace.log(0), {"e": "not ours"}, id=f"{world.durable.identity().epoch}-*")
+    world.flush()
+    look = looking(world.cache)
+    assert look()["dead_letters", ()] == 1
+    for address in world.durable.parked_instances():
+        assert letters.discard(world.cache, *address) == 1
+    found = look()
+    assert (found["dead_letters", ()], found["lost_transitions_total", ("discarded",)]) == (0, 0)
+
+
 def test_a_recovery_that_runs_and_one_that_died(world: World) -> None:
     """A recoverer takes the epoch in SQL and dies there; it never says that it failed. A later one supersedes it."""
     look = looking(world.cache)
