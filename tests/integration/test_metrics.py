@@ -157,6 +157,19 @@ def test_lag_is_the_age_of_the_oldest_transition_that_is_not_in_sql(world: World
     assert found["flushed_timestamp_seconds", (str(partition),)] == pytest.approx(world.hot.time_ms() / 1000, abs=60)
 
 
+def test_a_recovery_counts_as_a_flush_that_moved(world: World) -> None:
+    """It notes the log's end too, where the watermark stands still; what the gauge says of itself names both."""
+    look = looking(world.cache)
+    world.start("1", ["pay"])
+    world.flush()
+    before, watermarks = of(look(), "flushed_timestamp_seconds"), [row.watermark for row in world.durable.partitions()]
+    report = world.cache.recover()
+    assert [row.watermark for row in world.durable.partitions()] == watermarks
+    after = of(look(), "flushed_timestamp_seconds")
+    assert all(after[partition] >= report.started_ms / 1000 >= at for partition, at in before.items())
+    assert "or a recovery" in metrics.FAMILIES["statecache_flushed_timestamp_seconds"].help
+
+
 def test_lag_and_backlog_across_recoveries(world: World) -> None:
     """Intact recoveries put their marks between unflushed entries: marks are no transitions, entries before them count."""
     look = looking(world.cache)
