@@ -104,7 +104,9 @@ STORE: Mapping[str, Family] = {
     "statecache_backlog_limit_entries": Family(GAUGE, "Backlog of a partition at which writers are refused, SQL being away."),
     "statecache_lag_target_seconds": Family(GAUGE, "Wanted upper bound of the flush lag while SQL is healthy."),
     "statecache_flushed_timestamp_seconds": Family(
-        GAUGE, "When the partition's watermark last moved in SQL (Unix time; 0: never).", ("partition",)
+        GAUGE,
+        "When a flush that moved the partition's watermark, or a recovery, last looked at its log (Unix time; 0: never).",
+        ("partition",),
     ),
     "statecache_flushers": Family(GAUGE, "Flushers whose heartbeat in SQL is fresh, wherever they run."),
     "statecache_epoch": Family(GAUGE, "Incarnation of the hot data set: one more at every recovery."),

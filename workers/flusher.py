@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 import signal
 import threading
 import time
@@ -23,13 +24,14 @@ from statecache.core import errors
 from statecache.engine.cache import StateCache
 from statecache.engine.flusher import Step
 from statecache.engine.leases import leave_quietly
-from statecache.settings import systemd_variables
 from workers.notify import Notifier
 
 _log = logging.getLogger(__name__)
 _TELL_SECONDS = 5.0
 _ONCE_SECONDS = 5.0
 _AGAIN_SECONDS = 0.2
+_HOLE_SECONDS = 60.0
+"""How often a hole that stays is told of again."""
 
 Told = Callable[[int, float, int], None]
 """Receives how many entries were flushed in how many seconds, and how many since the start."""
@@ -89,12 +91,14 @@ def rare_collections() -> Iterator[None]:
 
 
 class Progress:
-    """Adds up steps, and tells of them every few seconds while there is something to tell."""
+    """Adds up steps, and tells of them every few seconds while there is something to tell; of a hole when it is found, and
+    every minute while it stays."""
 
     def __init__(self, tell: Told) -> None:
         self._tell = tell
         self._entries = 0
         self._since = time.monotonic()
+        self._holes: dict[int, tuple[str, float]] = {}
         self.total = 0
 
     def step(self, step: Step) -> None:
@@ -102,9 +106,18 @@ class Progress:
         self._entries += step.entries
         self.total += step.entries
         for partition, hole in step.stopped.items():
-            _log.error("%s; its partition waits for 'statecache recover'", hole, extra={"partition": partition})
+            self._tell_hole(partition, hole)
         if time.monotonic() - self._since >= _TELL_SECONDS:
             self.tell()
+
+    def _tell_hole(self, partition: int, hole: str) -> None:
+        now = time.monotonic()
+        told, at = self._holes.get(partition, ("", -math.inf))
+        if now - at >= (
+            _HOLE_SECONDS if hole == told else _TELL_SECONDS
+        ):  # its text may change with each entry written
+            self._holes[partition] = hole, now
+            _log.error("%s; its partition waits for 'statecache recover'", hole, extra={"partition": partition})
 
     def tell(self) -> None:
         now = time.monotonic()
@@ -123,8 +136,8 @@ def run(cache: StateCache, tell: Told = log_progress, notifier: Notifier | None 
     Raises ``StopNow`` at the second signal.
     """
     progress = Progress(tell)
-    notifier = notifier or Notifier(*systemd_variables())
-    leases = cache.leases
+    notifier = notifier or Notifier(None)
+    leases, loop = cache.leases, threading.current_thread()
 
     def turn() -> None:
         notifier.turn(
@@ -132,6 +145,11 @@ def run(cache: StateCache, tell: Told = log_progress, notifier: Notifier | None 
             f"{progress.total} transitions flushed"
         )
 
+    def turn_recovering() -> None:
+        if threading.current_thread() is loop:  # a duty that recovers says nothing about the loop
+            turn()
+
+    cache.on_recovering = turn_recovering
     with stopping(cache.flusher.wake.set) as stop, rare_collections():
         _log.info("flushing as %s", leases.name)
         try:

@@ -1,8 +1,9 @@
 """What systemd is told (``Type=notify``): ready, what is going on, a sign of life, stopping. Nothing, unless it asked for it.
 
 The protocol is one datagram of ``NAME=value`` lines to a Unix socket (sd_notify(3)). A socket that is not there is no reason to
-stop: it is logged once. The sign of life is given by whoever calls ``turn``, and that is the loop of the flusher: one that
-hangs falls silent, and systemd starts it again.
+stop: it is logged once. The sign of life is given by whoever calls ``turn``, and that is the loop of the flusher, and a
+recovery within it: one that hangs falls silent, and systemd starts it again. A recovery may come before the loop does, too,
+and take longer than a start may: ``starting`` asks for more time.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import time
 
 _log = logging.getLogger(__name__)
 _STATUS_SECONDS = 5.0
+_START_SILENCE_SECONDS = 180
+"""How long nothing may be heard from a recovery at the start: more than its longest transaction."""
 
 
 class Notifier:
@@ -26,6 +29,10 @@ class Notifier:
         self._status_at = 0.0
         self._ready = False
         self._failed = False
+
+    def starting(self) -> None:
+        """Say that a recovery is under way before we can be ready, and may go on."""
+        self._send([f"EXTEND_TIMEOUT_USEC={_START_SILENCE_SECONDS * 1_000_000}", "STATUS=recovering"])
 
     def turn(self, status: str) -> None:
         """Say that the loop turns, as often as is wanted; the first time, that everything is ready."""

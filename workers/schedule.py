@@ -99,7 +99,7 @@ def enqueue_due(queue: queues.SafeQueue, periodic: Periodic, now_seconds: float)
         note: Any = pipeline.get(key)
         last = _note(note)
         ahead = -1 if last is None or last["interval"] != periodic.interval_seconds else last["period"] - period
-        if 0 <= ahead * periodic.interval_seconds <= _CLOCKS_DIFFER_SECONDS:
+        if ahead == 0 or (ahead > 0 and last is not None and last["at"] - now_seconds <= _CLOCKS_DIFFER_SECONDS):
             return None
         if last is not None and pipeline.hget(queues.SafeJob.key_for(str(last["id"])), "status") in _UNDER_WAY:
             return None
@@ -153,8 +153,10 @@ def _note(text: bytes | None) -> dict[str, Any] | None:
     """The note, or None if there is none that we wrote."""
     try:
         note = json.loads(text or b"null")
-        return {"interval": float(note["interval"]), "period": int(note["period"]), "id": str(note["id"])}
-    except (ValueError, TypeError, KeyError, RecursionError):
+        return {
+            "interval": float(note["interval"]), "period": int(note["period"]), "id": str(note["id"]), "at": float(note["at"]),
+        }  # fmt: skip
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return None
 
 

@@ -91,7 +91,14 @@ class Store:
         settings = self.settings()
         logs.to_stderr(logging.getLevelNamesMapping()[settings.log_level.upper()], settings.log_format)
 
-    def open(self, *, create: bool = False, flusher: bool = False, **more: Any) -> StateCache:
+    def open(
+        self,
+        *,
+        create: bool = False,
+        flusher: bool = False,
+        on_recovering: Callable[[], None] = lambda: None,
+        **more: Any,
+    ) -> StateCache:
         """Open the store; without ``create`` it must be there already: a look at the wrong folder or database makes nothing.
 
         ``more`` are settings that win over all others.
@@ -106,7 +113,7 @@ class Store:
                 f"there is no store in the folder {settings.data_dir}: name another one (--data-dir), a server "
                 "(--redis-url and --database-url), or begin one with 'statecache up', 'machine register' or 'import'"
             )
-        return StateCache.open(settings, flusher=flusher, create=create)
+        return StateCache.open(settings, flusher=flusher, create=create, on_recovering=on_recovering)
 
     def open_for_writing(self, *, create: bool = False) -> StateCache:
         """Open the store for a command that writes: an embedded one is flushed by the command itself, before it ends."""

@@ -74,15 +74,21 @@ def flusher(
     Progress is logged; with --json it is a line of JSON every few seconds.
     """
     from statecache.engine import watching
+    from statecache.settings import systemd_variables
     from workers import flusher as worker
+    from workers.notify import Notifier
 
     store.log()
+    notifier = Notifier(*systemd_variables())
     try:
-        with store.open(create=True) as cache, watching.endpoint(cache, metrics_port):
+        with (
+            store.open(create=True, on_recovering=notifier.starting) as cache,
+            watching.endpoint(cache, metrics_port),
+        ):
             if once:
                 worker.once(cache)
             else:
-                worker.run(cache, _tell_json if store.as_json else worker.log_progress)
+                worker.run(cache, _tell_json if store.as_json else worker.log_progress, notifier)
     except worker.StopNow as now:
         return 128 + now.number
     return exits.DONE

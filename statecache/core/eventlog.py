@@ -204,10 +204,12 @@ _SCALES = ((1e11, 1), (1e14, 1e3), (1e17, 1e6), (1e20, 1e9))
 def moment(value: object) -> datetime:
     """Read a timestamp: ISO 8601 in its variants, or seconds (milli, micro, nanoseconds, told by size) since 1970.
 
-    Without an offset it is UTC. Raises ``ValueError`` with the rule. Dates whose order of day and month would have to be
-    guessed (``03/04/2024``) are refused.
+    Without an offset it is UTC. Eight digits are a date (20240531), also where the file holds them as a number. Raises
+    ``ValueError`` with the rule. Dates whose order of day and month would have to be guessed (``03/04/2024``) are refused.
     """
     try:
+        if isinstance(value, int) and 10_000_000 <= value <= 99_999_999:
+            return _iso(str(value))
         if isinstance(value, str):
             text = value.strip()
             if not _NUMBER.fullmatch(text):

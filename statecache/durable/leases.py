@@ -11,13 +11,11 @@ or forward, a heartbeat too far in the future is no heartbeat either: nothing la
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import msgspec
 import sqlalchemy as sa
-from sqlalchemy.ext.compiler import compiles
 
-from statecache.durable import schema
+from statecache.durable import clock, schema
 from statecache.durable.store import DurableStore
 
 FORGOTTEN_AFTER_MS = 3_600_000
@@ -45,38 +43,11 @@ class FlusherRow(msgspec.Struct, frozen=True):
     partitions: tuple[int, ...] = ()
 
 
-class _Now(sa.ColumnElement[int]):
-    """The database's clock, in milliseconds since 1970. SQLite's is that of the one host that its file is on."""
-
-    inherit_cache = True
-    type = sa.BigInteger()
-
-
-@compiles(_Now)
-def _now(element: _Now, compiler: Any, **_: object) -> str:
-    return "CAST(EXTRACT(EPOCH FROM CURRENT_TIMESTAMP) * 1000 AS BIGINT)"
-
-
-@compiles(_Now, "postgresql")
-def _now_postgresql(element: _Now, compiler: Any, **_: object) -> str:
-    return "CAST(EXTRACT(EPOCH FROM clock_timestamp()) * 1000 AS BIGINT)"
-
-
-@compiles(_Now, "sqlite")
-def _now_sqlite(element: _Now, compiler: Any, **_: object) -> str:
-    return "CAST((julianday('now') - 2440587.5) * 86400000.0 AS INTEGER)"
-
-
-@compiles(_Now, "mysql", "mariadb")
-def _now_mysql(element: _Now, compiler: Any, **_: object) -> str:
-    return "CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED)"
-
-
-_BEAT = sa.update(schema.flushers).where(_flushers.name == sa.bindparam("me")).values(beat_ms=_Now())
+_BEAT = sa.update(schema.flushers).where(_flushers.name == sa.bindparam("me")).values(beat_ms=clock.Now())
 _LOOK = (
     sa.select(
         _flushers.name, _flushers.host, _flushers.pid, _flushers.place, _flushers.started_ms,
-        (_Now() - _flushers.beat_ms).label("silent_ms"), _flushers.lease_ms, _leases.partition,
+        (clock.Now() - _flushers.beat_ms).label("silent_ms"), _flushers.lease_ms, _leases.partition,
     )
     .select_from(schema.flushers.outerjoin(schema.leases, _leases.holder == _flushers.name))
     .order_by(_flushers.name, _leases.partition)
@@ -93,9 +64,9 @@ def join(store: DurableStore, name: str, host: str, pid: int, place: str, lease_
     row = {"name": name, "host": host, "pid": pid, "place": place, "lease_ms": lease_ms}
 
     def write(connection: sa.Connection) -> None:
-        gone = _Now() - _flushers.beat_ms > FORGOTTEN_AFTER_MS
+        gone = clock.Now() - _flushers.beat_ms > FORGOTTEN_AFTER_MS
         connection.execute(sa.delete(schema.flushers).where(gone | (_flushers.name == name)))
-        connection.execute(sa.insert(schema.flushers).values(**row, started_ms=_Now(), beat_ms=_Now()))
+        connection.execute(sa.insert(schema.flushers).values(**row, started_ms=clock.Now(), beat_ms=clock.Now()))
 
     store.database.alone(write)
 
@@ -119,7 +90,9 @@ def take(store: DurableStore, name: str, partitions: Sequence[int], dead: Sequen
     more); ``look`` tells which ones that were."""
     free = _leases.holder.in_(["", *dead]) | _leases.holder.not_in(sa.select(_flushers.name))
     statement = (
-        sa.update(schema.leases).where(_leases.partition.in_(partitions), free).values(holder=name, since_ms=_Now())
+        sa.update(schema.leases)
+        .where(_leases.partition.in_(partitions), free)
+        .values(holder=name, since_ms=clock.Now())
     )
     store.database.alone(lambda connection: connection.execute(statement))
 
@@ -129,7 +102,7 @@ def give_back(store: DurableStore, name: str, partitions: Sequence[int]) -> None
     statement = (
         sa.update(schema.leases)
         .where(_leases.partition.in_(partitions), _leases.holder == name)
-        .values(holder="", since_ms=_Now())
+        .values(holder="", since_ms=clock.Now())
     )
     store.database.alone(lambda connection: connection.execute(statement))
 
@@ -138,7 +111,9 @@ def leave(store: DurableStore, name: str) -> None:
     """Let go of everything and be forgotten: others take over at their next heartbeat."""
 
     def write(connection: sa.Connection) -> None:
-        connection.execute(sa.update(schema.leases).where(_leases.holder == name).values(holder="", since_ms=_Now()))
+        connection.execute(
+            sa.update(schema.leases).where(_leases.holder == name).values(holder="", since_ms=clock.Now())
+        )
         connection.execute(sa.delete(schema.flushers).where(_flushers.name == name))
 
     store.database.alone(write)

@@ -7,6 +7,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from statecache.core import entry
 from statecache.durable import schema
 from statecache.durable.rows import RecoveryRow
 from statecache.durable.store import DurableStore
@@ -20,7 +21,7 @@ _recoveries = schema.recoveries.c
 _SOME_LETTERS = sa.select(_letters.machine, _letters.id).limit(LETTERS_COUNTED_MAX).subquery()
 _LETTERS = sa.select(sa.func.count()).select_from(_SOME_LETTERS)
 _PARKED = sa.select(sa.func.count()).select_from(sa.select(_SOME_LETTERS).distinct().subquery())
-_DISCARDED = sa.select(sa.func.count()).select_from(schema.discards)
+_DISCARDED = sa.select(sa.func.count()).where(schema.discards.c.machine != entry.FOREIGN)
 _INSTANCES = sa.select(_counts.machine, _counts.state, sa.func.sum(_counts.count)).group_by(
     _counts.machine, _counts.state
 )
@@ -36,7 +37,7 @@ def letters(store: DurableStore) -> tuple[int, int]:
 
 
 def discarded(store: DurableStore) -> int:
-    """Entries that operators have discarded."""
+    """Transitions that operators have discarded; a stranger's record was none."""
     return store.database.read(lambda connection: connection.execute(_DISCARDED).scalar_one())
 
 

@@ -62,8 +62,11 @@ class StateCache:
         *,
         server: EmbeddedServer | None = None,
         metrics: metering.Metrics | CollectorRegistry | None = None,
+        on_recovering: Callable[[], None] = lambda: None,
     ) -> None:
         self.settings = settings
+        self.on_recovering = on_recovering
+        """Called about once a second while this process recovers, by the thread that does."""
         self.metrics = metering.of(metrics)
         """What this process counts; ``metrics.registry`` is the Prometheus registry, ``metrics.text()`` its text."""
         self.hot = hot
@@ -158,6 +161,7 @@ class StateCache:
         flusher: bool = False,
         create: bool = True,
         metrics: metering.Metrics | CollectorRegistry | None = None,
+        on_recovering: Callable[[], None] = lambda: None,
     ) -> Self:
         """Open what the settings name: see ``connect``. Without ``create`` there must be a store in the database already."""
         failpoints.arm(failpoint_variable())
@@ -191,7 +195,7 @@ class StateCache:
                 instance_fields_max=settings.instance_fields_max,
             )
             servers.check(hot.server_facts())
-            cache = cls(settings, hot, durable, server=server, metrics=metrics)
+            cache = cls(settings, hot, durable, server=server, metrics=metrics, on_recovering=on_recovering)
             cache._admit_at_connect()
             if settings.durability in CONFIRMED:
                 cache.confirmation(settings.durability, cache.deadline(None))
@@ -544,6 +548,7 @@ class StateCache:
             backlog_limit=self.settings.backlog_limit_entries,
             dry_run=dry_run,
             progress=progress,
+            on_beat=self.on_recovering,
         )
 
     def _recover_hole(self, hole: str) -> bool:

@@ -1,8 +1,8 @@
 """A machine's history as a file: JSON lines or CSV, a line per transition, by instance and version.
 
-It is written under another name, step by step; each step's ``Step`` says how long the file is then, so that whoever
-goes on after a death cuts off what was written behind it. At the end the file is flushed to the disk and gets its
-name.
+It is written under another name, step by step; each step's ``Step`` says how long the file on the disk is then, so that
+whoever goes on after a death cuts off what was written behind it, and begins anew where the file is shorter. At the end
+it gets its name.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def run(cache: StateCache, machine: str, path: Path, step: Step | None = None) -
         raise errors.NotFoundError(f"no machine {machine!r} is registered here")
     form, packed = _form(path)
     part = _part(path)
-    step = step or Step(0, 0, "")
+    if step is None or part.stat().st_size < step.bytes:  # shorter than was noted: another disk, or somebody cut it
+        step = Step(0, 0, "")
     with part.open("r+b" if step.bytes else "wb") as file:
         file.truncate(step.bytes)
         file.seek(step.bytes)
@@ -66,8 +67,6 @@ def run(cache: StateCache, machine: str, path: Path, step: Step | None = None) -
                     yield step
             rows.append(row)
         step = _written(file, step, packed(b"".join(map(form, rows))), rows)
-        file.flush()
-        os.fsync(file.fileno())
     part.rename(path)
     yield Step(step.transitions, step.bytes, None)
 
@@ -84,6 +83,7 @@ def _part(path: Path) -> Path:
 def _written(file: Any, step: Step, text: bytes, rows: Sequence[model.Transition]) -> Step:
     file.write(text)
     file.flush()
+    os.fsync(file.fileno())  # a step is noted elsewhere, where it may outlive a power loss
     return Step(step.transitions + len(rows), file.tell(), rows[-1].id if rows else step.after)
 
 

@@ -118,11 +118,13 @@ def recover(
     backlog_limit: int,
     dry_run: bool = False,
     progress: Callable[[str], None] = lambda text: None,
+    on_beat: Callable[[], None] = lambda: None,
 ) -> Report:
     """Reconcile Redis with SQL and open it for a new epoch.
 
     When it returns, every partition serves; cold instances come back by themselves when they are asked for. With
-    ``dry_run`` nothing is changed, and the report tells what the real run would find and do at this moment.
+    ``dry_run`` nothing is changed, and the report tells what the real run would find and do at this moment. ``on_beat`` is
+    called at the beginning and about once a second: a recovery takes as long as it takes, and somebody may take it for dead.
 
     Raises ``ConfigurationError`` when the two stores do not belong together, ``UnavailableError`` when one cannot be
     reached, ``RecoveringError`` when another recovery took over. Cost: O(partitions + instances dropped).
@@ -131,7 +133,8 @@ def recover(
     superseded: Superseded | None = None
     above = 0
     for _ in range(_ATTEMPTS):
-        attempt = _Attempt(hot, durable, finals, backlog_limit, dry_run, progress, above)
+        on_beat()
+        attempt = _Attempt(hot, durable, finals, backlog_limit, dry_run, progress, on_beat, above)
         try:
             return attempt.run()
         except Superseded as error:
@@ -178,6 +181,7 @@ def _log_end(report: Report) -> None:
 
 
 _ATTEMPTS = 5
+_BEAT_SECONDS = 1.0
 _DROP_PAGE = 1000
 _EPOCH_MAX = 2**53 - 1
 """Scripts compare epochs as Lua's numbers."""
@@ -196,6 +200,7 @@ class _Attempt:
         backlog_limit: int,
         dry_run: bool,
         progress: Callable[[str], None],
+        on_beat: Callable[[], None],
         above: int,
     ) -> None:
         self.hot = hot
@@ -204,6 +209,7 @@ class _Attempt:
         self.backlog_limit = backlog_limit
         self.dry_run = dry_run
         self.progress = progress
+        self.on_beat = on_beat
         self.above = above
         self.started = time.monotonic()
         self.started_ms = _now_ms()
@@ -261,8 +267,10 @@ class _Attempt:
 
     def _beat(self) -> None:
         """A sign of life; it also finds out early that a newer recovery has taken over."""
-        if not self.dry_run and time.monotonic() - self.beat_at > 1.0:
-            recoveries.heartbeat(self.durable, self.stamp.epoch, self.stamp.owner, _now_ms())
+        if time.monotonic() - self.beat_at > _BEAT_SECONDS:
+            self.on_beat()
+            if not self.dry_run:
+                recoveries.heartbeat(self.durable, self.stamp.epoch, self.stamp.owner, _now_ms())
             self.beat_at = time.monotonic()
 
     def abandon(self) -> None:
@@ -457,11 +465,13 @@ class _Attempt:
                 for address in page:
                     partition = self.hot.keyspace.partition_of(*address)
                     self.strays.setdefault(partition, []).append(":".join(address))
+                self._beat()
         names = self.strays.get(row.partition, [])
         if row.watermark > entry.ZERO or names:
             self._drop(row.partition, fenced, row.watermark, [])
         for start in range(0, len(names), _DROP_PAGE):
             self._drop(row.partition, fenced, row.watermark, names[start : start + _DROP_PAGE])
+            self._beat()
         return len(names)
 
     def _partition_of(self, instance: fold.Instance) -> int:

@@ -6,13 +6,14 @@ before the transaction: the history is still there, and the next run writes the 
 hash of its content; with other instances in the chunk it is another one, and these stand in both). Killed after it:
 the chunk is not looked at again. Whatever was deleted is in an archive, always; a file may hold what was not deleted.
 
-An instance with dead letters, or with fewer than three versions, is left alone.
+An instance with dead letters, or with fewer than three versions, is left alone. How old an end is the database's clock
+says, whatever host this runs on. The ends were written by Redis' clock, so where the two are far apart nothing is touched:
+one of them is wrong, and what was deleted does not come back.
 """
 
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -22,7 +23,7 @@ import msgspec
 
 from statecache.core import definition, errors, failpoints, fold, model
 from statecache.core.spec import MachineSpec
-from statecache.durable import faults
+from statecache.durable import clock, faults
 from statecache.durable import retention as durable_retention
 from statecache.durable.retention import Collapse, Ended
 from statecache.engine import archive
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 CHUNK_INSTANCES = 500
 _ATTEMPTS = 5
+_CLOCKS_DIFFER_MS = 3_600_000
 
 Cursor = list[str | int]
 """Where retention stands, fit for JSON: machine, state, and (updated_ms, id) of the last instance."""
@@ -62,12 +64,13 @@ def run(
     """Archive into ``folder``, or delete for None, what ended ``older_than`` ago, a chunk with each step.
 
     It may be left after any step, and go on from that step's ``cursor``. ``dry_run`` reads only. Raises ``NotFoundError`` for a
-    machine that nobody registered, ``InvalidDataError``, ``UnavailableError``, ``OSError`` (the folder). Instances
+    machine that nobody registered, ``InvalidDataError``, ``UnavailableError``, ``OSError`` (the folder), and
+    ``ConfigurationError`` where the clocks of the database and of Redis are over an hour apart: set them right. Instances
     whose history is damaged are left out, and told by each step.
     """
     if older_than < timedelta(0):
         raise errors.InvalidDataError(f"older_than {older_than} is refused: it must not be negative")
-    until_ms = (int(time.time() * 1000) if now_ms is None else now_ms) - int(older_than.total_seconds() * 1000)
+    until_ms = (_now_ms(cache) if now_ms is None else now_ms) - int(older_than.total_seconds() * 1000)
     if folder is not None and not dry_run:
         archive.sweep(folder)
     for name, state in _final_states(cache, machine):
@@ -79,6 +82,18 @@ def run(
             if (name, state) == place:
                 after = (int(cursor[2]), str(cursor[3]))
         yield from _state(cache, name, state, until_ms, after, folder, dry_run)
+
+
+def _now_ms(cache: StateCache) -> int:
+    now_ms = clock.now_ms(cache.durable)
+    ahead_ms = now_ms - cache.hot.time_ms()
+    if abs(ahead_ms) > _CLOCKS_DIFFER_MS:
+        apart = f"{abs(ahead_ms) / 1000:.0f} s {'ahead of' if ahead_ms > 0 else 'behind'}"
+        raise errors.ConfigurationError(
+            f"retention is refused: the database's clock is {apart} Redis', so how long ago anything ended is not known; set "
+            "the clocks right (NTP on both servers) and run it again"
+        )
+    return now_ms
 
 
 def _final_states(cache: StateCache, machine: str | None) -> list[tuple[str, str]]:

@@ -87,7 +87,11 @@ class Site:
         with self._lock:
             if self._look is None or (self._look.done() and time.monotonic() - self._looked_at > _STATUS_SECONDS):
                 self._look, self._looked_at = concurrent.futures.Future(), time.monotonic()
-                threading.Thread(target=self._fulfil, args=(self._look,), name="statecache-look", daemon=True).start()
+                thread = threading.Thread(target=self._fulfil, args=(self._look,), name="statecache-look", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError as error:  # no thread to be had at this moment: the next look has another chance
+                    self._look.set_exception(errors.UnavailableError(f"no thread to look at the store with: {error}"))
             look = self._look
         try:
             return look.result(_LOOK_SECONDS_MAX)

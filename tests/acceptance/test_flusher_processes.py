@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import signal
 import socket
 import sqlite3
@@ -12,15 +13,21 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
+import redis
 import sqlalchemy as sa
 
 from statecache import Move, StateCache, StateMachine
+from statecache.durable import engine, recoveries
+from statecache.engine import recovery
 from tests.acceptance.command import REPOSITORY, environment, run_here, words
-from tests.support import processes, servers
+from tests.support import processes, servers, worlds
 from tests.support.waiting import wait_until
+from workers import flusher as worker
+from workers.notify import Notifier
 
 ORDER = REPOSITORY / "config" / "machines" / "order.yaml"
 UNIT = REPOSITORY / "config" / "systemd" / "statecache-flusher.service"
@@ -360,6 +367,59 @@ def test_a_loop_that_hangs_gives_no_sign_of_life(
         fleet.wait_until_flushed()
 
 
+def test_a_recovery_at_the_start_asks_for_time(
+    redis_url: str, sqlite_url: str, namespace: str, tmp_path: Path, systemd: Callable[[], list[str]]
+) -> None:
+    with contextlib.closing(Fleet(redis_url, sqlite_url, namespace, tmp_path)) as fleet:
+        fleet.write(10)
+        fleet.cache.flush()
+        with contextlib.closing(redis.Redis.from_url(redis_url)) as client:
+            client.delete(*client.keys(f"{{{namespace}:*"))
+        fleet.add(NOTIFY_SOCKET=str(tmp_path / "notify"), WATCHDOG_USEC="200000")
+        seen: list[str] = []
+        wait_until(lambda: seen.extend(systemd()) or "READY=1" in seen, "ready", 60)
+        assert any(line.startswith("EXTEND_TIMEOUT_USEC=") for line in seen[: seen.index("READY=1")]), seen
+
+
+def test_a_recovery_within_the_loop_gives_signs_of_life(
+    redis_url: str,
+    sqlite_url: str,
+    namespace: str,
+    tmp_path: Path,
+    systemd: Callable[[], list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """SQL was restored from an older copy under a flusher that runs. What systemd hears between the recovery's first
+    statement and its last one comes from within it, however long it takes."""
+    monkeypatch.setattr(recovery, "_BEAT_SECONDS", 0.0)
+    take, finish = recoveries.take, recoveries.finish
+    heard: list[list[str]] = []
+
+    def taking(*arguments: Any) -> None:
+        systemd()
+        take(*arguments)
+
+    def finishing(*arguments: Any) -> None:
+        heard.append(systemd())
+        finish(*arguments)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with worlds.World(redis_url, sqlite_url, namespace) as world:
+        for number in range(20):
+            world.start(f"o{number}")
+        world.flush()
+        older = world.sql_copy()
+        for number in range(20):
+            world.orders.transition(f"o{number}", "pay")
+        world.flush()
+        world.sql_back(older)
+        monkeypatch.setattr(recoveries, "take", taking)
+        monkeypatch.setattr(recoveries, "finish", finishing)
+        worker.run(world.cache, lambda *_: None, Notifier(str(tmp_path / "notify"), 0.000_001))
+    assert len(heard) == 1
+    assert heard[0].count("WATCHDOG=1") > 3
+
+
 def test_the_unit_file_is_one(tmp_path: Path) -> None:
     """Checked by systemd itself where it is there; what the code relies on is looked at everywhere."""
     settings: dict[str, list[str]] = {}
@@ -371,7 +431,8 @@ def test_the_unit_file_is_one(tmp_path: Path) -> None:
     assert settings["Restart"] == ["always"]
     assert settings["RestartPreventExitStatus"] == ["2"]
     assert settings["ExecStart"][0].startswith("/usr/bin/env statecache flusher ")
-    assert "WatchdogSec" in settings
+    # A quarter of the time passes between two signs of life, and a transaction is given up 5 s behind its limit.
+    assert 0.75 * float(settings["WatchdogSec"][0].removesuffix("s")) > engine.TRANSACTION_SECONDS_MAX + 5
     from statecache.settings import Settings
 
     drain = Settings.model_fields["drain_timeout_seconds"].default

@@ -23,6 +23,7 @@ from tests.support import servers
 from tests.support.proxy import Proxy
 from tests.support.waiting import wait_until
 from tests.support.worlds import Order, World, after_call, before_call, together
+from workers import flusher as worker
 
 
 @pytest.fixture
@@ -612,6 +613,36 @@ def test_hole_stops_its_partition_and_the_others_go_on(redis_url: str, sqlite_ur
         assert world.versions(good) == [1, 2]
         with pytest.raises(errors.IntegrityError, match="statecache recover"):
             world.flush()
+
+
+def test_hole_is_logged_when_it_is_found_and_every_minute_while_it_stays(
+    redis_url: str, sqlite_url: str, namespace: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with World(redis_url, sqlite_url, namespace, auto_recover=False) as world:
+        flusher = world.flusher()
+        now = 1000.0
+        progress = worker.Progress(lambda *_: None)
+
+        def told(steps: int) -> int:
+            """In how many lines a process says what so many steps found."""
+            caplog.clear()
+            for _ in range(steps):
+                step = flusher.step()
+                with monkeypatch.context() as patched:
+                    patched.setattr("workers.flusher.time.monotonic", lambda: now)
+                    progress.step(step)
+            return sum("statecache recover" in record.getMessage() for record in caplog.records)
+
+        for partition in (0, 1):
+            id = world.id(partition)
+            world.start(id)
+            gone = world.orders.transition(id, "note")
+            world.orders.transition(id, "note")
+            world.client.xdel(world.keyspace.log(partition), gone.entry_id)
+            assert told(10) == 1
+        assert told(10) == 0
+        now += 60.0
+        assert told(10) == 2
 
 
 def test_strangers_record_stops_nobody(lite: World) -> None:

@@ -157,6 +157,19 @@ def test_lag_is_the_age_of_the_oldest_transition_that_is_not_in_sql(world: World
     assert found["flushed_timestamp_seconds", (str(partition),)] == pytest.approx(world.hot.time_ms() / 1000, abs=60)
 
 
+def test_a_recovery_counts_as_a_flush_that_moved(world: World) -> None:
+    """It notes the log's end too, where the watermark stands still; what the gauge says of itself names both."""
+    look = looking(world.cache)
+    world.start("1", ["pay"])
+    world.flush()
+    before, watermarks = of(look(), "flushed_timestamp_seconds"), [row.watermark for row in world.durable.partitions()]
+    report = world.cache.recover()
+    assert [row.watermark for row in world.durable.partitions()] == watermarks
+    after = of(look(), "flushed_timestamp_seconds")
+    assert all(after[partition] >= report.started_ms / 1000 >= at for partition, at in before.items())
+    assert "or a recovery" in metrics.FAMILIES["statecache_flushed_timestamp_seconds"].help
+
+
 def test_lag_and_backlog_across_recoveries(world: World) -> None:
     """Intact recoveries put their marks between unflushed entries: marks are no transitions, entries before them count."""
     look = looking(world.cache)
@@ -247,6 +260,19 @@ def test_dead_letters_and_discards(world: World) -> None:
     found = look()
     assert (found["dead_letters", ()], found["parked_instances", ()]) == (0, 0)
     assert found["lost_transitions_total", ("discarded",)] == 2
+
+
+def test_a_strangers_record_that_is_discarded_is_no_loss(world: World) -> None:
+    world.start("1", ["pay"])
+    world.flush()
+    world.client.xadd(world.keyspace.log(0), {"e": "not ours"}, id=f"{world.durable.identity().epoch}-*")
+    world.flush()
+    look = looking(world.cache)
+    assert look()["dead_letters", ()] == 1
+    for address in world.durable.parked_instances():
+        assert letters.discard(world.cache, *address) == 1
+    found = look()
+    assert (found["dead_letters", ()], found["lost_transitions_total", ("discarded",)]) == (0, 0)
 
 
 def test_a_recovery_that_runs_and_one_that_died(world: World) -> None:

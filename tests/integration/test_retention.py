@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -96,6 +97,33 @@ def test_dry_run_changes_nothing(world: worlds.World, folder: Path) -> None:
     ]
     assert world.sql_dump() == before
     assert not folder.exists()
+
+
+def test_the_clock_of_this_host_decides_nothing(world: worlds.World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is a year ahead; what ended a moment ago has ended a moment ago."""
+    _fill(world, 2)
+    before = world.sql_dump()
+    year_ahead = time.time() + 366 * 86400
+    with monkeypatch.context() as patched:
+        patched.setattr(time, "time", lambda: year_ahead)
+        assert list(retention.run(world.cache, timedelta(days=365), None)) == []
+    assert world.sql_dump() == before
+
+
+@pytest.mark.parametrize(("hours", "where"), [(-2, "ahead of"), (2, "behind")])
+def test_clocks_of_the_servers_that_differ(
+    world: worlds.World, monkeypatch: pytest.MonkeyPatch, hours: int, where: str
+) -> None:
+    """Redis wrote the times, the database tells how old they are: one of the two is wrong, so nothing is deleted."""
+    _fill(world, 2)
+    before = world.sql_dump()
+    redis_ms = world.cache.hot.time_ms() + hours * 3_600_000
+    with monkeypatch.context() as patched:
+        patched.setattr(world.cache.hot, "time_ms", lambda: redis_ms)
+        with pytest.raises(errors.ConfigurationError, match=rf"clock is \d+ s {where} Redis'.*set the clocks right"):
+            list(retention.run(world.cache, NOW, None))
+    assert world.sql_dump() == before
+    assert [step.instances for step in retention.run(world.cache, NOW, None)] == [2]
 
 
 def test_deleted_for_good(world: worlds.World) -> None:

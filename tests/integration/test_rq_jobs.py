@@ -417,6 +417,45 @@ def test_export_goes_on_from_any_step(world: worlds.World, tmp_path: Path, monke
     assert b"'=1+1" not in (tmp_path / "whole.jsonl").read_bytes()
 
 
+def test_export_begins_anew_where_its_file_is_shorter_than_its_note(
+    world: worlds.World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The note was kept, the bytes were not."""
+    monkeypatch.setattr(exporting, "_STEP_INSTANCES", 3)
+    for number in range(10):
+        world.start(f"o{number}", ["pay"])
+    world.flush()
+    for kind in ("jsonl", "csv.gz"):
+        whole, path = tmp_path / f"whole.{kind}", tmp_path / f"cut.{kind}"
+        list(exporting.run(world.cache, "order", whole))
+        run = exporting.run(world.cache, "order", path)
+        seen = [next(run) for _ in range(2)][-1]
+        run.close()
+        with (tmp_path / f".cut.{kind}.part").open("r+b") as file:
+            file.truncate(seen.bytes - 1)
+        assert list(exporting.run(world.cache, "order", path, seen))[-1].transitions == 20
+        assert path.read_bytes() == whole.read_bytes()
+
+
+def test_export_is_on_the_disk_before_a_step_is_told(
+    world: worlds.World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exporting, "_STEP_INSTANCES", 3)
+    flushed = [0]
+    flush = os.fsync
+
+    def watched(handle: int) -> None:
+        flush(handle)
+        flushed.append(os.fstat(handle).st_size)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    for number in range(10):
+        world.start(f"o{number}")
+    world.flush()
+    for step in exporting.run(world.cache, "order", tmp_path / "orders.jsonl"):
+        assert flushed[-1] == step.bytes
+
+
 # --- the door ------------------------------------------------------------------------------------------------------------
 
 

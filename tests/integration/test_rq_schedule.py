@@ -71,7 +71,29 @@ def test_another_interval_begins_at_once(background: Background) -> None:
     assert schedule.enqueue_due(background.queue, schedule.Periodic("statecache.verify", 3600.0), 1001.0) is not None
 
 
-@pytest.mark.parametrize("note", [b"\xff", b"[]", b"{}", b'{"interval": "x", "period": 1, "id": 1}', b"[" * 100_000])
+def test_clocks_that_differ_at_the_boundary_of_a_long_period(background: Background) -> None:
+    """Two hosts take turns; one's clock is seconds behind the other's. A day is not enqueued twice, and the next one is."""
+    daily = schedule.Periodic("statecache.verify", 86400.0)
+    midnight = 20_000 * 86400.0
+    _end(background, schedule.enqueue_due(background.queue, daily, midnight - 50_000))
+    _end(background, schedule.enqueue_due(background.queue, daily, midnight + 1))
+    for at in (-1, 2, -0.5, 3, -7000, 86_000):
+        assert schedule.enqueue_due(background.queue, daily, midnight + at) is None, at
+    _end(background, schedule.enqueue_due(background.queue, daily, midnight + 86_400))
+    assert schedule.enqueue_due(background.queue, daily, midnight) is not None, "that clock was a day ahead"
+
+
+@pytest.mark.parametrize(
+    "note",
+    [
+        b"\xff",
+        b"[]",
+        b"{}",
+        b'{"interval": "x", "period": 1, "id": 1, "at": 1}',
+        b'{"interval": 10, "period": Infinity, "id": 1, "at": 1}',
+        b"[" * 100_000,
+    ],
+)
 def test_note_that_somebody_else_wrote(background: Background, note: bytes) -> None:
     background.connection.set(schedule.note_key(background.queue.name, VERIFY.job), note)
     assert schedule.enqueue_due(background.queue, VERIFY, 1000.0) is not None

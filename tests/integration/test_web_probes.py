@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
+import pytest
+
+from statecache.core import errors
 from statecache.web.policy import Policy
+from statecache.web.site import Site
 from tests.support import prometheus, servers, webs, worlds
 from tests.support.waiting import wait_until
 
@@ -84,6 +89,23 @@ def test_a_server_that_hangs_is_not_waited_for_without_end(
         finally:
             private_postgres.resume()
         wait_until(lambda: not _reasons(web), "it is ready again", 30)
+
+
+def test_a_look_that_found_no_thread_is_made_again(
+    redis_url: str, sqlite_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The limit of threads is reached for a moment: that look fails at once, and the next one answers."""
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with worlds.World(redis_url, sqlite_url, namespace) as world:
+        site = Site(world.cache, Policy())
+        with monkeypatch.context() as patched:
+            patched.setattr(threading.Thread, "start", refuse)
+            with pytest.raises(errors.UnavailableError, match="can't start new thread"):
+                site.status()
+        wait_until(lambda: not site.not_ready(), "it is ready again")
 
 
 def test_metrics_of_the_process_and_of_the_store(redis_url: str, sqlite_url: str, namespace: str) -> None:

@@ -48,8 +48,16 @@ def test_a_time_that_would_have_to_be_guessed_is_refused(value: object) -> None:
         eventlog.moment(value)
 
 
-def test_a_date_is_a_date_and_no_number_of_seconds() -> None:
-    assert eventlog.moment("20240531") == datetime(2024, 5, 31, tzinfo=UTC)
+@pytest.mark.parametrize("value", ["20240531", 20240531])
+def test_a_date_is_a_date_and_no_number_of_seconds(value: object) -> None:
+    assert eventlog.moment(value) == datetime(2024, 5, 31, tzinfo=UTC)
+
+
+@pytest.mark.parametrize("value", ["20241331", 20241331])
+def test_eight_digits_that_are_no_date_are_refused(value: object) -> None:
+    """As a number of seconds it would be a day of 1970, which nobody meant."""
+    with pytest.raises(ValueError, match="ISO 8601"):
+        eventlog.moment(value)
 
 
 def read_csv(*lines: str, columns: Columns = COLUMNS, delimiter: str = ",") -> list[Row | Refused]:

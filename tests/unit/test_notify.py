@@ -51,6 +51,14 @@ def test_ready_once_and_signs_of_life_when_due(
     assert _told(listener) == ["STOPPING=1", "STATUS=bye"]
 
 
+def test_a_start_that_takes_longer(listener: socket.socket, tmp_path: Path) -> None:
+    notifier = Notifier(str(tmp_path / "notify"), 4.0)
+    notifier.starting()
+    assert _told(listener) == ["EXTEND_TIMEOUT_USEC=180000000", "STATUS=recovering"]
+    notifier.turn("first")
+    assert _told(listener) == ["READY=1", "WATCHDOG=1", "STATUS=first"]
+
+
 def test_an_abstract_socket() -> None:
     name = f"statecache-test-{os.getpid()}"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as one:
