@@ -48,7 +48,7 @@ def run(cache: StateCache, machine: str, path: Path, step: Step | None = None) -
         raise errors.NotFoundError(f"no machine {machine!r} is registered here")
     form, packed = _form(path)
     part = _part(path)
-    if step is None or part.stat().st_size < step.bytes:  # shorter than was noted: another disk, or somebody cut it
+    if step is None or not part.exists() or part.stat().st_size < step.bytes:  # gone, or cut: another disk, perhaps
         step = Step(0, 0, "")
     with part.open("r+b" if step.bytes else "wb") as file:
         file.truncate(step.bytes)
