@@ -702,6 +702,37 @@ def test_records_that_look_like_ours_stop_nobody(world: World, part: str, text: 
     assert world.versions(id) == [1, 2, 3]
 
 
+def _forged(id: str, **parts: str) -> str:
+    """The text of a record that looks like the start of an order."""
+    values = dict.fromkeys(entry.PARTS, "") | {
+        "machine": "order", "id": id, "version": "1", "event": "@start", "to_state": "placed", "at_ms": "1700000000000",
+        "transition_id": f"theirs-{id}", "machine_version": "1",
+    }  # fmt: skip
+    return entry.SEPARATOR.join((values | parts).values())
+
+
+def _forge(world: World, text: str, partition: int = 0) -> str:
+    """Put a stranger's record behind a log's last entry; returns its entry id."""
+    last = _last(world, partition)
+    place = f"{last.epoch}-{last.seq + 1}"
+    world.client.xadd(world.keyspace.log(partition), {"e": text}, id=place)
+    return place
+
+
+def test_two_open_quotes_swallow_nothing_between_them(world: World) -> None:
+    """P5, P10. COPY's quote in two strangers' records: all lines between would be one row, and lost without a word."""
+    ids = [world.id(0, prefix) for prefix in "abc"]
+    world.start(world.id(0))
+    places = [_forge(world, _forged("x", actor="one\x1equote"))]
+    receipts = [world.orders.start(id) for id in ids]
+    places.append(_forge(world, _forged("y", actor="one\x1equote")))
+    world.flush()
+    assert [world.versions(id) for id in ids] == [[1]] * 3
+    world.cache.wait_durable(receipts)
+    assert world.durable.parked_instances() == sorted(("@foreign", f"0:{place}") for place in places)
+    world.verify()
+
+
 def test_letter_that_sql_refuses_is_kept_under_its_entry_id(lite: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """P10. SQL refuses an entry, and the letter of it too: it is kept as a stranger's, whose parts are one text."""
     id = lite.id(0)
