@@ -22,7 +22,7 @@ from statecache.hot import watching
 from tests.support import servers
 from tests.support.proxy import Proxy
 from tests.support.waiting import wait_until
-from tests.support.worlds import Order, World, after_call, before_call, together
+from tests.support.worlds import Order, World, after_call, before_call, forged, together
 
 
 @pytest.fixture
@@ -702,35 +702,73 @@ def test_records_that_look_like_ours_stop_nobody(world: World, part: str, text: 
     assert world.versions(id) == [1, 2, 3]
 
 
-def _forged(id: str, **parts: str) -> str:
-    """The text of a record that looks like the start of an order."""
-    values = dict.fromkeys(entry.PARTS, "") | {
-        "machine": "order", "id": id, "version": "1", "event": "@start", "to_state": "placed", "at_ms": "1700000000000",
-        "transition_id": f"theirs-{id}", "machine_version": "1",
-    }  # fmt: skip
-    return entry.SEPARATOR.join((values | parts).values())
-
-
-def _forge(world: World, text: str, partition: int = 0) -> str:
-    """Put a stranger's record behind a log's last entry; returns its entry id."""
-    last = _last(world, partition)
-    place = f"{last.epoch}-{last.seq + 1}"
-    world.client.xadd(world.keyspace.log(partition), {"e": text}, id=place)
-    return place
-
-
 def test_two_open_quotes_swallow_nothing_between_them(world: World) -> None:
     """P5, P10. COPY's quote in two strangers' records: all lines between would be one row, and lost without a word."""
     ids = [world.id(0, prefix) for prefix in "abc"]
     world.start(world.id(0))
-    places = [_forge(world, _forged("x", actor="one\x1equote"))]
+    places = [world.forge(forged("x", actor="one\x1equote"))]
     receipts = [world.orders.start(id) for id in ids]
-    places.append(_forge(world, _forged("y", actor="one\x1equote")))
+    places.append(world.forge(forged("y", actor="one\x1equote")))
     world.flush()
     assert [world.versions(id) for id in ids] == [[1]] * 3
     world.cache.wait_durable(receipts)
     assert world.durable.parked_instances() == sorted(("@foreign", f"0:{place}") for place in places)
     world.verify()
+
+
+@pytest.mark.parametrize("patch", ['{"a":1e999}', '{"a":-2.5E+400}'])
+def test_number_that_no_reader_takes_is_a_letter(world: World, patch: str) -> None:
+    """P10. JSON knows numbers that nobody can decode."""
+    bad, good = world.id(0, "bad"), world.id(0)
+    world.forge(forged(bad, patch=patch))
+    world.start(good, ["pay"])
+    world.flush()
+    assert world.versions(good) == [1, 2]
+    (letter,) = world.durable.letters("order", bad)
+    assert "none that can be read" in letter.error
+    with pytest.raises(errors.IntegrityError, match="can be read"):
+        letters.retry(world.cache, "order", bad)
+    assert letters.discard(world.cache, "order", bad) == 1
+    world.verify()
+
+
+@pytest.mark.parametrize("levels", [990, 5000])
+@pytest.mark.parametrize("part", ["patch", "increments"])
+def test_data_nested_too_deep_is_a_letter(world: World, part: str, levels: int) -> None:
+    """P10. What the decoder gives up at is no mistake of the program: a flush, a recovery and a reader go on without it."""
+    bad, good = world.id(0, "bad"), world.id(0)
+    world.forge(forged(bad, **{part: '{"a":' + "[" * levels + "]" * levels + "}"}))
+    world.start(good)
+    world.flush()
+    assert world.versions(good) == [1]
+    (letter,) = world.durable.letters("order", bad)
+    assert "none that can be read" in letter.error
+    before = world.sql_copy()
+    world.orders.transition(good, "pay")
+    world.forge(forged(bad, **{part: '{"a":' + "[" * levels + "]" * levels + "}", "version": "2"}))
+    world.flush()
+    world.sql_back(before)  # SQL is behind: what the log holds is taken apart by the recovery too
+    world.cache.recover()
+    assert world.orders.get(good).version == 2
+    with pytest.raises(errors.IntegrityError, match="cannot be read"):
+        world.orders.history(bad)
+
+
+def test_history_that_nobody_can_read_stops_no_flush(world: World) -> None:
+    """P10. SQL holds such a number, and the log another record of that key: told apart without a look at their data."""
+    bad = world.id(0, "bad")
+    good = [world.id(0, prefix) for prefix in "ab"]
+    long = '{"a":1e999,"blob":"' + "x" * 200 + '"}'
+    world.forge(forged(bad, patch=long))
+    world.start(good[0])
+    world.flush()
+    with pytest.raises(errors.IntegrityError, match="version 1 in SQL holds data that cannot be read"):
+        world.versions(bad)
+    world.forge(forged(bad, patch='{"a":1}', transition_id="another"))
+    world.start(good[1])
+    world.flush()
+    assert [world.versions(id) for id in good] == [[1]] * 2
+    assert [letter.entry.transition_id for letter in world.durable.letters("order", bad)] == ["another"]
 
 
 def test_letter_that_sql_refuses_is_kept_under_its_entry_id(lite: World, monkeypatch: pytest.MonkeyPatch) -> None:
