@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import json
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 from unittest import mock
 
 import pytest
+import sqlalchemy as sa
 
-from statecache import Move
+from statecache import Move, State, StateMachine
 from statecache.core import entry, errors
-from statecache.durable import faults
+from statecache.durable import faults, schema
 from statecache.durable.flush import FlushTransaction
 from statecache.durable.store import DurableStore
 from statecache.engine import batching, letters
+from statecache.engine import cache as cache_module
 from statecache.engine import flusher as flusher_module
 from statecache.hot import watching
 from tests.support import servers
@@ -1011,6 +1014,55 @@ def test_sql_is_away_and_comes_back(private_postgres: servers.PostgresServer, re
             pass
         assert [world.versions(id) for id in ids] == [[1, 2, 3]] * 4
         world.verify()
+
+
+class Parcel(StateMachine):
+    """A machine that a newer statecache registered."""
+
+    sent = State(initial=True)
+    gone = State(final=True)
+    lose = sent.to(gone)
+
+
+def test_definition_that_cannot_be_read_stops_nobody(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    """A field of a registered definition is not known here: its entries and all others are flushed, and the log tells once."""
+    parcels = world.cache.machine(Parcel)
+    columns = schema.machines.c
+    with world.durable.database.transaction() as connection:
+        spec = connection.execute(sa.select(columns.spec).where(columns.name == "parcel")).scalar_one()
+        newer = json.dumps({**json.loads(spec), "of_tomorrow": 1})
+        connection.execute(sa.update(schema.machines).where(columns.name == "parcel").values(spec=newer))
+    parcels.start("1")
+    parcels.start("2")
+    world.start("1", ["pay", "ship", "deliver"])
+    other = world.more()
+    with mock.patch.object(cache_module, "_UNKNOWN_SECONDS", -1.0):  # asked for each time
+        other.flush_alone()
+    assert world.durable.checkpoint("parcel", "2").state == "sent"  # type: ignore[union-attr]
+    assert world.durable.checkpoint("order", "1").final  # type: ignore[union-attr]
+    assert [record.getMessage().split(":")[0] for record in caplog.records if record.levelname == "ERROR"] == [
+        "the definition of machine parcel, version 1, cannot be read (was it registered by a newer statecache?)"
+    ]
+
+
+def test_machine_that_is_registered_later_has_finals(lite: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flusher meets a machine that nobody has registered (SQL was restored); it asks once in a while, not for each entry."""
+    with lite.durable.database.transaction() as connection:
+        connection.execute(sa.delete(schema.machines))
+    other = lite.more()
+    asked = mock.Mock(side_effect=other.durable.machine)
+    monkeypatch.setattr(other.durable, "machine", asked)
+    for id in ("1", "2", "3"):
+        lite.start(id, ["pay", "ship", "deliver"])
+    other.flush_alone()
+    assert asked.call_count == 1
+    lite.cache.machine(Order)
+    monkeypatch.setattr(cache_module, "_UNKNOWN_SECONDS", -1.0)
+    other._unknown.clear()  # the seconds are over
+    lite.start("4", ["pay", "ship", "deliver"])
+    other.flush_alone()
+    finals = {kept.id: kept.final for kept in lite.durable.iterate_checkpoints()}
+    assert finals == {"1": False, "2": False, "3": False, "4": True}
 
 
 def test_machine_of_another_version_keeps_its_finals(lite: World) -> None:
