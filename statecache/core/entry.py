@@ -14,6 +14,8 @@ import msgspec
 from statecache.core import errors
 
 SEPARATOR = "\x1f"
+COPY_QUOTE = "\x1e"
+"""What PostgreSQL is told that quotes are: a part that held one would join its line with those behind it."""
 EVENT_START = "@start"
 EVENT_EPOCH = "@epoch"
 EVENT_RECONCILED = "@reconciled"
@@ -112,6 +114,8 @@ def parse_line(line: str) -> Entry:
         # SQL has columns of 64 bits, and of 32 for the machine's version.
         if (number | at_ms | of_machine << 32) >> 63 or (occurred and abs(int(occurred)) >> 63):
             raise ValueError("a number is out of range")
+        if COPY_QUOTE in line:
+            raise ValueError("a part holds what no part can hold")
         if machine == FOREIGN:
             raise ValueError("the name under which strangers' records are kept")
         if event == EVENT_EPOCH:

@@ -593,9 +593,9 @@ def transition_of(record: entry.Entry) -> model.Transition:
     """An entry of the log as history tells it. Raises ``IntegrityError`` for one whose data no reader can be shown."""
     try:
         patch, increments = _fields(record.patch), _fields(record.increments)
-    except msgspec.DecodeError as error:
+    except fold.UNREADABLE as error:
         raise errors.IntegrityError(
-            f"{record.machine}:{record.id}: entry {record.entry_id} of the log holds data that is no JSON object: not written "
+            f"{record.machine}:{record.id}: entry {record.entry_id} of the log holds data that cannot be read: not written "
             f"by statecache; see 'statecache dead-letters list {record.machine}:{record.id}'"
         ) from error
     return model.Transition(

@@ -1,6 +1,6 @@
 """Folding log entries into checkpoints: pure code, shared by the flusher, ``at`` and ``verify``.
 
-A checkpoint's data stays JSON texts by field name throughout (``msgspec.Raw``): values are passed through, never decoded.
+A checkpoint's data stays JSON texts by field name throughout (``msgspec.Raw``): values are passed through as they are.
 The ring of recent transition ids is folded too, so that hydration brings it back (promise P4 after a wipe).
 """
 
@@ -14,9 +14,15 @@ import msgspec
 from statecache.core import codec, entry, errors, model
 
 _decode = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_decode_values = msgspec.json.Decoder(dict[str, Any]).decode
 _encode = msgspec.json.encode
 
 _SHAPES_MAX = 10_000
+_DECODED_LENGTH_MAX = 128
+"""To decode the values of a patch up to so long takes no longer than to find their texts."""
+
+UNREADABLE = (msgspec.MsgspecError, RecursionError, ValueError)
+"""What decoding a stranger's text may raise: no JSON, a number out of range, nested too deep, half of a surrogate pair."""
 
 Finals = Callable[[str, int], frozenset[str]]
 """Final states of a machine's version."""
@@ -82,11 +88,16 @@ def require_next(before: Folded | None, records: Sequence[entry.Entry]) -> None:
 def after(before: Folded | None, records: Sequence[entry.Entry], partition: int) -> Folded:
     """Fold an instance's entries, oldest first, onto what is before them (None: the first entry is a start).
 
-    The versions must go on one by one (``require_next``). Raises ``msgspec.DecodeError`` for data that is no JSON.
+    The versions must go on one by one (``require_next``). Raises ``IntegrityError`` for data that cannot be read.
     """
     first, last = records[0], records[-1]
     created_ms, recent = (before.created_ms, before.recent) if before else (first.at_ms, "")
-    data, names = _data_after(before, records)
+    try:
+        data, names = _data_after(before, records)
+    except UNREADABLE as error:
+        raise errors.IntegrityError(
+            f"the data of {first.machine}:{first.id} is none that can be read, and not written by statecache: {error}"
+        ) from error
     for record in records if len(records) == 1 else records[-codec.RING_LENGTH :]:
         recent += codec.token_of(record.transition_id)
     return Folded(
@@ -97,7 +108,10 @@ def after(before: Folded | None, records: Sequence[entry.Entry], partition: int)
 
 def _data_after(before: Folded | None, records: Sequence[entry.Entry]) -> tuple[str, tuple[str, ...] | None]:
     """The data text behind some entries, and its names. A patch of all the fields that there are is the text itself: what
-    was before it need not be taken apart, nor anything put together."""
+    was before it need not be taken apart, nor anything put together.
+
+    What no reader could decode (a number out of range) is found where that costs nothing, and refused; what gets by, the
+    readers of that instance meet, and nobody else."""
     text, names = (before.data, before.names) if before else ("", ())
     data: dict[str, msgspec.Raw] | None = None
     for record in records:
@@ -106,13 +120,14 @@ def _data_after(before: Folded | None, records: Sequence[entry.Entry]) -> tuple[
             apply_patch(data, record)
             names = None
         elif record.patch:
-            patch = _decode(record.patch)
             if data is None:
+                is_short = len(record.patch) <= _DECODED_LENGTH_MAX
+                patch = _decode_values(record.patch) if is_short else _decode(record.patch)
                 if names == () or (names is not None and len(patch) == len(names) and _shared(patch) is names):
                     text, names = record.patch, names or _shared(patch)
                     continue
                 data = texts_of(text)
-            data.update(patch)
+            data.update(_decode(record.patch))
     if data is None:
         return text or "{}", names
     if names is None or len(names) != len(data):

@@ -14,10 +14,10 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
 
 from statecache.core import entry
-from statecache.durable import bulk, schema
+from statecache.durable import bulk, faults, schema
 from statecache.durable.rows import Row
 
-# The separator and \x1e can occur in no part of an entry, so nothing ever needs quoting. An empty part is NULL.
+# Separator and quote can occur in no part of an entry, so nothing ever needs quoting. An empty part is NULL.
 _FORMAT = "FORMAT csv, DELIMITER E'\\x1f', QUOTE E'\\x1e', ENCODING 'UTF8'"
 _CHECKPOINT_COLUMNS = ", ".join(schema.CHECKPOINT_COLUMNS)
 _CHECKPOINT_LINE = entry.SEPARATOR.join(["%s"] * len(schema.CHECKPOINT_COLUMNS))
@@ -119,12 +119,21 @@ class Postgresql:
 def _copy(
     connection: sa.Connection, statement: str, lines: Iterator[str], meanwhile: Callable[[], None] = lambda: None
 ) -> None:
+    """Raises ``Refused`` if the server has not made as many rows as there are lines: a quote that is open, or a line's end in a
+    part, would make one row of several, and nobody would miss the others."""
     raw: Any = connection.connection.dbapi_connection
+    count = 0
     try:
-        with raw.cursor() as cursor, cursor.copy(statement) as copy:
-            while some := list(itertools.islice(lines, _LINES)):  # the server works on these while the next are made
-                copy.write("\n".join(some).encode() + b"\n")
-            meanwhile()
+        with raw.cursor() as cursor:
+            with cursor.copy(statement) as copy:
+                while some := list(
+                    itertools.islice(lines, _LINES)
+                ):  # the server works on these while the next are made
+                    copy.write("\n".join(some).encode() + b"\n")
+                    count += len(some)
+                meanwhile()
+            if cursor.rowcount != count:
+                raise faults.Refused(f"SQL made {cursor.rowcount} rows of {count} lines")
     finally:
         if raw.closed:  # SQLAlchemy did not see this statement: tell it that the connection is gone
             connection.invalidate()

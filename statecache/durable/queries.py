@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import sqlalchemy as sa
 
-from statecache.core import codec, entry, fold, model
+from statecache.core import codec, entry, errors, fold, model
 from statecache.durable import bulk, engine, generic, letters, schema
 from statecache.durable.rows import Above, Committed, Instance, PartitionRow, Standing
 
@@ -41,6 +41,17 @@ _ENTRY = tuple(_letters[name] for name in schema.ENTRY_COLUMNS)
 _decode_json = msgspec.json.Decoder(dict[str, Any]).decode
 
 
+class UnreadableError(errors.IntegrityError):
+    """A row of history holds data that no reader takes: an earlier version, or a flush, let a stranger's record pass."""
+
+    def __init__(self, message: str, machine: str = "", id: str = "") -> None:
+        super().__init__(message, machine, id)
+        self.instance = machine, id
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 def checkpoint_of(row: Sequence[Any]) -> model.Checkpoint:
     """A checkpoint from a row in ``schema.CHECKPOINT_COLUMNS`` order."""
     machine, id, partition, state, version, epoch, seq, created, updated, machine_version, final, recent, data = row
@@ -53,11 +64,16 @@ def checkpoint_of(row: Sequence[Any]) -> model.Checkpoint:
 def _transition_of(row: Sequence[Any]) -> model.Transition:
     (machine, id, version, event, source, target, at, transition_id, actor, reason, occurred, patch, unset, increments,
      machine_version, epoch, seq, covers_from, complete, *_) = row  # fmt: skip
+    try:
+        data, added = _decode_json(patch) if patch else {}, _decode_json(increments) if increments else {}
+    except fold.UNREADABLE as error:
+        raise UnreadableError(
+            f"{machine}:{id}: version {version} in SQL holds data that cannot be read, not written by statecache: {error}",
+            machine, id,
+        ) from error  # fmt: skip
     return model.Transition(
-        machine, id, version, event, source, target, at, transition_id, actor, reason, occurred,
-        _decode_json(patch) if patch else {},
-        tuple(unset.split(" ")) if unset else (),
-        _decode_json(increments) if increments else {},
+        machine, id, version, event, source, target, at, transition_id, actor, reason, occurred, data,
+        tuple(unset.split(" ")) if unset else (), added,
         machine_version, f"{epoch}-{seq}", True, covers_from, bool(complete),
     )  # fmt: skip
 
@@ -370,6 +386,15 @@ def history(
         "up_to_ms": _MAX if up_to_ms is None else up_to_ms,
     }
     return [_transition_of(row) for row in connection.execute(_HISTORY, values).fetchall()]
+
+
+def transition_ids(connection: sa.Connection, machine: str, id: str, version: int | None) -> list[tuple[int, str]]:
+    """Served by the primary key of transitions."""
+    asked = sa.select(_transitions.version, _transitions.transition_id).order_by(_transitions.version)
+    asked = asked.where(_transitions.machine == machine, _transitions.id == id)
+    if version is not None:
+        asked = asked.where(_transitions.version == version)
+    return [(row[0], row[1]) for row in connection.execute(asked).fetchall()]
 
 
 def recorded(connection: sa.Connection, machine: str, id: str) -> tuple[list[model.Transition], bool]:

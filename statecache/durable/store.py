@@ -231,7 +231,7 @@ class DurableStore:
         up_to_version: int | None = None,
         up_to_ms: int | None = None,
     ) -> list[model.Transition]:
-        """Return an instance's transitions above ``after_version``, in order."""
+        """Return an instance's transitions above ``after_version``, in order. ``IntegrityError`` if one cannot be read."""
         return self.database.read(
             lambda connection: queries.history(connection, machine, id, after_version, up_to_version, up_to_ms)
         )
@@ -249,6 +249,10 @@ class DurableStore:
         """Return one transition of an instance."""
         found = self.history(machine, id, version - 1, version)
         return found[0] if found else None
+
+    def transition_ids(self, machine: str, id: str, version: int | None = None) -> list[tuple[int, str]]:
+        """Return ``(version, transition id)`` of an instance's transitions, or of one: whatever else their rows hold."""
+        return self.database.read(lambda connection: queries.transition_ids(connection, machine, id, version))
 
     def committed(self, wanted: Sequence[Committed]) -> list[model.Transition | entry.Entry | None]:
         """Return the transition that is meant by each ``(machine, id, version or None, transition id or None)``, in order.

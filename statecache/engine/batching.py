@@ -216,7 +216,7 @@ class Plan:
 
     def fold(self, finals: fold.Finals) -> None:
         """Fold every instance that was not put aside onto what is before it: into rows of checkpoints, those that change and
-        those that begin, and what becomes of the counts. Raises ``Refused`` for data that is no JSON."""
+        those that begin, and what becomes of the counts. Raises ``Refused`` for data that nobody could read."""
         moved: list[tuple[fold.Folded | None, fold.Folded]] = []
         for partition, groups in self._groups.items():
             for instance, records in groups.items():
@@ -225,8 +225,8 @@ class Plan:
                 old = self._before.get(instance)
                 try:
                     now = fold.after(old, records, partition)
-                except msgspec.DecodeError as error:
-                    raise Refused(f"the data of {':'.join(instance)} is no JSON: {error}") from error
+                except errors.IntegrityError as error:
+                    raise Refused(str(error)) from error
                 moved.append((old, now))
                 self.folds[instance] = now
                 (self.changed if old else self.begun).append(now.row(finals))

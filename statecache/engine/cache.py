@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _CLOSE_SECONDS = 10.0
+_UNKNOWN_SECONDS = 5.0
+"""For so long a machine that was not registered, or whose definition could not be read, is not asked for again."""
+_UNKNOWN_MAX = 1000
 _LOOK_SECONDS = 0.5
 """For so long it is believed that a flusher is alive, or that none is."""
 _AWAY_SECONDS = 1.0
@@ -74,6 +77,9 @@ class StateCache:
         self.ids = codec.TransitionIds()
         self._server = server
         self._finals: dict[tuple[str, int], frozenset[str]] = {}
+        self._unknown: dict[tuple[str, int], float] = {}
+        """Machines' versions whose final states nobody could tell, and when they are asked for again."""
+        self._unreadable: set[tuple[str, int]] = set()
         self._partitions = list(range(settings.partition_count))
         self._thread: threading.Thread | None = None
         self._confirmations: dict[Any, items.Confirm | None] = {}
@@ -343,13 +349,33 @@ class StateCache:
         return MachineHandle(self, machine)
 
     def finals(self, machine: str, version: int) -> frozenset[str]:
-        """The final states of a registered machine's version (none if it is not registered)."""
+        """The final states of a registered machine's version. None while it is not registered, or has a definition that this
+        version of statecache cannot read: other machines' entries are flushed with these, and must not wait for it."""
         known = self._finals.get((machine, version))
-        if known is None:
-            found = self.durable.machine(machine, version)
-            known = definition.of(MachineSpec.model_validate_json(found[2])).finals if found else frozenset()
-            self._finals[machine, version] = known
-        return known
+        if known is None and self._unknown.get((machine, version), 0.0) < time.monotonic():
+            known = self._registered_finals(machine, version)
+            if known is not None:
+                self._finals[machine, version] = known
+                return known
+            if len(self._unknown) >= _UNKNOWN_MAX:  # names are input
+                self._unknown.clear()
+            self._unknown[machine, version] = time.monotonic() + _UNKNOWN_SECONDS
+        return known or frozenset()
+
+    def _registered_finals(self, machine: str, version: int) -> frozenset[str] | None:
+        found = self.durable.machine(machine, version)
+        if found is None:
+            return None
+        try:
+            return definition.of(MachineSpec.model_validate_json(found[2])).finals
+        except (ValueError, RecursionError, errors.DefinitionError) as error:
+            if (machine, version) not in self._unreadable:
+                self._unreadable.add((machine, version))
+                _log.error(
+                    "the definition of machine %s, version %d, cannot be read (was it registered by a newer statecache?): none "
+                    "of its states counts as final: %s", machine, version, error, extra={"machine": machine},
+                )  # fmt: skip
+            return None
 
     def stuck(self, *, older_than: timedelta | None = None, limit: int = 100) -> list[model.Snapshot]:
         """Instances of any machine that are past their state's timeout and that no event moves on, those first that are

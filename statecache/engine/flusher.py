@@ -388,8 +388,8 @@ class Flusher:
         instance = (record.machine, record.id)
         place = {**batch.place(), "instance": ":".join(instance), "entry": str(record.entry_id)}
         if isinstance(error, KeyHit):
-            known = self.durable.transition(*instance, record.version)
-            if known is not None and known.transition_id == record.transition_id:
+            known = self.durable.transition_ids(*instance, record.version)
+            if (record.version, record.transition_id) in known:
                 _log.error("entry %s is in SQL already: not written twice", record.entry_id, extra=place)
                 return self._transaction([batch], {}, replayed=instance)
         _log.error("dead letter: %s:%s, entry %s: %s", *instance, record.entry_id, error, extra=place)

@@ -630,8 +630,8 @@ class _Attempt:
         for instance in instances:
             for gone in self._discards(self._partition_of(instance)).get(instance, ()):
                 yield *instance, gone.version, gone.transition_id
-            for row in self.durable.history(*instance):
-                yield *instance, row.version, row.transition_id
+            for version, transition_id in self.durable.transition_ids(*instance):
+                yield *instance, version, transition_id
             for version, transition_id in self._letters(instance):
                 yield *instance, version, transition_id
             self._beat()

@@ -160,7 +160,10 @@ def _chunk(cache: StateCache, machine: str, state: str, found: list[Ended], fold
 
 def _read(cache: StateCache, kept: model.Checkpoint) -> archive.Archived | str:
     """An instance with its whole history; its address where that is damaged: it is not archived, and nothing deleted of it."""
-    rows = cache.durable.history(kept.machine, kept.id)
+    try:
+        rows = cache.durable.history(kept.machine, kept.id)
+    except errors.IntegrityError:
+        return f"{kept.machine}:{kept.id}"
     version = 0
     for row in rows:
         if (row.covers_from or row.version) != version + 1:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import msgspec
 
 from statecache.core import entry, errors, flows, fold, model
+from statecache.durable.queries import UnreadableError
 from statecache.hot.store import READ_BYTES_MAX
 
 if TYPE_CHECKING:
@@ -130,6 +131,10 @@ def _history_slices(cache: StateCache, machine: str | None, after: fold.Instance
     address = after
     for rows in _histories(cache, machine, after):
         instances += 1
+        if isinstance(rows, UnreadableError):
+            address = rows.instance
+            _note(found, address, ("history", str(rows)))
+            continue
         transitions += len(rows)
         address = rows[0].machine, rows[0].id
         if _sql_problem(rows, cache.durable.checkpoint(*address)):
@@ -153,7 +158,10 @@ def _settled(look: Callable[[], Problem]) -> Problem:
     """Look until nothing is wrong, a few times: what is wrong only while somebody writes is no finding."""
     problem: Problem = None
     for attempt in range(_LOOKS):
-        problem = look()
+        try:
+            problem = look()
+        except UnreadableError as error:
+            problem = "history", str(error)
         if problem is None:
             return None
         time.sleep(0.01 * 2**attempt)
@@ -165,16 +173,26 @@ def _settled(look: Callable[[], Problem]) -> Problem:
 
 def _histories(
     cache: StateCache, machine: str | None, after: fold.Instance | None = None
-) -> Iterator[list[model.Transition]]:
-    """The histories in SQL, one instance after the other, behind that of ``after``."""
-    rows: list[model.Transition] = []
-    for row in cache.durable.iterate_transitions(machine, after=after):
-        if rows and (row.machine, row.id) != (rows[0].machine, rows[0].id):
+) -> Iterator[list[model.Transition] | UnreadableError]:
+    """The histories in SQL, one instance after the other, behind that of ``after``; what is wrong with one that cannot be
+    read."""
+    while True:
+        rows: list[model.Transition] = []
+        unreadable: UnreadableError | None = None
+        try:
+            for row in cache.durable.iterate_transitions(machine, after=after):
+                if rows and (row.machine, row.id) != (rows[0].machine, rows[0].id):
+                    yield rows
+                    rows = []
+                rows.append(row)
+        except UnreadableError as error:
+            unreadable = error
+        if rows and (unreadable is None or (rows[0].machine, rows[0].id) != unreadable.instance):
             yield rows
-            rows = []
-        rows.append(row)
-    if rows:
-        yield rows
+        if unreadable is None:
+            return
+        yield unreadable
+        after = unreadable.instance
 
 
 def _sql_problem_of(cache: StateCache, machine: str, id: str) -> Problem:
@@ -262,7 +280,11 @@ def _suspects(cache: StateCache, page: Sequence[fold.Instance]) -> list[fold.Ins
 def _as_folded(checkpoint: model.Checkpoint | None) -> _Folded:
     if checkpoint is None:
         return _Folded(data={})
-    return _Folded(checkpoint.state, checkpoint.version, msgspec.json.decode(checkpoint.data or "{}"))
+    try:
+        data = msgspec.json.decode(checkpoint.data or "{}")
+    except fold.UNREADABLE:  # no data is equal to what cannot be read
+        return _Folded(checkpoint.state, checkpoint.version, {"@": None})
+    return _Folded(checkpoint.state, checkpoint.version, data)
 
 
 def _hot_problem(cache: StateCache, machine: str, id: str) -> Problem:
@@ -317,7 +339,7 @@ def _difference(fields: Mapping[bytes, bytes], expected: _Folded) -> Problem:
             for name, text in fields.items()
             if name not in (b"@", b"@r", b"@c")
         }
-    except (UnicodeDecodeError, msgspec.DecodeError) as error:
+    except fold.UNREADABLE as error:
         return "hot", f"the data in Redis is not what statecache wrote: {error}"
     if data != expected.data:
         return "hot", f"the data in Redis is {data}, that of SQL and log {expected.data}"

@@ -253,6 +253,17 @@ def test_postgresql_refuses_data(postgres_url: str, parts: dict[str, object]) ->
     store.close()
 
 
+@pytest.mark.postgres
+def test_lines_that_copy_would_join_are_refused(postgres_url: str) -> None:
+    """An open quote in one line, closed in a later one: one row of three lines, and nobody would miss the others."""
+    store = DurableStore.connect(postgres_url)
+    lines = [line(0, 1, "a", 1, actor="\x1e"), line(0, 2, "b", 1), line(0, 3, "c", 1, actor="\x1e")]
+    with pytest.raises(faults.Refused, match="made 1 rows of 3 lines"), store.flush_transaction() as tx:
+        tx.insert_history(lines)
+    assert not list(store.iterate_transitions())
+    store.close()
+
+
 @pytest.mark.parametrize("parts", [{"reason": "half \ud800"}, {"to_state": ""}], ids=["surrogate", "missing"])
 def test_sqlite_refuses_data(sqlite_url: str, parts: dict[str, object]) -> None:
     store = DurableStore.connect(sqlite_url)

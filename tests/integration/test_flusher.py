@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import json
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 from unittest import mock
 
 import pytest
+import sqlalchemy as sa
 
-from statecache import Move
+from statecache import Move, State, StateMachine
 from statecache.core import entry, errors
-from statecache.durable import faults
+from statecache.durable import faults, schema
 from statecache.durable.flush import FlushTransaction
 from statecache.durable.store import DurableStore
 from statecache.engine import batching, letters
+from statecache.engine import cache as cache_module
 from statecache.engine import flusher as flusher_module
 from statecache.hot import watching
 from tests.support import servers
 from tests.support.proxy import Proxy
 from tests.support.waiting import wait_until
-from tests.support.worlds import Order, World, after_call, before_call, together
+from tests.support.worlds import Order, World, after_call, before_call, forged, together
 from workers import flusher as worker
 
 
@@ -733,6 +736,75 @@ def test_records_that_look_like_ours_stop_nobody(world: World, part: str, text: 
     assert world.versions(id) == [1, 2, 3]
 
 
+def test_two_open_quotes_swallow_nothing_between_them(world: World) -> None:
+    """P5, P10. COPY's quote in two strangers' records: all lines between would be one row, and lost without a word."""
+    ids = [world.id(0, prefix) for prefix in "abc"]
+    world.start(world.id(0))
+    places = [world.forge(forged("x", actor="one\x1equote"))]
+    receipts = [world.orders.start(id) for id in ids]
+    places.append(world.forge(forged("y", actor="one\x1equote")))
+    world.flush()
+    assert [world.versions(id) for id in ids] == [[1]] * 3
+    world.cache.wait_durable(receipts)
+    assert world.durable.parked_instances() == sorted(("@foreign", f"0:{place}") for place in places)
+    world.verify()
+
+
+@pytest.mark.parametrize("patch", ['{"a":1e999}', '{"a":-2.5E+400}'])
+def test_number_that_no_reader_takes_is_a_letter(world: World, patch: str) -> None:
+    """P10. JSON knows numbers that nobody can decode."""
+    bad, good = world.id(0, "bad"), world.id(0)
+    world.forge(forged(bad, patch=patch))
+    world.start(good, ["pay"])
+    world.flush()
+    assert world.versions(good) == [1, 2]
+    (letter,) = world.durable.letters("order", bad)
+    assert "none that can be read" in letter.error
+    with pytest.raises(errors.IntegrityError, match="can be read"):
+        letters.retry(world.cache, "order", bad)
+    assert letters.discard(world.cache, "order", bad) == 1
+    world.verify()
+
+
+@pytest.mark.parametrize("levels", [990, 5000])
+@pytest.mark.parametrize("part", ["patch", "increments"])
+def test_data_nested_too_deep_is_a_letter(world: World, part: str, levels: int) -> None:
+    """P10. What the decoder gives up at is no mistake of the program: a flush, a recovery and a reader go on without it."""
+    bad, good = world.id(0, "bad"), world.id(0)
+    world.forge(forged(bad, **{part: '{"a":' + "[" * levels + "]" * levels + "}"}))
+    world.start(good)
+    world.flush()
+    assert world.versions(good) == [1]
+    (letter,) = world.durable.letters("order", bad)
+    assert "none that can be read" in letter.error
+    before = world.sql_copy()
+    world.orders.transition(good, "pay")
+    world.forge(forged(bad, **{part: '{"a":' + "[" * levels + "]" * levels + "}", "version": "2"}))
+    world.flush()
+    world.sql_back(before)  # SQL is behind: what the log holds is taken apart by the recovery too
+    world.cache.recover()
+    assert world.orders.get(good).version == 2
+    with pytest.raises(errors.IntegrityError, match="cannot be read"):
+        world.orders.history(bad)
+
+
+def test_history_that_nobody_can_read_stops_no_flush(world: World) -> None:
+    """P10. SQL holds such a number, and the log another record of that key: told apart without a look at their data."""
+    bad = world.id(0, "bad")
+    good = [world.id(0, prefix) for prefix in "ab"]
+    long = '{"a":1e999,"blob":"' + "x" * 200 + '"}'
+    world.forge(forged(bad, patch=long))
+    world.start(good[0])
+    world.flush()
+    with pytest.raises(errors.IntegrityError, match="version 1 in SQL holds data that cannot be read"):
+        world.versions(bad)
+    world.forge(forged(bad, patch='{"a":1}', transition_id="another"))
+    world.start(good[1])
+    world.flush()
+    assert [world.versions(id) for id in good] == [[1]] * 2
+    assert [letter.entry.transition_id for letter in world.durable.letters("order", bad)] == ["another"]
+
+
 def test_letter_that_sql_refuses_is_kept_under_its_entry_id(lite: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """P10. SQL refuses an entry, and the letter of it too: it is kept as a stranger's, whose parts are one text."""
     id = lite.id(0)
@@ -973,6 +1045,55 @@ def test_sql_is_away_and_comes_back(private_postgres: servers.PostgresServer, re
             pass
         assert [world.versions(id) for id in ids] == [[1, 2, 3]] * 4
         world.verify()
+
+
+class Parcel(StateMachine):
+    """A machine that a newer statecache registered."""
+
+    sent = State(initial=True)
+    gone = State(final=True)
+    lose = sent.to(gone)
+
+
+def test_definition_that_cannot_be_read_stops_nobody(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    """A field of a registered definition is not known here: its entries and all others are flushed, and the log tells once."""
+    parcels = world.cache.machine(Parcel)
+    columns = schema.machines.c
+    with world.durable.database.transaction() as connection:
+        spec = connection.execute(sa.select(columns.spec).where(columns.name == "parcel")).scalar_one()
+        newer = json.dumps({**json.loads(spec), "of_tomorrow": 1})
+        connection.execute(sa.update(schema.machines).where(columns.name == "parcel").values(spec=newer))
+    parcels.start("1")
+    parcels.start("2")
+    world.start("1", ["pay", "ship", "deliver"])
+    other = world.more()
+    with mock.patch.object(cache_module, "_UNKNOWN_SECONDS", -1.0):  # asked for each time
+        other.flush_alone()
+    assert world.durable.checkpoint("parcel", "2").state == "sent"  # type: ignore[union-attr]
+    assert world.durable.checkpoint("order", "1").final  # type: ignore[union-attr]
+    assert [record.getMessage().split(":")[0] for record in caplog.records if record.levelname == "ERROR"] == [
+        "the definition of machine parcel, version 1, cannot be read (was it registered by a newer statecache?)"
+    ]
+
+
+def test_machine_that_is_registered_later_has_finals(lite: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flusher meets a machine that nobody has registered (SQL was restored); it asks once in a while, not for each entry."""
+    with lite.durable.database.transaction() as connection:
+        connection.execute(sa.delete(schema.machines))
+    other = lite.more()
+    asked = mock.Mock(side_effect=other.durable.machine)
+    monkeypatch.setattr(other.durable, "machine", asked)
+    for id in ("1", "2", "3"):
+        lite.start(id, ["pay", "ship", "deliver"])
+    other.flush_alone()
+    assert asked.call_count == 1
+    lite.cache.machine(Order)
+    monkeypatch.setattr(cache_module, "_UNKNOWN_SECONDS", -1.0)
+    other._unknown.clear()  # the seconds are over
+    lite.start("4", ["pay", "ship", "deliver"])
+    other.flush_alone()
+    finals = {kept.id: kept.final for kept in lite.durable.iterate_checkpoints()}
+    assert finals == {"1": False, "2": False, "3": False, "4": True}
 
 
 def test_machine_of_another_version_keeps_its_finals(lite: World) -> None:

@@ -19,7 +19,7 @@ from statecache.durable.faults import CommitUnknown
 from statecache.durable.store import DurableStore
 from statecache.engine import admission, letters, processes, recovery
 from tests.acceptance import command
-from tests.support.worlds import Order, World, after_call, before_call, together
+from tests.support.worlds import Order, World, after_call, before_call, forged, together
 
 IDS = [f"r{number}" for number in range(8)]
 
@@ -383,6 +383,21 @@ def test_hole_that_a_stranger_made_in_the_log_is_mended(
         assert [(row.version, row.event) for row in rows][2:] == [(3, "note"), (4, "@reconciled"), (5, "ship")]
         assert world.orders.get(id).data == world.orders.at(id, version=5).data
         world.verify()
+
+
+def test_a_row_that_nobody_can_read_ends_no_recovery(world: World) -> None:
+    """P10. The entry at the watermark is in SQL with a number that no decoder takes: it is known by its ids."""
+    good, bad = world.id(0), world.id(0, "bad")
+    world.start(good)
+    world.forge(forged(bad, patch='{"a":1e999,"blob":"' + "x" * 200 + '"}'))
+    world.flush()
+    with pytest.raises(errors.IntegrityError, match="cannot be read"):
+        world.versions(bad)
+    world.disown()
+    assert world.cache.recover().kinds == {recovery.INTACT: 2}
+    world.orders.transition(good, "pay")
+    world.flush()
+    assert world.versions(good) == [1, 2]
 
 
 def test_last_entries_that_a_stranger_deleted_are_mended(world: World) -> None:

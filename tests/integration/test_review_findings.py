@@ -411,7 +411,7 @@ def test_history_of_what_is_no_json_says_so(world: worlds.World) -> None:
     world.flush()
     _spoil(world, id)
     for _ in range(2):
-        with pytest.raises(errors.IntegrityError, match="holds data that is no JSON object"):
+        with pytest.raises(errors.IntegrityError, match="holds data that cannot be read"):
             world.orders.history(id)
         findings = verify.verify(world.cache).findings
         assert [(one.kind, one.address) for one in findings] == [("log", f"order:{id}")]

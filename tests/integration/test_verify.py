@@ -12,7 +12,7 @@ import pytest
 
 from statecache.durable import queries
 from statecache.engine import verify
-from tests.support.worlds import World
+from tests.support.worlds import World, forged
 
 
 @pytest.fixture
@@ -129,6 +129,18 @@ def test_a_hash_that_stands_behind_is_found(world: World, flushed: bool) -> None
     (finding,) = verify.verify(world.cache).findings
     assert (finding.kind, finding.address) == ("hot", f"order:{id}")
     assert "at 1, SQL and log have 'placed' at 2" in finding.detail
+
+
+def test_a_history_that_nobody_can_read_is_one_finding(world: World) -> None:
+    """The instances before and behind it are looked at all the same."""
+    for id in ("a", "z"):
+        world.start(id, ["pay"])
+    world.forge(forged("m", patch='{"a":1e999,"blob":"' + "x" * 200 + '"}'), world.partition_of("m"))
+    world.flush()
+    found = verify.verify(world.cache)
+    assert [(one.kind, one.address) for one in found.findings] == [("history", "order:m")]
+    assert "version 1 in SQL holds data that cannot be read" in found.findings[0].detail
+    assert (found.instances, found.transitions) == (3, 4)
 
 
 def test_a_hole_in_the_log_is_found(world: World) -> None:

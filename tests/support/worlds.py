@@ -110,6 +110,15 @@ def sql_back(durable: DurableStore, saved: dict[str, list[Any]]) -> None:
                 connection.execute(sa.insert(table), rows)
 
 
+def forged(id: str, **parts: str) -> str:
+    """The text of a stranger's record that looks like the start of an order."""
+    values = dict.fromkeys(entry.PARTS, "") | {
+        "machine": "order", "id": id, "version": "1", "event": entry.EVENT_START, "to_state": "placed",
+        "at_ms": "1700000000000", "transition_id": f"theirs-{id}", "machine_version": "1",
+    }  # fmt: skip
+    return entry.SEPARATOR.join((values | parts).values())
+
+
 class World:
     """One store under test. ``cache`` is a client of it; ``orders`` its handle of ``Order``; ``more()`` are others."""
 
@@ -274,6 +283,13 @@ class World:
             self.client.delete(key)
         if not scripts_stay:
             self.client.script_flush("SYNC")
+
+    def forge(self, text: str, partition: int = 0) -> str:
+        """Put a stranger's record behind a log's last entry; returns its entry id."""
+        last = entry.EntryId.parse(self.log(partition)[-1])
+        place = f"{last.epoch}-{last.seq + 1}"
+        self.client.xadd(self.keyspace.log(partition), {"e": text}, id=place)
+        return place
 
     def disown(self) -> None:
         """Let this server be another one than the one that was found true, as after a restart or a failover."""

@@ -47,8 +47,9 @@ def test_mark_tells_the_id_before_it() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "?", "a\x1fb", TEXT + "\x1fmore", TEXT.rpartition("\x1f")[0], TEXT.replace("1700", "soon"), TEXT[:-1] + "x"],
-)
+    ["", "?", "a\x1fb", TEXT + "\x1fmore", TEXT.rpartition("\x1f")[0], TEXT.replace("1700", "soon"), TEXT[:-1] + "x",
+     TEXT.replace("me", "m\x1ee")],
+)  # fmt: skip
 def test_strangers_text_is_refused(text: str) -> None:
     with pytest.raises(errors.IntegrityError, match="1-2 is not one that statecache wrote"):
         entry.parse(EntryId(1, 2), text)
