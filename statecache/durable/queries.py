@@ -397,6 +397,19 @@ def transition_ids(connection: sa.Connection, machine: str, id: str, version: in
     return [(row[0], row[1]) for row in connection.execute(asked).fetchall()]
 
 
+def covering(connection: sa.Connection, machine: str, id: str, version: int) -> tuple[int, int, str] | None:
+    """The row that stands for a version and others, as ``(covers_from, version, event)``. Served by the primary key of
+    transitions."""
+    asked = (
+        sa.select(_transitions.covers_from, _transitions.version, _transitions.event)
+        .where(_transitions.machine == machine, _transitions.id == id, _transitions.version >= version)
+        .order_by(_transitions.version)
+        .limit(1)
+    )
+    row = connection.execute(asked).first()
+    return (row[0], row[1], row[2]) if row is not None and row[0] is not None and row[0] <= version else None
+
+
 def recorded(connection: sa.Connection, machine: str, id: str) -> tuple[list[model.Transition], bool]:
     """All of an instance's transitions, and whether it may have open letters, in one look: without a row nothing tells.
     Served by the primary keys of transitions and of letters."""

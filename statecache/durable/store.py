@@ -244,6 +244,10 @@ class DurableStore:
         """Return ``(version, transition id)`` of an instance's transitions, or of one: whatever else their rows hold."""
         return self.database.read(lambda connection: queries.transition_ids(connection, machine, id, version))
 
+    def covering(self, machine: str, id: str, version: int) -> tuple[int, int, str] | None:
+        """Return ``(covers_from, version, event)`` of the row that stands for a version and others, or None."""
+        return self.database.read(lambda connection: queries.covering(connection, machine, id, version))
+
     def committed(self, wanted: Sequence[Committed]) -> list[model.Transition | entry.Entry | None]:
         """Return the transition that is meant by each ``(machine, id, version or None, transition id or None)``, in order.
 
