@@ -457,16 +457,20 @@ def above(database: engine.Database, partition: int, entry_id: entry.EntryId, pa
 
 
 def iterate_checkpoints(
-    database: engine.Database, partition: int | None, machine: str | None, batch: int
+    database: engine.Database,
+    partition: int | None,
+    machine: str | None,
+    batch: int,
+    after: Instance | None = None,
 ) -> Iterator[model.Checkpoint]:
-    """Pages by the primary key of checkpoints; ``partition`` filters them."""
+    """Pages by the primary key of checkpoints, behind that of ``after``; ``partition`` filters them."""
     key = sa.tuple_(_checkpoints.machine, _checkpoints.id)
     asked = sa.select(*_CHECKPOINT).order_by(_checkpoints.machine, _checkpoints.id).limit(batch)
     if machine is not None:
         asked = asked.where(_checkpoints.machine == machine)
     if partition is not None:
         asked = asked.where(_checkpoints.partition == partition)
-    page = asked
+    page = asked if after is None else asked.where(key > sa.tuple_(*after))
     while rows := _fetch(database, page):
         yield from map(checkpoint_of, rows)
         page = asked.where(key > sa.tuple_(*rows[-1][:2]))

@@ -288,10 +288,14 @@ class DurableStore:
     # Everything, in pages, for verify
 
     def iterate_checkpoints(
-        self, partition: int | None = None, machine: str | None = None, batch: int = 1000
+        self,
+        partition: int | None = None,
+        machine: str | None = None,
+        batch: int = 1000,
+        after: Instance | None = None,
     ) -> Iterator[model.Checkpoint]:
-        """Yield checkpoints by machine and id. Each page is a snapshot of its own."""
-        return queries.iterate_checkpoints(self.database, partition, machine, batch)
+        """Yield checkpoints by machine and id, behind that of ``after``. Each page is a snapshot of its own."""
+        return queries.iterate_checkpoints(self.database, partition, machine, batch, after)
 
     def iterate_transitions(
         self, machine: str | None = None, batch: int = 5000, after: Instance | None = None
