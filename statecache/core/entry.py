@@ -111,8 +111,10 @@ def parse_line(line: str) -> Entry:
          increments, machine_version) = line.split(SEPARATOR)  # fmt: skip
         epoch, seq = entry_id.split("-")
         number, at_ms, of_machine = int(version), int(at), int(machine_version)
-        # SQL has columns of 64 bits, and of 32 for the machine's version.
-        if (number | at_ms | of_machine << 32) >> 63 or (occurred and abs(int(occurred)) >> 63):
+        # SQL has columns of 64 bits, and of 32 for the machine's version; readers know the years 1 to 9999.
+        if not (0 <= number < 2**63 and 0 <= at_ms < 253402300800000 and 0 <= of_machine < 2**31) or (
+            occurred and not -62135596800000 <= int(occurred) < 253402300800000
+        ):
             raise ValueError("a number is out of range")
         if COPY_QUOTE in line:
             raise ValueError("a part holds what no part can hold")

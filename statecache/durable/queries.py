@@ -397,6 +397,19 @@ def transition_ids(connection: sa.Connection, machine: str, id: str, version: in
     return [(row[0], row[1]) for row in connection.execute(asked).fetchall()]
 
 
+def covering(connection: sa.Connection, machine: str, id: str, version: int) -> tuple[int, int, str] | None:
+    """The row that stands for a version and others, as ``(covers_from, version, event)``. Served by the primary key of
+    transitions."""
+    asked = (
+        sa.select(_transitions.covers_from, _transitions.version, _transitions.event)
+        .where(_transitions.machine == machine, _transitions.id == id, _transitions.version >= version)
+        .order_by(_transitions.version)
+        .limit(1)
+    )
+    row = connection.execute(asked).first()
+    return (row[0], row[1], row[2]) if row is not None and row[0] is not None and row[0] <= version else None
+
+
 def recorded(connection: sa.Connection, machine: str, id: str) -> tuple[list[model.Transition], bool]:
     """All of an instance's transitions, and whether it may have open letters, in one look: without a row nothing tells.
     Served by the primary keys of transitions and of letters."""
@@ -444,16 +457,20 @@ def above(database: engine.Database, partition: int, entry_id: entry.EntryId, pa
 
 
 def iterate_checkpoints(
-    database: engine.Database, partition: int | None, machine: str | None, batch: int
+    database: engine.Database,
+    partition: int | None,
+    machine: str | None,
+    batch: int,
+    after: Instance | None = None,
 ) -> Iterator[model.Checkpoint]:
-    """Pages by the primary key of checkpoints; ``partition`` filters them."""
+    """Pages by the primary key of checkpoints, behind that of ``after``; ``partition`` filters them."""
     key = sa.tuple_(_checkpoints.machine, _checkpoints.id)
     asked = sa.select(*_CHECKPOINT).order_by(_checkpoints.machine, _checkpoints.id).limit(batch)
     if machine is not None:
         asked = asked.where(_checkpoints.machine == machine)
     if partition is not None:
         asked = asked.where(_checkpoints.partition == partition)
-    page = asked
+    page = asked if after is None else asked.where(key > sa.tuple_(*after))
     while rows := _fetch(database, page):
         yield from map(checkpoint_of, rows)
         page = asked.where(key > sa.tuple_(*rows[-1][:2]))

@@ -254,6 +254,10 @@ class DurableStore:
         """Return ``(version, transition id)`` of an instance's transitions, or of one: whatever else their rows hold."""
         return self.database.read(lambda connection: queries.transition_ids(connection, machine, id, version))
 
+    def covering(self, machine: str, id: str, version: int) -> tuple[int, int, str] | None:
+        """Return ``(covers_from, version, event)`` of the row that stands for a version and others, or None."""
+        return self.database.read(lambda connection: queries.covering(connection, machine, id, version))
+
     def committed(self, wanted: Sequence[Committed]) -> list[model.Transition | entry.Entry | None]:
         """Return the transition that is meant by each ``(machine, id, version or None, transition id or None)``, in order.
 
@@ -294,10 +298,14 @@ class DurableStore:
     # Everything, in pages, for verify
 
     def iterate_checkpoints(
-        self, partition: int | None = None, machine: str | None = None, batch: int = 1000
+        self,
+        partition: int | None = None,
+        machine: str | None = None,
+        batch: int = 1000,
+        after: Instance | None = None,
     ) -> Iterator[model.Checkpoint]:
-        """Yield checkpoints by machine and id. Each page is a snapshot of its own."""
-        return queries.iterate_checkpoints(self.database, partition, machine, batch)
+        """Yield checkpoints by machine and id, behind that of ``after``. Each page is a snapshot of its own."""
+        return queries.iterate_checkpoints(self.database, partition, machine, batch, after)
 
     def iterate_transitions(
         self, machine: str | None = None, batch: int = 5000, after: Instance | None = None

@@ -72,7 +72,7 @@ class AsyncStateCache:
         self._gathered = {
             kind: aside.Together(self.threads, sync.driver.answers) for kind in aside.GATHERED
         }  # a batch for each: one query, or one script, serves wishes of one kind only
-        self._waits = aside.Waits(self.threads, sync.commits)
+        self._waits = aside.Waits(self.threads, sync.commits, sync.explained)
         self._under_way = 0
         self._nothing_under_way: asyncio.Future[None] | None = None
         self._closer: asyncio.Task[None] | None = None

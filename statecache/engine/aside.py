@@ -20,11 +20,13 @@ from concurrent import futures
 from typing import Any, TypeVar
 
 from statecache.core import errors, flows, model
-from statecache.engine import commits
+from statecache.engine import commits, durability
 
 Result = TypeVar("Result")
 Done = Callable[[Sequence[Any], float], Sequence[Any]]
 """Answers wishes of one kind, in order, until a deadline; an error is an answer too."""
+Explained = Callable[[model.Receipt, errors.StateCacheError], errors.StateCacheError]
+"""``StateCache.explained``."""
 
 GATHERED = (flows.Where, flows.Lookup, flows.Hydrate, flows.Admit, flows.Find)
 THREADS = 8
@@ -137,9 +139,10 @@ class Together:
 class Waits:
     """Waiting until receipts are in SQL, in the rounds of the sync client (``commits.py``); one thread for all tasks."""
 
-    def __init__(self, threads: Threads, group: commits.GroupCommit) -> None:
+    def __init__(self, threads: Threads, group: commits.GroupCommit, explained: Explained) -> None:
         self._threads = threads
         self._group = group
+        self._explained = explained
         self._servers: set[asyncio.Task[None]] = set()
 
     async def confirm(self, receipt: model.Receipt, deadline: float) -> None:
@@ -164,6 +167,8 @@ class Waits:
         finally:
             self._group.withdraw(guest)
         error = guest.answers()[0]
+        if isinstance(error, durability.LostError):
+            error = await self._threads.run(self._explained, receipt, error)
         if error is not None:
             raise error
 

@@ -440,13 +440,21 @@ class StateCache:
                 results[index] = error
 
     def _wait(self, receipts: Sequence[model.Receipt], deadline: float) -> list[errors.StateCacheError | None]:
-        return self.commits.wait(receipts, deadline) if receipts else []
+        if not receipts:
+            return []
+        found = self.commits.wait(receipts, deadline)
+        return [error and self.explained(one, error) for one, error in zip(receipts, found, strict=True)]
+
+    def explained(self, receipt: model.Receipt, error: errors.StateCacheError) -> errors.StateCacheError:
+        """See ``durability.explained``."""
+        return durability_levels.explained(self.durable, receipt, error)
 
     def wait_durable(self, receipt: model.Receipt | Sequence[model.Receipt], timeout: float | None = None) -> None:
         """Return when the transition is in SQL: from then on it survives the loss of Redis, disk and all.
 
         Raises ``DurabilityTimeout`` (it stands, its durability is unknown: wait again), ``ParkedError`` (SQL refused it,
-        or an entry before it) or ``IntegrityError`` (it was lost with Redis; a recovery has reported it).
+        or an entry before it) or ``IntegrityError``: it was lost with Redis, and a recovery has reported it; or SQL has one
+        row for its version and others (retention has archived them), so that nobody can tell any more.
         """
         receipts = [receipt] if isinstance(receipt, model.Receipt) else list(receipt)
         self.confirm(receipts, self.deadline(timeout))

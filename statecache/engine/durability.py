@@ -5,12 +5,14 @@ servers can give them is judged once per epoch, when the level is first wanted: 
 ``WAITAOF`` answers before the fsync on Redis 7.4 and on every Valkey tried (redis#13793), so under ``appendfsync everysec``
 only Redis 7.2 and from 8.2 on are believed; under ``always`` the reply itself comes after the fsync.
 
-``durable`` waits for rows, never by comparing ids (protocol hole H11): ``outcome`` judges, ``commits.py`` waits.
+``durable`` waits for rows, never by comparing ids (protocol hole H11): ``outcome`` judges, ``commits.py`` waits. What looks
+lost is looked at once more (``explained``): retention or a recovery may have left one row for many versions.
 """
 
 from __future__ import annotations
 
 from statecache.core import entry, errors, items, model
+from statecache.durable.store import DurableStore
 from statecache.hot.store import HotStore
 
 
@@ -63,6 +65,10 @@ Standing = tuple[entry.EntryId, str | None, str | None]
 in its place."""
 
 
+class LostError(errors.IntegrityError):
+    """The watermark is above a receipt's entry, and no row or letter is in its place."""
+
+
 def outcome(receipt: model.Receipt, standing: Standing) -> errors.StateCacheError | bool:
     """Tell whether a receipt is durable: True, False (not yet), or the error that it never will be."""
     watermark, transition_id, letter_id = standing
@@ -74,8 +80,26 @@ def outcome(receipt: model.Receipt, standing: Standing) -> errors.StateCacheErro
             f"see 'statecache dead-letters list {receipt.machine}:{receipt.id}'"
         )
     if watermark >= entry.EntryId.parse(receipt.entry_id):
-        return errors.IntegrityError(
+        return LostError(
             f"{receipt.machine}:{receipt.id} version {receipt.version} ({receipt.event}) was acknowledged and is lost: "
             "a recovery found Redis without it; see the report in 'statecache status'"
         )
     return False
+
+
+def explained(durable: DurableStore, receipt: model.Receipt, error: errors.StateCacheError) -> errors.StateCacheError:
+    """The answer about a receipt; where it looks lost and one row stands for its version and others, that nobody can tell."""
+    if not isinstance(error, LostError):
+        return error
+    try:
+        row = durable.covering(receipt.machine, receipt.id, receipt.version)
+    except errors.UnavailableError as trouble:
+        late = errors.DurabilityTimeout(f"{receipt.machine}:{receipt.id} version {receipt.version}: {trouble}", receipt)
+        late.__cause__ = trouble
+        return late
+    if row is None or (row[2] == entry.EVENT_ARCHIVED and row[1] == receipt.version):  # that row kept its own id
+        return error
+    return errors.IntegrityError(
+        f"{receipt.machine}:{receipt.id} version {receipt.version} ({receipt.event}) was acknowledged; of versions {row[0]} to "
+        f"{row[1]} one row is all that SQL has ({row[2]}), so it cannot be told whether this transition is among them"
+    )

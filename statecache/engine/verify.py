@@ -3,7 +3,7 @@
 Three passes, each over everything:
 
 1. SQL: every history is versions 1..n, without gap and fork (a ``@reconciled`` row stands for the range it names), each
-   transition begins where the one before it ended, and the checkpoint is the fold of them all;
+   transition begins where the one before it ended, and the checkpoint is the fold of them all; none is without a history;
 2. the logs: behind its watermark each goes on without a hole;
 3. Redis: every hot hash is its checkpoint with its open dead letters and the unflushed entries of the log folded on.
 
@@ -129,15 +129,13 @@ def _history_slices(cache: StateCache, machine: str | None, after: fold.Instance
     found: list[Finding] = []
     instances = transitions = 0
     address = after
-    for rows in _histories(cache, machine, after):
+    for address, rows, checkpoint in _instances(cache, machine, after):
         instances += 1
         if isinstance(rows, UnreadableError):
-            address = rows.instance
             _note(found, address, ("history", str(rows)))
             continue
         transitions += len(rows)
-        address = rows[0].machine, rows[0].id
-        if _sql_problem(rows, cache.durable.checkpoint(*address)):
+        if _sql_problem(rows, checkpoint):
             _note(found, address, _settled(lambda address=address: _sql_problem_of(cache, *address)))  # type: ignore[misc]
         if instances % 1000 == 0 or transitions > 10 * _PAGE:
             yield Slice(["histories", *address], tuple(found), instances, transitions)
@@ -169,6 +167,27 @@ def _settled(look: Callable[[], Problem]) -> Problem:
 
 
 # --- SQL ---------------------------------------------------------------------------------------------------------------
+
+
+def _instances(
+    cache: StateCache, machine: str | None, after: fold.Instance | None
+) -> Iterator[tuple[fold.Instance, list[model.Transition] | UnreadableError, model.Checkpoint | None]]:
+    """Histories and checkpoints in SQL, side by side: no rows for a checkpoint without a history. The two are read page by
+    page, each of another moment."""
+    checkpoints = cache.durable.iterate_checkpoints(machine=machine, after=after)
+    kept = next(checkpoints, None)
+    for rows in _histories(cache, machine, after):
+        address = rows.instance if isinstance(rows, UnreadableError) else (rows[0].machine, rows[0].id)
+        while kept is not None and (kept.machine, kept.id) < address:
+            yield (kept.machine, kept.id), [], kept
+            kept = next(checkpoints, None)
+        is_here = kept is not None and (kept.machine, kept.id) == address
+        yield address, rows, kept if is_here else None
+        if is_here:
+            kept = next(checkpoints, None)
+    while kept is not None:
+        yield (kept.machine, kept.id), [], kept
+        kept = next(checkpoints, None)
 
 
 def _histories(
@@ -203,13 +222,19 @@ def _sql_problem(rows: Sequence[model.Transition], checkpoint: model.Checkpoint 
     folded = _folded(rows)
     if folded.problem:
         return "history", folded.problem
+    if not rows:
+        return (
+            ("history", f"the checkpoint is at version {checkpoint.version}, but there is no history")
+            if checkpoint
+            else None
+        )
     if checkpoint is None:
         return "checkpoint", f"history has {folded.version} versions, but there is no checkpoint"
     if (checkpoint.state, checkpoint.version) != (folded.state, folded.version):
         return "checkpoint", (
             f"the checkpoint is {checkpoint.state!r} at {checkpoint.version}, history {folded.state!r} at {folded.version}"
         )
-    if folded.complete and msgspec.json.decode(checkpoint.data or "{}") != folded.data:
+    if folded.complete and _as_folded(checkpoint).data != folded.data:
         return "checkpoint", f"the checkpoint's data is {checkpoint.data}, that of history {folded.data}"
     return None
 

@@ -713,7 +713,8 @@ def test_strangers_bytes_stop_nobody(world: World, text: bytes) -> None:
     ("part", "text"),
     [
         ("version", str(10**30)), ("version", "-1"), ("at_ms", str(10**30)), ("machine_version", str(2**31)),
-        ("occurred_ms", "abc"), ("occurred_ms", str(10**30)), ("event", "@epoch"),
+        ("at_ms", "253402300800000"), ("occurred_ms", "abc"), ("occurred_ms", str(10**30)), ("occurred_ms", "-62135596800001"),
+        ("event", "@epoch"),
     ],
 )  # fmt: skip
 def test_records_that_look_like_ours_stop_nobody(world: World, part: str, text: str) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from statecache.core import errors, failpoints
@@ -236,6 +237,27 @@ def test_repeated_calls_after_it(world: worlds.World, folder: Path) -> None:
         world.orders.transition("a", "pay")
     with pytest.raises(errors.AlreadyExistsError):
         world.orders.start("a")
+
+
+def test_receipts_that_are_waited_for_after_it(
+    redis_url: str, database_and_client: tuple[str, str], namespace: str
+) -> None:
+    """What stayed is durable. What one row stands for is not called lost: that nobody can tell is said; and what another
+    transition took the place of is lost as ever."""
+    database_url, client = database_and_client
+    with worlds.World(redis_url, database_url, namespace, client=client) as world:
+        receipts = world.start("a", DELIVERED)
+        world.flush()
+        list(retention.run(getattr(world.cache, "sync", world.cache), NOW, None))
+        world.cache.wait_durable(receipts[3:])
+        for receipt in receipts[:3]:
+            with pytest.raises(
+                errors.IntegrityError, match=r"of versions 1 to 4 one row is all that SQL has \(@archived\)"
+            ):
+                world.cache.wait_durable(receipt)
+        for receipt in receipts[3:]:
+            with pytest.raises(errors.IntegrityError, match="and is lost"):
+                world.cache.wait_durable(msgspec.structs.replace(receipt, transition_id="another"))
 
 
 _PLACES = [f"{name}=die" for name in failpoints.NAMES if name.startswith("retention.")]

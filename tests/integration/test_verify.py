@@ -9,8 +9,9 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import sqlalchemy as sa
 
-from statecache.durable import queries
+from statecache.durable import queries, schema
 from statecache.engine import verify
 from tests.support.worlds import World, forged
 
@@ -38,6 +39,17 @@ def before_each(target: object, names: tuple[str, ...], action: Callable[[], obj
         for name in names:
             stack.enter_context(mock.patch.object(target, name, between(name, getattr(target, name))))
         yield came
+
+
+def begin_one_by_one(*actions: Callable[[], None]) -> Callable[[], None]:
+    """An action that is another one each time, and none in the end or within itself."""
+    left = list(actions)
+
+    def action() -> None:
+        if left:
+            left.pop(0)()
+
+    return action
 
 
 _HOT = ("read", "hashes", "find")
@@ -141,6 +153,51 @@ def test_a_history_that_nobody_can_read_is_one_finding(world: World) -> None:
     assert [(one.kind, one.address) for one in found.findings] == [("history", "order:m")]
     assert "version 1 in SQL holds data that cannot be read" in found.findings[0].detail
     assert (found.instances, found.transitions) == (3, 4)
+
+
+@pytest.mark.parametrize("cold", [False, True], ids=["hot", "cold"])
+def test_a_history_that_is_gone_is_found(world: World, cold: bool) -> None:
+    """All rows of some instances are deleted, the first, the last and one between; their checkpoints are there."""
+    ids = ["a", "b", "c", "d", "e"]
+    for id in ids:
+        world.start(id, ["pay"])
+    world.flush()
+    columns = schema.transitions.c
+    with world.durable.database.transaction() as connection:
+        connection.execute(sa.delete(schema.transitions).where(columns.id.in_(["a", "c", "e"])))
+    for id in ids if cold else ():
+        world.evict(id)
+    found = verify.verify(world.cache)
+    assert [(one.kind, one.address) for one in found.findings] == [("history", f"order:{id}") for id in ("a", "c", "e")]
+    assert "version 2, but there is no history" in found.findings[0].detail
+    assert (found.instances, found.transitions) == (5, 4)
+    slices = list(verify.slices(world.cache, cursor=["histories", "order", "b"]))
+    assert [one.address for part in slices for one in part.findings] == ["order:c", "order:e"]
+
+
+def test_an_instance_that_begins_between_the_two_pages(world: World) -> None:
+    """Its checkpoint is seen, its history was not there yet; and the other way round. Neither is a finding."""
+    world.start("b")
+    world.flush()
+
+    def begin(id: str) -> Callable[[], None]:
+        def action() -> None:
+            world.start(id, ["pay"])
+            world.flush()
+
+        return action
+
+    with before_each(queries, ("_fetch",), begin_one_by_one(begin("a"), begin("c"), begin("d"))) as came:
+        assert not verify.verify(world.cache).findings
+    assert len(came) >= 3
+
+
+def test_letters_without_a_history_are_no_finding(world: World) -> None:
+    world.forge(forged("m", patch='{"a":'), world.partition_of("m"))
+    world.start("n")
+    world.flush()
+    assert world.durable.letters("order", "m")
+    assert not verify.verify(world.cache).findings
 
 
 def test_a_hole_in_the_log_is_found(world: World) -> None:

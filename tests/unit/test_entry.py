@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from statecache.core import entry, errors
+from statecache.core import entry, errors, model
 from statecache.core.entry import EntryId
 
 ids = st.builds(EntryId, st.integers(0, 2**40), st.integers(0, 2**50))
@@ -48,11 +48,18 @@ def test_mark_tells_the_id_before_it() -> None:
 @pytest.mark.parametrize(
     "text",
     ["", "?", "a\x1fb", TEXT + "\x1fmore", TEXT.rpartition("\x1f")[0], TEXT.replace("1700", "soon"), TEXT[:-1] + "x",
-     TEXT.replace("me", "m\x1ee")],
+     TEXT.replace("me", "m\x1ee"), TEXT.replace("1700", "253402300800000"),
+     TEXT.replace("\x1f5\x1f", "\x1f-62135596800001\x1f")],
 )  # fmt: skip
 def test_strangers_text_is_refused(text: str) -> None:
     with pytest.raises(errors.IntegrityError, match="1-2 is not one that statecache wrote"):
         entry.parse(EntryId(1, 2), text)
+
+
+@pytest.mark.parametrize("ms", [-62135596800000, -1, 0, 253402300799999])
+def test_times_that_are_taken_can_be_shown(ms: int) -> None:
+    record = entry.parse(EntryId(1, 2), TEXT.replace("\x1f5\x1f", f"\x1f{ms}\x1f").replace("1700", str(max(0, ms))))
+    assert model.datetime_of(int(record.occurred_ms)) <= model.datetime_of(record.at_ms)
 
 
 @pytest.mark.parametrize(
