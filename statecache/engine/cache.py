@@ -412,8 +412,9 @@ class StateCache:
     def wait_durable(self, receipt: model.Receipt | Sequence[model.Receipt], timeout: float | None = None) -> None:
         """Return when the transition is in SQL: from then on it survives the loss of Redis, disk and all.
 
-        Raises ``DurabilityTimeout`` (it stands, its durability is unknown: wait again), ``ParkedError`` (SQL refused it,
-        or an entry before it) or ``IntegrityError`` (it was lost with Redis; a recovery has reported it).
+        Raises ``DurabilityTimeout`` (it stands, its durability is unknown: wait again), ``ParkedError`` with its ``receipt``
+        (it stands in Redis and waits as a dead letter: SQL refused it, or an entry before it) or ``IntegrityError`` (it was
+        lost with Redis; a recovery has reported it).
         """
         receipts = [receipt] if isinstance(receipt, model.Receipt) else list(receipt)
         self.confirm(receipts, self.deadline(timeout))

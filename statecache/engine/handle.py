@@ -27,6 +27,9 @@ class MachineHandle:
 
     - on return: Redis has it (``durability="hot"``, the default), or what the given level says;
     - on ``UnavailableError``: it may or may not have been applied; repeat it with the same ``transition_id``;
+    - on ``DurabilityTimeout``, and on ``ParkedError`` with a ``receipt``: it stands in Redis, but is not known to be in SQL (to
+      have reached the given level), or waits as a dead letter because SQL refused it;
+    - on ``IntegrityError``: the message tells what became of it (it was applied, and lost with Redis; it was applied before);
     - on any other error: it was not applied.
 
     Errors of every write: ``InvalidDataError`` (arguments), ``NotFoundError``, ``AlreadyExistsError``,
