@@ -95,6 +95,9 @@ class MachineHandle:
         """Fire an event: move the instance, set the fields of ``data``, remove those of ``unset``, add to those of
         ``increment`` (a missing field counts as 0).
 
+        Data is checked against the machine's ``Data``. So are the types of fields that are added to, but not what the sums will
+        be: as others may add at the same time, bounds (``le=10``) do not hold for ``increment``.
+
         With ``transition_id`` the call may be repeated for ever: it is applied once, and answered with the same receipt
         (``duplicate=True``). ``expect_version`` refuses if somebody else moved the instance; a repetition must expect what the
         first call did: with a version that was read anew, an id from long ago is not looked for.

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Callable, Iterator
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import pydantic
 import pytest
 
-from statecache import State, StateMachine
+from statecache import Move, State, StateMachine
 from statecache.core import errors
 from tests.support.worlds import World
 
@@ -27,6 +28,20 @@ class Invoice(StateMachine):
     class Data(pydantic.BaseModel):
         amount: float | None = None
         lines: list[str] = []
+
+
+class Counter(StateMachine):
+    """A machine whose data is counted."""
+
+    open = State(initial=True)
+    touch = open.to(open)
+
+    class Data(pydantic.BaseModel):
+        n: Annotated[int, pydantic.Field(le=10)] = 0
+        kind: Literal["x", "y"] = "x"
+        share: float | None = None
+        when: datetime.datetime | None = None
+        tags: list[str] = []
 
 
 @pytest.fixture
@@ -122,6 +137,27 @@ def test_declared_data_is_checked_field_by_field(world: World) -> None:
     with pytest.raises(errors.InvalidDataError, match=r"field 'lines\.0': 1 is refused"):
         invoices.transition("1", "touch", data={"lines": [1]})
     assert invoices.get("1").version == 1
+
+
+@pytest.mark.parametrize("is_loaded", [False, True], ids=["class", "yaml"])
+def test_increment_of_what_is_declared_as_no_number_is_refused(world: World, tmp_path: Path, is_loaded: bool) -> None:
+    Counter.dump(tmp_path / "counter.yaml")
+    counters = world.cache.machine(StateMachine.load(tmp_path / "counter.yaml") if is_loaded else Counter)
+    counters.start("1", data={"n": 3})
+    before = world.hot_dump()
+    for increment, rule in (
+        ({"n": 0.5}, "the increment of 'n' is refused: its data declares whole numbers, 0.5 is a float"),
+        ({"n": 1, "kind": 1}, "the increment of 'kind' is refused: its data declares no number there, but string"),
+        ({"when": 1}, "the increment of 'when' is refused: its data declares no number there, but null or string"),
+        ({"tags": 1.5}, "the increment of 'tags' is refused: its data declares no number there, but array"),
+    ):
+        with pytest.raises(errors.InvalidDataError, match=rule):
+            counters.transition("1", "touch", increment=increment)
+        (told,) = counters.transition_many([Move("1", "touch", increment=increment)])
+        assert rule in str(told)
+    assert world.hot_dump() == before
+    counters.transition("1", "touch", increment={"n": 100, "share": 0.5, "free": 1.5})
+    assert counters.get("1").data == {"n": 103, "share": 0.5, "free": 1.5}, "bounds are not looked at"
 
 
 def test_increment_of_what_is_no_number_is_refused_by_the_script(world: World) -> None:
