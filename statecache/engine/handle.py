@@ -271,7 +271,14 @@ class MachineHandle:
 
         Raises ``NotFoundError`` where there was none.
         """
-        return self.calls.at(id, self.history(id, timeout=timeout), version, when)
+        deadline = self._cache.deadline(timeout)
+        rows: list[model.Transition] = self._cache.driver.run(self.calls.history(id), deadline)
+        snapshot = self.calls.at(id, rows, version, when)
+        if rows[0].covers_from is not None:  # archived or reconciled: that row's time is not the start's
+            with contextlib.suppress(errors.NotFoundError, errors.ParkedError):
+                now = self._cache.driver.read(*self.calls.address(id), self.calls.snapshot, deadline)
+                snapshot.created_ms = now.created_ms
+        return snapshot
 
     def find(
         self, state: str | None = None, *, older_than: timedelta | None = None, stuck: bool = False, limit: int = 100
