@@ -63,7 +63,7 @@ WRITES: list[tuple[Callable[[Any], object], str]] = [
     (lambda orders: orders.start("2", {"a b": 1}), "field name 'a b' is refused"),
     (
         lambda orders: orders.start("2", {"a": "x" * 10_000_000}),
-        "data is refused: it takes 10000003 bytes, at most 65536",
+        "data is refused: it takes 10000008 bytes, at most 65536",
     ),
     (lambda orders: orders.start("2", {f"f{n}": n for n in range(65)}), "it has 65 fields, at most 64 are allowed"),
     (lambda orders: orders.start("2", [("a", 1)]), "is refused: it must map field names to values"),
