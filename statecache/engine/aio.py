@@ -21,6 +21,7 @@ from statecache.core.machine import StateMachine
 from statecache.engine import aside, recovery
 from statecache.engine.aio_handle import AsyncMachineHandle
 from statecache.engine.cache import StateCache
+from statecache.engine.calls import as_receipts
 from statecache.engine.driver import UNREACHABLE, pause_seconds
 from statecache.engine.handle import CONFIRMED
 from statecache.hot.aio import AsyncHotStore, Turn
@@ -221,7 +222,7 @@ class AsyncStateCache:
             finally:
                 self.leave()
         else:
-            await self.blocking(self.sync.wait_durable, list(receipt), timeout)
+            await self.blocking(self.sync.wait_durable, as_receipts(receipt), timeout)
 
     async def flush(self, timeout: float | None = 10.0) -> None:
         """As ``StateCache.flush``."""

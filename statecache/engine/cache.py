@@ -24,6 +24,7 @@ from statecache.durable.store import DurableStore
 from statecache.engine import commits, duties, recovery, servers, threads, watching
 from statecache.engine import durability as durability_levels
 from statecache.engine.admission import Admission
+from statecache.engine.calls import as_receipts
 from statecache.engine.driver import Driver
 from statecache.engine.embedded import EmbeddedServer
 from statecache.engine.flusher import Flusher
@@ -416,8 +417,7 @@ class StateCache:
         (it stands in Redis and waits as a dead letter: SQL refused it, or an entry before it) or ``IntegrityError`` (it was
         lost with Redis; a recovery has reported it).
         """
-        receipts = [receipt] if isinstance(receipt, model.Receipt) else list(receipt)
-        self.confirm(receipts, self.deadline(timeout))
+        self.confirm(as_receipts(receipt), self.deadline(timeout))
 
     def flush(self, timeout: float | None = 10.0) -> None:
         """Return when everything acknowledged before the call is in SQL. Does the work itself when no flusher does.
