@@ -13,6 +13,7 @@ import random
 import time
 import weakref
 from collections.abc import Awaitable, Callable, Generator, Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from statecache import metrics as metering
@@ -227,6 +228,14 @@ class AsyncStateCache:
     async def flush(self, timeout: float | None = 10.0) -> None:
         """As ``StateCache.flush``."""
         await self.blocking(self.sync.flush, timeout)
+
+    async def stuck(self, *, older_than: timedelta | None = None, limit: int = 100) -> list[model.Snapshot]:
+        """As ``StateCache.stuck``."""
+        return await self.blocking(self.sync.stuck, older_than=older_than, limit=limit)
+
+    async def serve_metrics(self, port: int = 9464, address: str | None = None) -> int:
+        """As ``StateCache.serve_metrics``."""
+        return await self.blocking(self.sync.serve_metrics, port, address)
 
     async def recover(self, *, dry_run: bool = False) -> recovery.Report:
         """As ``StateCache.recover``."""
