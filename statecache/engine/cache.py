@@ -301,7 +301,8 @@ class StateCache:
 
     def machine(self, machine: type[StateMachine] | str) -> MachineHandle:
         """The handle of a machine: of a class (or ``StateMachine.load(path)``), which is registered in SQL, or of a
-        registered name, in its latest version.
+        registered name, in its latest version. By name, data is checked against the stored JSON Schema, which converts nothing
+        (see ``StateMachine``).
 
         Raises ``DefinitionError`` if another definition is registered under the same name and version,
         ``NotFoundError`` for a name that nobody registered, and ``ConfigurationError`` if the server cannot give the

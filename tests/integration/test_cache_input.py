@@ -30,6 +30,16 @@ class Invoice(StateMachine):
         lines: list[str] = []
 
 
+class Strict(StateMachine):
+    """A machine whose class converts nothing."""
+
+    open = State(initial=True)
+    touch = open.to(open)
+
+    class Data(pydantic.BaseModel):
+        amount: float | None = pydantic.Field(None, strict=True)
+
+
 class Counter(StateMachine):
     """A machine whose data is counted."""
 
@@ -137,6 +147,23 @@ def test_declared_data_is_checked_field_by_field(world: World) -> None:
     with pytest.raises(errors.InvalidDataError, match=r"field 'lines\.0': 1 is refused"):
         invoices.transition("1", "touch", data={"lines": [1]})
     assert invoices.get("1").version == 1
+
+
+def test_a_class_converts_and_its_stored_schema_does_not(world: World) -> None:
+    """As ``StateMachine`` says; a strict field makes both the same."""
+    values: list[Any] = ["12.5", True, "much", 12]
+    for machine, by_class in ((Invoice, [12.5, 1.0, None, 12]), (Strict, [None, None, None, 12])):
+        for handle, expected in (
+            (world.cache.machine(machine), by_class),
+            (world.cache.machine(machine.name), [None, None, None, 12]),
+        ):
+            prefix = "class" if handle.machine is machine else "name"
+            found = handle.start_many([(f"{prefix}{n}", {"amount": value}) for n, value in enumerate(values)])
+            refused = [isinstance(one, errors.InvalidDataError) for one in found]
+            assert refused == [value is None for value in expected], (machine, prefix)
+            for n, value in enumerate(expected):
+                if value is not None:
+                    assert handle.get(f"{prefix}{n}").data == {"amount": value}
 
 
 @pytest.mark.parametrize("is_loaded", [False, True], ids=["class", "yaml"])
