@@ -131,6 +131,17 @@ def _document(letter: Letter) -> dict[str, Any]:
     return {
         "machine": entry.machine, "id": entry.id, "version": entry.version, "event": entry.event,
         "from_state": entry.from_state or None, "to_state": entry.to_state, "entry_id": str(entry.entry_id),
-        "transition_id": entry.transition_id, "patch": entry.patch or None, "error": letter.error,
+        "transition_id": entry.transition_id, "patch": _patch(entry.patch), "error": letter.error,
         "waiting": letter.waiting, "noted_at": output.iso(letter.noted_ms),
     }  # fmt: skip
+
+
+def _patch(text: str) -> Any:
+    """A letter's patch as an object; as the text that it is where a stranger's record holds no JSON: SQL may have refused it
+    for just that."""
+    import msgspec
+
+    try:
+        return msgspec.json.decode(text or "{}")
+    except (msgspec.DecodeError, UnicodeError, RecursionError):
+        return text

@@ -58,7 +58,7 @@ def error(problem: BaseException, *, as_json: bool, kind: str = "") -> None:
         logging.getLogger("statecache.cli").critical("%s", message_of(problem), extra=told)
     elif as_json:
         document: dict[str, Any] = {"type": kind or type(problem).__name__, "message": message_of(problem)}
-        if isinstance(problem, errors.DurabilityTimeout) and problem.receipt is not None:
+        if isinstance(problem, (errors.DurabilityTimeout, errors.ParkedError)) and problem.receipt is not None:
             document["receipt"] = receipt_document(problem.receipt)
         sys.stderr.write(json.dumps({"error": document}) + "\n")
     else:

@@ -246,11 +246,11 @@ def encode_patch(data: Mapping[str, Any], limits: Limits) -> Encoded:
         )
     names: list[str] = []
     texts: list[str] = []
-    size = 0
+    size = 1  # of the object's text: two braces, and for each field two quotes, a colon, and a comma but for the last
     for given, value in data.items():
         name = _seen_names.get(given) or _remembered(check_field_name(given))
         text = encode_value(name, value)
-        size += len(name) + (len(text) if text.isascii() else len(text.encode()))
+        size += 4 + len(name) + (len(text) if text.isascii() else len(text.encode()))
         names.append(name)
         texts.append(text)
     if len(set(names)) < len(names):  # names that are equal as texts, of classes whose hashes differ
@@ -288,7 +288,8 @@ def _encode_plain_patch(data: dict[str, Any], limits: Limits) -> Encoded | None:
     except UnicodeEncodeError:  # half of a surrogate pair
         return None
     # One byte is looked for many times as fast as six, and is rare.
-    if (b"\\" in lines and b"\\u0000" in lines) or len(lines) + 64 * len(data) > limits.patch_bytes_max:
+    # With names of 64 characters the object's text is no longer than this; what may be too long is measured exactly there.
+    if (b"\\" in lines and b"\\u0000" in lines) or len(lines) + 68 * len(data) > limits.patch_bytes_max:
         return None
     texts = lines.decode().split("\n")
     texts.pop()  # empty: a line break ends the last one

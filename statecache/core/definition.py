@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from statecache.core import errors, patch
+from statecache.core import errors, patch, schema
 from statecache.core.spec import MachineSpec
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class Definition:
     ``targets[event][source]`` is the state that an event leads to; ``guards[event, source]`` the name of the guard of
     that move, if it has one; ``timeouts[state]`` is there for states that have one. ``titles`` and
     ``event_titles`` fall back on names. ``validate_patch`` checks the data of a transition and returns it as plain JSON
-    values, or raises ``InvalidDataError``. ``declared`` are the data fields where others are forbidden, else None.
+    values, or raises ``InvalidDataError``. ``types_of`` tells the JSON types that a data field may have (see ``schema``).
     """
 
     name: str
@@ -48,7 +48,7 @@ class Definition:
     durability: str | None
     hot_ttl_seconds: float | None
     validate_patch: patch.PatchValidator
-    declared: frozenset[str] | None
+    types_of: Callable[[str], frozenset[str]]
 
     def is_final(self, state: str) -> bool:
         return state in self.finals
@@ -109,11 +109,5 @@ def of(machine: MachineSpec, validate_patch: patch.PatchValidator | None = None)
         durability=machine.durability,
         hot_ttl_seconds=machine.hot_ttl_seconds,
         validate_patch=validate_patch,
-        declared=_declared(machine.data_schema or {}),
+        types_of=schema.types_of_fields(machine.data_schema or {}),
     )
-
-
-def _declared(data_schema: Mapping[str, Any]) -> frozenset[str] | None:
-    if data_schema.get("additionalProperties") is not False or "patternProperties" in data_schema:
-        return None
-    return frozenset(data_schema.get("properties", ()))

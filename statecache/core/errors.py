@@ -78,7 +78,18 @@ class FencedError(StateCacheError):
 
 
 class ParkedError(StateCacheError):
-    """The instance waits behind a dead letter: an operator must retry or discard it (``statecache dead-letters``)."""
+    """The instance waits behind a dead letter: an operator must retry or discard it (``statecache dead-letters``).
+
+    Without ``receipt`` nothing was written. With it (from a wait for SQL) the transition stands in Redis, and is a dead letter
+    itself: retried, it will be in history; discarded, it never was. Do not repeat it under another id.
+    """
+
+    def __init__(self, message: str, receipt: Receipt | None = None) -> None:
+        super().__init__(message, receipt)
+        self.receipt = receipt
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class BackpressureError(StateCacheError):

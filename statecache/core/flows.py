@@ -538,7 +538,13 @@ def hash_texts(found: model.Lookup) -> tuple[str, str, dict[str, msgspec.Raw]]:
     kept = found.checkpoint
     assert kept is not None
     own = f"{kept.state} {kept.version} {kept.entry_id} {kept.created_ms} {kept.machine_version} {kept.updated_ms}"
-    texts = fold.texts_of(kept.data)
+    try:
+        texts = fold.texts_of(kept.data)
+    except msgspec.DecodeError as error:
+        raise errors.IntegrityError(
+            f"{kept.machine}:{kept.id}: the data of its checkpoint in SQL is no JSON object ({error}): not written by "
+            "statecache; run 'statecache verify'"
+        ) from error
     return flagged(own, len(texts), parked=bool(found.letters)), kept.recent, texts
 
 

@@ -137,6 +137,10 @@ class StateMachine(metaclass=_Declaration):
     Options, as class attributes: ``name`` (default: the class's name in snake_case), ``version`` (raise it with every
     change of meaning), ``title``, ``durability`` (of transitions that ask for none), ``hot_ttl`` (idle time after which
     a flushed instance may be evicted) and a pydantic model ``Data``, which validates patches.
+
+    ``Data`` converts as pydantic does: ``"12.5"`` and ``True`` become 12.5 and 1.0 in a float field, a datetime becomes text. A
+    machine that is opened by name, or loaded from YAML (as the web and the command line do), has the JSON Schema of ``Data``
+    only: it converts nothing, and refuses all three. With ``pydantic.Field(strict=True)`` a class refuses the former two.
     """
 
     name: ClassVar[str]

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from statecache.core import entry
+from statecache.core import entry, errors, wording
 
 
 class Durability(enum.StrEnum):
@@ -110,6 +110,7 @@ _OWN_FIELDS = frozenset({b"@", b"@r", b"@c"})
 _NAMES: dict[bytes, str] = {}
 """Names of fields as texts: a look here costs half of what decoding does."""
 _NAMES_MAX = 10_000
+_NO_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
 def _name(name: bytes) -> str:
@@ -117,6 +118,10 @@ def _name(name: bytes) -> str:
     if len(_NAMES) < _NAMES_MAX:
         _NAMES[name] = text
     return text
+
+
+def _field_shown(name: str | bytes) -> str:
+    return wording.shown(name if isinstance(name, str) else name.decode(errors="backslashreplace"))
 
 
 class Snapshot(msgspec.Struct, eq=False):
@@ -143,15 +148,31 @@ class Snapshot(msgspec.Struct, eq=False):
 
     @property
     def data(self) -> dict[str, Any]:
-        """The fields collected so far."""
+        """The fields collected so far. Raises ``IntegrityError`` if one holds what statecache did not write."""
         if self._data is None:
             decode, names = _decode_json, _NAMES
-            self._data = {
-                name if isinstance(name, str) else names.get(name) or _name(name): decode(text)
-                for name, text in self._raw.items()
-                if name not in _OWN_FIELDS
-            }
+            try:
+                self._data = {
+                    name if isinstance(name, str) else names.get(name) or _name(name): decode(text)
+                    for name, text in self._raw.items()
+                    if name not in _OWN_FIELDS
+                }
+            except _NO_JSON as error:
+                raise self._unreadable() from error
         return self._data
+
+    def _unreadable(self) -> errors.IntegrityError:
+        for name, text in self._raw.items():
+            try:
+                if name not in _OWN_FIELDS:
+                    _decode_json(text)
+                    name if isinstance(name, str) else name.decode()
+            except _NO_JSON as error:
+                return errors.IntegrityError(
+                    f"{self.machine}:{self.id}: its field {_field_shown(name)} holds something that statecache did not write "
+                    f"({error}); run 'statecache verify'"
+                )
+        raise AssertionError("a field that could not be read can be read now")
 
     @property
     def created_at(self) -> datetime:
@@ -170,9 +191,13 @@ class Snapshot(msgspec.Struct, eq=False):
     __hash__ = None  # type: ignore[assignment] # it holds a dictionary
 
     def __repr__(self) -> str:
+        try:
+            data = repr(self.data)
+        except errors.IntegrityError as error:
+            data = f"<unreadable: {error}>"
         return (
             f"Snapshot({self.machine}:{self.id} state={self.state!r} version={self.version} source={self.source!r} "
-            f"data={self.data!r})"
+            f"data={data})"
         )
 
 

@@ -170,12 +170,23 @@ class Door:
             request.item.claim = claims.check_token(move.claim)
         return request
 
-    def _check_declared(self, names: Sequence[str]) -> None:
-        """Refuse to add to a field that the machine's data forbids; what the sum may be is not checked."""
-        declared = self.definition.declared
-        for name in [] if declared is None else set(names) - declared:
+    def _check_increments(self, increments: Sequence[Sequence[str]]) -> None:
+        """Refuse to add to a field that the machine's data forbids, or declares to be no number, and a part to a whole number.
+
+        What the sum will be only Redis knows, as others may add too: bounds are not checked.
+        """
+        for name, delta, kind in increments:
+            types = self.definition.types_of(name)
+            if "number" in types or (kind == "i" and "integer" in types):
+                continue
+            if not types:
+                rule = "its data declares no such field"
+            elif "integer" in types:
+                rule = f"its data declares whole numbers, {delta} is a float"
+            else:
+                rule = f"its data declares no number there, but {' or '.join(sorted(types))}"
             raise errors.InvalidDataError(
-                f"machine {self.definition.name!r}: the increment of {name!r} is refused: its data declares no such field"
+                f"machine {self.definition.name!r}: the increment of {name!r} is refused: {rule}"
             )
 
     def _request(
@@ -204,7 +215,7 @@ class Door:
         dropped = codec.encode_unset(unset) if unset else []
         increments = codec.encode_increments(increment) if increment else []
         if dropped or increments:
-            self._check_declared([name for name, *_ in increments])
+            self._check_increments(increments)
             _check_disjoint(names, dropped, [name for name, *_ in increments], limits)
         own_id = transition_id is not None
         made_id = codec.check_text("transition_id", transition_id, limits.id_length_max) if own_id else self._ids.next()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jsonschema
@@ -117,6 +117,59 @@ def for_patch(schema: dict[str, Any]) -> dict[str, Any]:
     """Return the rules that apply to each field by itself."""
     fields = _object(schema)
     return {keyword: fields[keyword] for keyword in _PATCH_KEYWORDS if keyword in fields}
+
+
+ANY_TYPE = frozenset({"null", "boolean", "integer", "number", "string", "array", "object"})
+
+
+def types_of_fields(schema: dict[str, Any]) -> Callable[[str], frozenset[str]]:
+    """Return what tells the JSON types that a field may have: none where it is forbidden; ``number`` comes with ``integer``,
+    which comes alone where only whole numbers are meant. Rules that are no types (``not``, ``if``) narrow nothing."""
+    rules = for_patch(schema)
+    shared = rules.get("$defs", {})
+    named = {name: _types(part, shared) for name, part in rules.get("properties", {}).items()}
+    patterns = [
+        (re.compile(pattern), _types(part, shared)) for pattern, part in rules.get("patternProperties", {}).items()
+    ]
+    others = _types(rules.get("additionalProperties", True), shared)
+
+    def types_of(name: str) -> frozenset[str]:
+        found = [types for pattern, types in patterns if pattern.search(name)]
+        if name in named:
+            found.append(named[name])
+        return ANY_TYPE.intersection(*found) if found else others
+
+    return types_of
+
+
+def _types(schema: Any, shared: dict[str, Any], followed: frozenset[str] = frozenset()) -> frozenset[str]:
+    if not isinstance(schema, dict):
+        return ANY_TYPE if schema else frozenset()
+    types = ANY_TYPE
+    if "type" in schema:
+        told = schema["type"]
+        types &= _with_integer([told] if isinstance(told, str) else told)
+    if "const" in schema or "enum" in schema:
+        types &= _with_integer(map(_type_of, [schema["const"]] if "const" in schema else schema["enum"]))
+    for keyword in ("anyOf", "oneOf"):
+        if keyword in schema:
+            types &= frozenset().union(*(_types(part, shared, followed) for part in schema[keyword]))
+    for part in schema.get("allOf", ()):
+        types &= _types(part, shared, followed)
+    target = _LOCAL_REF.fullmatch(schema.get("$ref", ""))
+    if target is not None and target.group(1) not in followed:
+        types &= _types(shared.get(target.group(1), True), shared, followed | {target.group(1)})
+    return types
+
+
+def _with_integer(types: Iterable[str]) -> frozenset[str]:
+    found = frozenset(types)
+    return found | {"integer"} if "number" in found else found
+
+
+def _type_of(value: object) -> str:
+    kinds = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object"}
+    return kinds.get(type(value), "null")
 
 
 def _object(schema: dict[str, Any]) -> dict[str, Any]:

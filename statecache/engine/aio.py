@@ -13,6 +13,7 @@ import random
 import time
 import weakref
 from collections.abc import Awaitable, Callable, Generator, Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from statecache import metrics as metering
@@ -21,6 +22,7 @@ from statecache.core.machine import StateMachine
 from statecache.engine import aside, recovery
 from statecache.engine.aio_handle import AsyncMachineHandle
 from statecache.engine.cache import StateCache
+from statecache.engine.calls import as_receipts
 from statecache.engine.driver import UNREACHABLE, pause_seconds
 from statecache.engine.handle import CONFIRMED
 from statecache.hot.aio import AsyncHotStore, Turn
@@ -221,11 +223,19 @@ class AsyncStateCache:
             finally:
                 self.leave()
         else:
-            await self.blocking(self.sync.wait_durable, list(receipt), timeout)
+            await self.blocking(self.sync.wait_durable, as_receipts(receipt), timeout)
 
     async def flush(self, timeout: float | None = 10.0) -> None:
         """As ``StateCache.flush``."""
         await self.blocking(self.sync.flush, timeout)
+
+    async def stuck(self, *, older_than: timedelta | None = None, limit: int = 100) -> list[model.Snapshot]:
+        """As ``StateCache.stuck``."""
+        return await self.blocking(self.sync.stuck, older_than=older_than, limit=limit)
+
+    async def serve_metrics(self, port: int = 9464, address: str | None = None) -> int:
+        """As ``StateCache.serve_metrics``."""
+        return await self.blocking(self.sync.serve_metrics, port, address)
 
     async def recover(self, *, dry_run: bool = False) -> recovery.Report:
         """As ``StateCache.recover``."""

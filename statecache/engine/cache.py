@@ -24,6 +24,7 @@ from statecache.durable.store import DurableStore
 from statecache.engine import commits, duties, recovery, servers, threads, watching
 from statecache.engine import durability as durability_levels
 from statecache.engine.admission import Admission
+from statecache.engine.calls import as_receipts
 from statecache.engine.driver import Driver
 from statecache.engine.embedded import EmbeddedServer
 from statecache.engine.flusher import Flusher
@@ -313,7 +314,8 @@ class StateCache:
 
     def machine(self, machine: type[StateMachine] | str) -> MachineHandle:
         """The handle of a machine: of a class (or ``StateMachine.load(path)``), which is registered in SQL, or of a
-        registered name, in its latest version.
+        registered name, in its latest version. By name, data is checked against the stored JSON Schema, which converts nothing
+        (see ``StateMachine``).
 
         Raises ``DefinitionError`` if another definition is registered under the same name and version,
         ``NotFoundError`` for a name that nobody registered, and ``ConfigurationError`` if the server cannot give the
@@ -452,12 +454,12 @@ class StateCache:
     def wait_durable(self, receipt: model.Receipt | Sequence[model.Receipt], timeout: float | None = None) -> None:
         """Return when the transition is in SQL: from then on it survives the loss of Redis, disk and all.
 
-        Raises ``DurabilityTimeout`` (it stands, its durability is unknown: wait again), ``ParkedError`` (SQL refused it,
-        or an entry before it) or ``IntegrityError``: it was lost with Redis, and a recovery has reported it; or SQL has one
-        row for its version and others (retention has archived them), so that nobody can tell any more.
+        Raises ``DurabilityTimeout`` (it stands, its durability is unknown: wait again), ``ParkedError`` with its ``receipt``
+        (it stands in Redis and waits as a dead letter: SQL refused it, or an entry before it) or ``IntegrityError``: it was
+        lost with Redis, and a recovery has reported it; or SQL has one row for its version and others (retention has archived
+        them), so that nobody can tell any more.
         """
-        receipts = [receipt] if isinstance(receipt, model.Receipt) else list(receipt)
-        self.confirm(receipts, self.deadline(timeout))
+        self.confirm(as_receipts(receipt), self.deadline(timeout))
 
     def flush(self, timeout: float | None = 10.0) -> None:
         """Return when everything acknowledged before the call is in SQL. Does the work itself when no flusher does.

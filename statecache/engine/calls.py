@@ -162,6 +162,14 @@ def as_list(what: str, given: Iterable[Any]) -> list[Any]:
     return list(given)
 
 
+def as_receipts(given: model.Receipt | Sequence[model.Receipt]) -> list[model.Receipt]:
+    """A list of the receipts to wait for, of which there may be one."""
+    receipts = [given] if isinstance(given, model.Receipt) else as_list("receipt", given)
+    for one in receipts:
+        _check_kind("receipt", one, model.Receipt)
+    return receipts
+
+
 def _as_start(start: Any) -> model.Start | errors.InvalidDataError:
     """One element of a list of starts, or the error that it will get: the others are begun."""
     match start:

@@ -122,7 +122,10 @@ class Driver:
             return self._batcher.apply(wish, max(EXCHANGE_SECONDS_MIN, deadline - time.monotonic()))
         if type(wish) is flows.Hydrate and wish.item is not None:
             return self._hydrate_and_apply(wish.found, wish.item, deadline)
-        return self.answers([wish], deadline)[0]
+        answer = self.answers([wish], deadline)[0]
+        if isinstance(answer, errors.StateCacheError):
+            raise answer
+        return answer
 
     def answers(self, wishes: Sequence[Any], deadline: float) -> Sequence[Any]:
         """Answer wishes of one kind, however long a server is away, until the deadline. Raises the error of all of them."""
@@ -335,8 +338,11 @@ class Driver:
         if kind is flows.Hydrate:
             asked_under = {wish.found.asked_under for wish in wishes}
             if len(asked_under) > 1:  # admitted to another epoch between their look-ups
-                return [(self._hydrate([wish.found], deadline)[0], None) for wish in wishes]
-            return [(code, None) for code in self._hydrate([wish.found for wish in wishes], deadline)]
+                return [self._hydrated(wish, deadline) for wish in wishes]
+            try:
+                return [(code, None) for code in self._hydrate([wish.found for wish in wishes], deadline)]
+            except errors.IntegrityError:  # of one of them: a checkpoint that is no JSON
+                return [self._hydrated(wish, deadline) for wish in wishes]
         if kind is flows.Find:
             return self._find(wishes, deadline)
         if kind is flows.Admit:
@@ -440,6 +446,13 @@ class Driver:
         self._on_hydrated(codes.count("OK"))
         failpoints.hit("hydrate.done")
         return codes
+
+    def _hydrated(self, wish: flows.Hydrate, deadline: float) -> tuple[str, None] | errors.IntegrityError:
+        """The answer of one by itself; the error of its checkpoint is that of no other."""
+        try:
+            return self._hydrate([wish.found], deadline)[0], None
+        except errors.IntegrityError as error:
+            return error
 
     def _hydrate_and_apply(self, found: model.Lookup, item: items.Item, deadline: float) -> tuple[str, items.Outcome]:
         code, outcome = self.hot.hydrate_and_apply(_cold(found), item, _stamp_of(found), deadline)

@@ -76,8 +76,10 @@ def outcome(receipt: model.Receipt, standing: Standing) -> errors.StateCacheErro
         return True
     if letter_id == receipt.transition_id:
         return errors.ParkedError(
-            f"{receipt.machine}:{receipt.id} version {receipt.version} was refused by SQL, or waits behind an entry that was: "
-            f"see 'statecache dead-letters list {receipt.machine}:{receipt.id}'"
+            f"{receipt.machine}:{receipt.id} version {receipt.version} stands in Redis and waits as a dead letter: it was "
+            "refused by SQL, or an entry before it was; see "
+            f"'statecache dead-letters list {receipt.machine}:{receipt.id}'",
+            receipt,
         )
     if watermark >= entry.EntryId.parse(receipt.entry_id):
         return LostError(

@@ -27,6 +27,9 @@ class MachineHandle:
 
     - on return: Redis has it (``durability="hot"``, the default), or what the given level says;
     - on ``UnavailableError``: it may or may not have been applied; repeat it with the same ``transition_id``;
+    - on ``DurabilityTimeout``, and on ``ParkedError`` with a ``receipt``: it stands in Redis, but is not known to be in SQL (to
+      have reached the given level), or waits as a dead letter because SQL refused it;
+    - on ``IntegrityError``: the message tells what became of it (it was applied, and lost with Redis; it was applied before);
     - on any other error: it was not applied.
 
     Errors of every write: ``InvalidDataError`` (arguments), ``NotFoundError``, ``AlreadyExistsError``,
@@ -91,6 +94,9 @@ class MachineHandle:
     ) -> model.Receipt:
         """Fire an event: move the instance, set the fields of ``data``, remove those of ``unset``, add to those of
         ``increment`` (a missing field counts as 0).
+
+        Data is checked against the machine's ``Data``. So are the types of fields that are added to, but not what the sums will
+        be: as others may add at the same time, bounds (``le=10``) do not hold for ``increment``.
 
         With ``transition_id`` the call may be repeated for ever: it is applied once, and answered with the same receipt
         (``duplicate=True``). ``expect_version`` refuses if somebody else moved the instance; a repetition must expect what the
@@ -265,7 +271,14 @@ class MachineHandle:
 
         Raises ``NotFoundError`` where there was none.
         """
-        return self.calls.at(id, self.history(id, timeout=timeout), version, when)
+        deadline = self._cache.deadline(timeout)
+        rows: list[model.Transition] = self._cache.driver.run(self.calls.history(id), deadline)
+        snapshot = self.calls.at(id, rows, version, when)
+        if rows[0].covers_from is not None:  # archived or reconciled: that row's time is not the start's
+            with contextlib.suppress(errors.NotFoundError, errors.ParkedError):
+                now = self._cache.driver.read(*self.calls.address(id), self.calls.snapshot, deadline)
+                snapshot.created_ms = now.created_ms
+        return snapshot
 
     def find(
         self, state: str | None = None, *, older_than: timedelta | None = None, stuck: bool = False, limit: int = 100

@@ -106,7 +106,7 @@ def _attributes(error: errors.StateCacheError) -> dict[str, Any]:
         return {"expected": error.expected, "actual": error.actual}
     if isinstance(error, errors.FencedError):
         return {"worker": error.worker, "expires_ms": error.expires_ms}
-    if isinstance(error, errors.DurabilityTimeout) and error.receipt is not None:
+    if isinstance(error, (errors.DurabilityTimeout, errors.ParkedError)) and error.receipt is not None:
         return {"receipt": documents.receipt(error.receipt).model_dump(mode="json")}
     return {}
 

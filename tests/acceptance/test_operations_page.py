@@ -39,6 +39,13 @@ def test_each_command_parses(line: str) -> None:
     command.make_context(line, words)
 
 
+def test_a_discard_is_shown_as_it_works() -> None:
+    """It loses transitions for good, so it is refused without ``--yes``."""
+    shown = [line.split() for line in _commands(PAGE) if line.startswith("statecache dead-letters discard")]
+    assert shown
+    assert all("--yes" in words for words in shown)
+
+
 def test_there_are_commands_to_look_at() -> None:
     assert {"statecache db upgrade", "statecache recover --dry-run", "statecache doctor"} <= _commands(PAGE)
 

@@ -8,16 +8,22 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Coroutine, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import anyio
+import httpx
 import psutil
 import pytest
 import uvloop
 
+from statecache import StateCache
 from statecache.aio import AsyncStateCache
 from statecache.core import errors, model
+from statecache.engine import aio_claims, claims
+from statecache.engine.aio_handle import AsyncMachineHandle
+from statecache.engine.handle import MachineHandle
 from tests.support import proxy, servers, worlds
 from tests.support.waiting import wait_until
 
@@ -254,8 +260,29 @@ async def whole_life(cache: AsyncStateCache) -> None:
     assert {one.id for one in await orders.find("paid")} == {"1", "2"}
     assert (await orders.counts()) == {"placed": 1, "paid": 2}
     assert (await orders.start("4", durability="durable")).version == 1
+    assert await cache.stuck(older_than=timedelta(0), limit=5) == []
+    port = await cache.serve_metrics(port=0)
+    async with httpx.AsyncClient() as http:
+        assert "statecache_transitions_total" in (await http.get(f"http://127.0.0.1:{port}/metrics")).text
     assert cache.redis_url
     assert cache.database_url
+
+
+_OF_OUR_PROCESSES = {
+    "confirm", "confirm_many", "confirmation", "deadline", "finals", "flush_alone", "level", "make_flusher", "on_close", "open",
+    "server", "start_flusher",
+}  # fmt: skip
+"""What only statecache itself calls (docs/asyncio.md)."""
+
+
+def test_the_methods_are_those_of_the_sync_client() -> None:
+    for sync, its_async, inner in (
+        (StateCache, AsyncStateCache, _OF_OUR_PROCESSES),
+        (MachineHandle, AsyncMachineHandle, set()),
+        (claims.Claim, aio_claims.AsyncClaim, set()),
+    ):
+        public = {name for name in dir(sync) if not name.startswith("_")}
+        assert public - set(dir(its_async)) == inner, sync.__name__
 
 
 @pytest.mark.parametrize("runner", [asyncio.run, uvloop.run], ids=["asyncio", "uvloop"])

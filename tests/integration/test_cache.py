@@ -861,6 +861,49 @@ def test_a_hash_that_is_not_ours(lite: World, fields: dict[Any, Any]) -> None:
     assert lite.orders.transition("2", "pay").version == 2
 
 
+def test_a_field_that_is_no_json(lite: World) -> None:
+    """A stranger's fields stood where a start put an instance: reading its data says so, with the field; showing it does too
+    and fails nobody."""
+    key = lite.keyspace.instance(lite.partition_of("1"), "order", "1")
+    lite.client.hset(key, mapping={"theirs": "not JSON"})
+    lite.start("1", ["pay"], amount=1)
+    lite.start("2")
+    seen, other = lite.orders.get_many(["1", "2"])
+    assert isinstance(seen, model.Snapshot)
+    assert (seen.state, seen.version, other.data) == ("paid", 2, {})
+    rule = "order:1: its field 'theirs' holds something that statecache did not write .* run 'statecache verify'"
+    with pytest.raises(errors.IntegrityError, match=rule):
+        assert seen.data
+    assert "order:1 state='paid' version=2 source='hot' data=<unreadable: order:1: its field 'theirs'" in repr(seen)
+    lite.client.hdel(key, "theirs")
+    lite.client.hset(key, mapping={b"\xff": "1", "deep": "[" * 100_000})
+    assert "data=<unreadable: " in repr(lite.orders.get("1"))
+    lite.client.hdel(key, b"\xff", "deep")
+    assert lite.orders.get("1").data == {"amount": 1}
+
+
+def test_a_checkpoint_that_is_no_json(world: World) -> None:
+    """It fails the calls of its own instance, reads and writes, and those of no other."""
+    for id in ("1", "2", "3"):
+        world.start(id)
+    world.flush()
+    for id in ("1", "2", "3"):
+        assert world.evict(id) == "OK"
+    with world.durable.database.writer.begin() as connection:
+        connection.exec_driver_sql("UPDATE statecache_checkpoints SET data = 'not JSON' WHERE id = '2'")
+    rule = "order:2: the data of its checkpoint in SQL is no JSON object .* run 'statecache verify'"
+    found = world.orders.get_many(["1", "2", "3"])
+    moved = world.orders.transition_many([Move(id, "pay") for id in ("1", "2", "3")])
+    for results in (found, moved):
+        assert [type(one) is errors.IntegrityError for one in results] == [False, True, False]
+        with pytest.raises(errors.IntegrityError, match=rule):
+            raise results[1]
+    with pytest.raises(errors.IntegrityError, match=rule):
+        world.orders.transition("2", "pay")
+    with pytest.raises(errors.IntegrityError, match=rule):
+        world.orders.get("2")
+
+
 # --- durability -----------------------------------------------------------------------------------------------------------
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Callable, Iterator
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import pydantic
 import pytest
 
-from statecache import State, StateMachine
+from statecache import Move, State, StateMachine
 from statecache.core import errors
 from tests.support.worlds import World
 
@@ -27,6 +28,30 @@ class Invoice(StateMachine):
     class Data(pydantic.BaseModel):
         amount: float | None = None
         lines: list[str] = []
+
+
+class Strict(StateMachine):
+    """A machine whose class converts nothing."""
+
+    open = State(initial=True)
+    touch = open.to(open)
+
+    class Data(pydantic.BaseModel):
+        amount: float | None = pydantic.Field(None, strict=True)
+
+
+class Counter(StateMachine):
+    """A machine whose data is counted."""
+
+    open = State(initial=True)
+    touch = open.to(open)
+
+    class Data(pydantic.BaseModel):
+        n: Annotated[int, pydantic.Field(le=10)] = 0
+        kind: Literal["x", "y"] = "x"
+        share: float | None = None
+        when: datetime.datetime | None = None
+        tags: list[str] = []
 
 
 @pytest.fixture
@@ -48,7 +73,7 @@ WRITES: list[tuple[Callable[[Any], object], str]] = [
     (lambda orders: orders.start("2", {"a b": 1}), "field name 'a b' is refused"),
     (
         lambda orders: orders.start("2", {"a": "x" * 10_000_000}),
-        "data is refused: it takes 10000003 bytes, at most 65536",
+        "data is refused: it takes 10000008 bytes, at most 65536",
     ),
     (lambda orders: orders.start("2", {f"f{n}": n for n in range(65)}), "it has 65 fields, at most 64 are allowed"),
     (lambda orders: orders.start("2", [("a", 1)]), "is refused: it must map field names to values"),
@@ -122,6 +147,44 @@ def test_declared_data_is_checked_field_by_field(world: World) -> None:
     with pytest.raises(errors.InvalidDataError, match=r"field 'lines\.0': 1 is refused"):
         invoices.transition("1", "touch", data={"lines": [1]})
     assert invoices.get("1").version == 1
+
+
+def test_a_class_converts_and_its_stored_schema_does_not(world: World) -> None:
+    """As ``StateMachine`` says; a strict field makes both the same."""
+    values: list[Any] = ["12.5", True, "much", 12]
+    for machine, by_class in ((Invoice, [12.5, 1.0, None, 12]), (Strict, [None, None, None, 12])):
+        for handle, expected in (
+            (world.cache.machine(machine), by_class),
+            (world.cache.machine(machine.name), [None, None, None, 12]),
+        ):
+            prefix = "class" if handle.machine is machine else "name"
+            found = handle.start_many([(f"{prefix}{n}", {"amount": value}) for n, value in enumerate(values)])
+            refused = [isinstance(one, errors.InvalidDataError) for one in found]
+            assert refused == [value is None for value in expected], (machine, prefix)
+            for n, value in enumerate(expected):
+                if value is not None:
+                    assert handle.get(f"{prefix}{n}").data == {"amount": value}
+
+
+@pytest.mark.parametrize("is_loaded", [False, True], ids=["class", "yaml"])
+def test_increment_of_what_is_declared_as_no_number_is_refused(world: World, tmp_path: Path, is_loaded: bool) -> None:
+    Counter.dump(tmp_path / "counter.yaml")
+    counters = world.cache.machine(StateMachine.load(tmp_path / "counter.yaml") if is_loaded else Counter)
+    counters.start("1", data={"n": 3})
+    before = world.hot_dump()
+    for increment, rule in (
+        ({"n": 0.5}, "the increment of 'n' is refused: its data declares whole numbers, 0.5 is a float"),
+        ({"n": 1, "kind": 1}, "the increment of 'kind' is refused: its data declares no number there, but string"),
+        ({"when": 1}, "the increment of 'when' is refused: its data declares no number there, but null or string"),
+        ({"tags": 1.5}, "the increment of 'tags' is refused: its data declares no number there, but array"),
+    ):
+        with pytest.raises(errors.InvalidDataError, match=rule):
+            counters.transition("1", "touch", increment=increment)
+        (told,) = counters.transition_many([Move("1", "touch", increment=increment)])
+        assert rule in str(told)
+    assert world.hot_dump() == before
+    counters.transition("1", "touch", increment={"n": 100, "share": 0.5, "free": 1.5})
+    assert counters.get("1").data == {"n": 103, "share": 0.5, "free": 1.5}, "bounds are not looked at"
 
 
 def test_increment_of_what_is_no_number_is_refused_by_the_script(world: World) -> None:

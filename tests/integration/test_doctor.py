@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -49,7 +50,8 @@ def test_dead_letters_are_listed_retried_and_discarded(
         world.start("2")
         refusing.refuse(world.durable)
         for id in ("1", "2"):
-            world.orders.transition(id, "pay", reason=refusing.REASON)
+            world.orders.transition(id, "pay", {"amount": 1, "by": ["card"]}, reason=refusing.REASON)
+        world.orders.transition("1", "note")
         world.flush()
         refusing.accept(world.durable)
 
@@ -59,15 +61,21 @@ def test_dead_letters_are_listed_retried_and_discarded(
 
         code, listed = run("dead-letters", "list")
         assert code == 1
-        assert [letter["id"] for letter in listed["letters"]] == ["1", "2"]  # type: ignore[attr-defined]
+        letters: Any = listed["letters"]
+        assert [letter["id"] for letter in letters] == ["1", "1", "2"]
+        patch = {"amount": 1, "by": ["card"]}
+        assert [letter["patch"] for letter in letters] == [patch, {}, patch], "as history has it"
+        with world.durable.database.writer.begin() as connection:
+            connection.exec_driver_sql("UPDATE statecache_dead_letters SET patch = 'no JSON' WHERE id = '2'")
+        assert run("dead-letters", "list", "order:2")[1]["letters"][0]["patch"] == "no JSON"  # type: ignore[index]
         assert _verdicts(world.cache)["dead letters"] == doctor.WARN
         assert run("dead-letters", "retry", "order:1", "--dry-run")[0] == 1
         assert run("dead-letters", "retry", "order:1") == (
             0,
-            {"address": "order:1", "action": "retry", "letters": 1, "dry_run": False},
+            {"address": "order:1", "action": "retry", "letters": 2, "dry_run": False},
         )
         assert run("dead-letters", "discard", "order:2")[0] == 2, "it loses transitions: --yes is wanted"
         assert run("dead-letters", "discard", "order:2", "--yes")[0] == 0
         assert run("dead-letters", "list")[0] == 0
-        assert (world.orders.get("1").version, world.orders.get("2").version) == (2, 1)
+        assert (world.orders.get("1").version, world.orders.get("2").version) == (3, 1)
         world.verify()

@@ -224,6 +224,9 @@ def test_an_increment_of_what_the_data_forbids(world: World) -> None:
     assert careful.get("1").data == {"amount": 2}
 
 
+RECEIPT = model.Receipt("order", "1", "@start", None, "placed", 1, "1-1", 1700, "t")
+
+
 @pytest.mark.parametrize("call", [
     lambda world: world.orders.start("1", durability=""),
     lambda world: world.orders.start_many(["1"], durability=[]),
@@ -234,6 +237,11 @@ def test_an_increment_of_what_the_data_forbids(world: World) -> None:
     lambda world: world.orders.find(limit=2**63),
     lambda world: world.orders.find(limit=None),
     lambda world: world.orders.get_many(None),
+    lambda world: world.cache.wait_durable(None),
+    lambda world: world.cache.wait_durable(5),
+    lambda world: world.cache.wait_durable("receipt"),
+    lambda world: world.cache.wait_durable([RECEIPT, errors.NotFoundError("no")]),
+    lambda world: world.cache.wait_durable(RECEIPT, timeout="5"),
 ])  # fmt: skip
 def test_arguments_that_are_none(world: World, call: Callable[[World], object]) -> None:
     with pytest.raises(errors.InvalidDataError, match="is refused"):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
+from statecache import Move
 from statecache.core import errors
 from statecache.durable import recoveries
 from statecache.engine import letters
@@ -65,6 +67,36 @@ def test_who_waits_for_it_is_told(world: worlds.World) -> None:
         world.orders.transition("bad", "note", durability="durable")
     seen = world.orders.get("bad")
     assert (seen.version, seen.parked, seen.data) == (5, True, {"amount": 1, "seen": "refused", "behind": 1})
+
+
+def test_a_durable_call_whose_own_entry_is_refused(world: worlds.World) -> None:
+    """Its error tells that the transition stands, and which it is; the next call's, that nothing was written (P7, P10)."""
+    for id in ("one", "many"):
+        world.start(id, ["pay"])
+    world.flush()
+    refusing.refuse(world.durable)
+    with pytest.raises(
+        errors.ParkedError, match="order:one version 3 stands in Redis and waits as a dead letter"
+    ) as one:
+        world.orders.transition("one", "note", reason=refusing.REASON, durability="durable")
+    moves = [Move("many", "note", reason=refusing.REASON), Move("many", "ship")]
+    many = world.orders.transition_many(moves, durability="durable")
+    told = [one.value, *many]
+    assert [type(error) for error in told] == [errors.ParkedError] * 3
+    for error, (id, version, state) in zip(
+        told, [("one", 3, "paid"), ("many", 3, "paid"), ("many", 4, "shipped")], strict=True
+    ):
+        assert isinstance(error, errors.ParkedError)
+        receipt = pickle.loads(pickle.dumps(error)).receipt
+        assert (receipt.id, receipt.version, receipt.state) == (id, version, state)
+        assert world.orders.history(id)[receipt.version - 1].entry_id == receipt.entry_id
+    with pytest.raises(errors.ParkedError, match="order:one is parked") as not_applied:
+        world.orders.transition("one", "ship", durability="durable")
+    assert not_applied.value.receipt is None
+    assert world.orders.get("one").version == 3
+    refusing.accept(world.durable)
+    letters.retry(world.cache, "order", "one")
+    world.cache.wait_durable(one.value.receipt)
 
 
 def test_a_repetition_of_a_parked_transition(world: worlds.World) -> None:

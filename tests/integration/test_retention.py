@@ -48,6 +48,7 @@ def _archived(folder: Path) -> dict[str, archive.Archived]:
 
 def test_archived_history_and_what_stays(world: worlds.World, folder: Path) -> None:
     ids = _fill(world)
+    world.evict(ids[0])
     before = {id: (world.orders.get(id), world.orders.history(id)) for id in ids}
     counts = world.orders.counts()
     steps = list(retention.run(world.cache, NOW, folder))
@@ -65,7 +66,8 @@ def test_archived_history_and_what_stays(world: worlds.World, folder: Path) -> N
         assert kept[0].reason is not None
         assert kept[0].reason.endswith(f"archived in {Path(steps[0].file or '').name}")
         assert kept[1] == rows[-1]
-        assert world.orders.at(id, version=5).data == snapshot.data
+        assert world.orders.at(id, version=5) == snapshot, "the time of its start too"
+        assert world.orders.at(id, when=rows[-1].at).created_at == rows[0].at
         now = world.orders.get(id)
         assert (now.state, now.version, now.data) == (snapshot.state, snapshot.version, snapshot.data)
     assert world.orders.counts() == counts

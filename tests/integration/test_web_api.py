@@ -178,6 +178,7 @@ def test_a_parked_instance_is_locked(world: worlds.World, web: webs.Served) -> N
     world.flush()
     answer = move(web, "1", "ship")
     assert (answer.status_code, answer.json()["type"]) == (423, "urn:statecache:ParkedError")
+    assert "receipt" not in answer.json()
 
 
 def test_every_error_has_its_status() -> None:
@@ -187,11 +188,12 @@ def test_every_error_has_its_status() -> None:
     assert problems.of(faults.Transient("a deadlock"))[0] == 503
     receipt = model.Receipt("order", "1", "pay", "placed", "paid", 2, "1-1", 5, "t")
     for kind in kinds:
-        error = kind("what happened", receipt) if kind is errors.DurabilityTimeout else kind("what happened")
+        stands = kind in (errors.DurabilityTimeout, errors.ParkedError)
+        error = kind("what happened", receipt) if stands else kind("what happened")
         status, told, _ = problems.of(error)
         assert (told.status, told.detail) == (status, "what happened")
         assert 400 <= status < 600
-        if kind is errors.DurabilityTimeout:
+        if stands:
             assert told.model_dump()["receipt"]["address"] == "order:1", "it stands: the caller must know what"
 
 

@@ -298,3 +298,27 @@ def test_the_short_form_is_left_for_what_it_cannot_judge() -> None:
     for refused in (float("nan"), 2**63, 2**64 - 1, "\0", "\ud800", b"bytes"):
         with pytest.raises(errors.InvalidDataError, match="field 'a'"):
             codec.encode_patch({"a": refused}, LIMITS)
+
+
+@pytest.mark.parametrize("make", [str, lambda text: [text]], ids=["plain", "nested"])
+@pytest.mark.parametrize("character", ["x", "\u00e9", "\n"])
+@pytest.mark.parametrize("names", [["a"], [f"{number:02d}".rjust(64, "f") for number in range(64)]], ids=["one", "64"])
+def test_size_of_a_patch_is_that_of_its_text(make: Any, character: str, names: list[str]) -> None:
+    """The limit holds for the very text that is sent, to the byte: alone and in a bulk call."""
+
+    def patch(size: int) -> dict[str, Any]:
+        data = dict.fromkeys(names, make(character * (60_000 // len(names) // len(character.encode()) // 2)))
+        left = size - len(json.dumps(data, separators=(",", ":"), ensure_ascii=False).encode())
+        return data | {
+            names[-1]: make(data[names[-1]][0] + "x" * left if make is not str else data[names[-1]] + "x" * left)
+        }
+
+    for name in names:
+        codec.encode_patch({name: 1}, LIMITS)
+    fits, wide = patch(65536), patch(65537)
+    text = codec.encode_patch(fits, LIMITS)[2]
+    assert len(text.encode()) == 65536
+    with pytest.raises(errors.InvalidDataError, match="data is refused: it takes 65537 bytes, at most 65536"):
+        codec.encode_patch(wide, LIMITS)
+    assert codec.encode_patches([wide], LIMITS) == [None], "left to encode_patch, which refuses it"
+    assert codec.encode_patches([fits], LIMITS)[0] in (codec.encode_patch(fits, LIMITS), None)

@@ -16,6 +16,7 @@ ERRORS: list[errors.StateCacheError] = [
     errors.InvalidTransitionError("no", "placed", "ship", ["pay"]),
     errors.StaleVersionError("old", 1, 2),
     errors.DurabilityTimeout("late", RECEIPT),
+    errors.ParkedError("refused", RECEIPT),
     errors.FencedError("held", "worker-1", 1700),
     *[
         kind("message")
@@ -35,17 +36,18 @@ def test_error_is_picklable_and_copyable(error: errors.StateCacheError) -> None:
 def test_message_is_the_text_and_not_the_attributes() -> None:
     assert str(ERRORS[0]) == "no"
     assert str(ERRORS[1]) == "old"
-    assert str(ERRORS[2]) == "late"
+    assert [str(error) for error in ERRORS[2:4]] == ["late", "refused"]
 
 
 def test_attributes() -> None:
-    refused, stale, late = ERRORS[:3]
+    refused, stale, late, parked = ERRORS[:4]
     assert isinstance(refused, errors.InvalidTransitionError)
     assert isinstance(stale, errors.StaleVersionError)
     assert isinstance(late, errors.DurabilityTimeout)
     assert (refused.state, refused.event, refused.allowed) == ("placed", "ship", ("pay",))
     assert (stale.expected, stale.actual) == (1, 2)
-    assert late.receipt == RECEIPT
+    assert isinstance(parked, errors.ParkedError)
+    assert (late.receipt, parked.receipt, errors.ParkedError("waits").receipt) == (RECEIPT, RECEIPT, None)
 
 
 DESIGN = {

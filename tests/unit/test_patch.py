@@ -273,3 +273,46 @@ def test_what_a_schema_cannot_check_is_refused() -> None:
     halves = patch.by_schema("order", {"properties": {"a": {"multipleOf": 0.5}}})
     assert "field 'a': 0.7 is refused: the data schema says multipleOf: 0.5" in refusal(halves, {"a": 0.7})
     assert "data {'a': inf} is refused: it cannot be checked" in refusal(halves, {"a": float("inf")})
+
+
+NUMBER = frozenset({"integer", "number"})
+
+
+@pytest.mark.parametrize(
+    ("rule", "types"),
+    [
+        (True, schema.ANY_TYPE),
+        (False, set()),
+        ({}, schema.ANY_TYPE),
+        ({"type": "integer", "maximum": 10}, {"integer"}),
+        ({"type": "number"}, NUMBER),
+        ({"type": ["null", "number"]}, NUMBER | {"null"}),
+        ({"anyOf": [{"type": "integer"}, {"type": "string"}]}, {"integer", "string"}),
+        ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, NUMBER),
+        ({"allOf": [{"type": "integer"}, {"type": "number"}]}, {"integer"}),
+        ({"enum": ["x", None]}, {"string", "null"}),
+        ({"enum": [1, 2.5, True]}, NUMBER | {"boolean"}),
+        ({"const": 5}, {"integer"}),
+        ({"const": {}, "type": ["object", "array"]}, {"object"}),
+        ({"$ref": "#/$defs/Kind"}, {"string"}),
+        ({"$ref": "#/$defs/Loop"}, NUMBER),
+        ({"not": {"type": "number"}}, schema.ANY_TYPE),
+    ],
+)
+def test_types_of_a_field(rule: Any, types: Any) -> None:
+    shared = {
+        "Kind": {"enum": ["x"]},
+        "Loop": {"anyOf": [{"type": "number"}, {"$ref": "#/$defs/Loop", "type": "number"}]},
+    }
+    types_of = schema.types_of_fields({"properties": {"a": rule}, "$defs": shared})
+    assert (types_of("a"), types_of("other")) == (types, schema.ANY_TYPE)
+
+
+def test_types_of_fields_by_pattern() -> None:
+    types_of = schema.types_of_fields({
+        "properties": {"n_a": {"type": "integer"}},
+        "patternProperties": {"^n_": {"type": "number"}, "_text$": {"type": "string"}},
+        "additionalProperties": False,
+    })  # fmt: skip
+    found = [types_of(name) for name in ("n_a", "n_b", "a_text", "n_text", "other")]
+    assert found == [{"integer"}, NUMBER, {"string"}, set(), set()]
