@@ -48,7 +48,7 @@ class Step(msgspec.Struct, frozen=True):
     transitions: int
     file: str | None = None
     damaged: tuple[str, ...] = ()
-    """What was left out because its history does not lead to its checkpoint."""
+    """What was left out because its history does not lead to its checkpoint, or cannot be read."""
 
 
 def run(
@@ -161,8 +161,8 @@ def _chunk(cache: StateCache, machine: str, state: str, found: list[Ended], fold
 def _read(cache: StateCache, kept: model.Checkpoint) -> archive.Archived | str:
     """An instance with its whole history; its address where that is damaged: it is not archived, and nothing deleted of it."""
     try:
-        rows = cache.durable.history(kept.machine, kept.id)
-    except errors.IntegrityError:
+        rows, data = cache.durable.history(kept.machine, kept.id), msgspec.json.decode(kept.data or "{}")
+    except (errors.IntegrityError, *fold.UNREADABLE):
         return f"{kept.machine}:{kept.id}"
     version = 0
     for row in rows:
@@ -174,8 +174,7 @@ def _read(cache: StateCache, kept: model.Checkpoint) -> archive.Archived | str:
     if version > kept.version:
         raise faults.Overtaken(f"{kept.machine}:{kept.id} has moved")
     return archive.Archived(
-        kept.machine, kept.id, kept.state, kept.version, kept.created_ms, kept.updated_ms,
-        msgspec.json.decode(kept.data or "{}"), rows,
+        kept.machine, kept.id, kept.state, kept.version, kept.created_ms, kept.updated_ms, data, rows,
     )  # fmt: skip
 
 

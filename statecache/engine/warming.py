@@ -47,7 +47,7 @@ _LOOK_EVERY = 20_000
 _NEWEST = (2**62, "")
 _BEGINNING = str(entry.EntryId(0, 0))
 _Row = tuple[int, str, str, store.Cold | None]
-"""(updated_ms, ``machine:state``, id, what to bring back: None if it is parked)."""
+"""(updated_ms, ``machine:state``, id, what to bring back: None if it is to stay cold)."""
 Position = Mapping[str, tuple[int, str]]
 """By ``machine:state`` the (updated_ms, id) of the last instance that was looked at. Plain JSON."""
 Progress = Callable[["Report"], None]
@@ -58,7 +58,8 @@ class Report(msgspec.Struct):
 
     ``candidates`` are the instances that SQL counts in the states that are warmed; with ``dry_run`` nothing else is told.
     ``hot_already`` were there, ``stale`` wait for a flush or a recovery, ``parked`` have letters. ``full`` tells that Redis
-    is at its bounds, ``more`` that time ran out; ``position`` is where to go on.
+    is at its bounds, ``more`` that time ran out; ``position`` is where to go on. A checkpoint that cannot be read is left cold,
+    and counted with the parked ones.
     """
 
     dry_run: bool
@@ -308,8 +309,14 @@ class _Walk:
         ]  # fmt: skip
 
 
-def _cold(partition: int, address: str, own: str, ring: str, watermarks: Mapping[int, str], data: str) -> store.Cold:
-    texts = fold.texts_of(data)
+def _cold(
+    partition: int, address: str, own: str, ring: str, watermarks: Mapping[int, str], data: str
+) -> store.Cold | None:
+    """None for a checkpoint that is no JSON: the call that wants it is told, all others come back."""
+    try:
+        texts = fold.texts_of(data)
+    except fold.UNREADABLE:
+        return None
     return partition, address, flows.flagged(own, len(texts)), ring, watermarks.get(partition, _BEGINNING), texts
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import msgspec
 import pytest
+import sqlalchemy as sa
 
 from statecache.core import errors
-from statecache.engine import eviction, letters, warming
+from statecache.durable import schema
+from statecache.engine import eviction, letters, retention, warming
 from statecache.hot import store
 from tests.integration.test_eviction import hot, started
 from tests.integration.test_holes import _spoil
@@ -128,6 +131,24 @@ def test_parked_ones_are_left_to_the_call_that_wants_them(world: World) -> None:
 
 
 # --- between the look and the hydration ----------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_that_cannot_be_read_keeps_nobody_cold(world: World) -> None:
+    """Somebody wrote into SQL: the others come back, the call that wants it is told, and retention leaves it alone."""
+    for id in ("1", "2", "3"):
+        world.start(id, ["note", "cancel"], amount=1)
+    world.flush()
+    broken = sa.update(schema.checkpoints).where(schema.checkpoints.c.id == "2").values(data='{"amount":')
+    with world.durable.database.transaction() as connection:
+        connection.execute(broken)
+    world.wipe()
+    world.cache.recover()
+    report = warming.warm(world.cache, finals=True)
+    assert (report.warmed, report.parked) == (2, 1)
+    with pytest.raises(errors.IntegrityError, match="order:2: the data of its checkpoint in SQL is no JSON"):
+        world.orders.get("2")
+    steps = list(retention.run(world.cache, timedelta(0), None, dry_run=True))
+    assert [address for step in steps for address in step.damaged] == ["order:2"]
 
 
 def test_moved_between_the_look_and_the_hydration(world: World) -> None:
