@@ -42,10 +42,12 @@ def test_entries_are_folded_in_order() -> None:
     assert before.data == '{"x":1,"y":2}'
 
 
-def test_values_pass_unread() -> None:
-    """Numbers too big for a float, odd spacing, escapes: the texts are those of the entry."""
-    text = '{"big":12345678901234567890,"e":1e400,"s":"\\u00fc\\u0001"}'
+def test_values_pass_as_they_are() -> None:
+    """Numbers as nobody writes them, escapes: the texts are those of the entry."""
+    text = '{"big":12345678901234567890,"e":1e+0300,"s":"\\u00fc\\u0001"}'
     assert fold.after(None, [record(1, patch=text)], 0).data == text
+    with pytest.raises(errors.IntegrityError, match="none that can be read"):
+        fold.after(None, [record(1, patch=text.replace("0300", "0400"))], 0)
 
 
 @pytest.mark.parametrize("versions", [[2], [1, 3], [1, 1], [1, 2, 2]])
