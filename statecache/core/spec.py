@@ -326,3 +326,11 @@ def _refusal(kind: str, value: object, message: str) -> str:
     if kind == "extra_forbidden":
         return "there is no such key"
     return f"{shown(value)} is refused: {uncapitalized(message)}"
+
+
+def readable(text: str) -> MachineSpec | None:
+    """A stored definition; None for one that this version of statecache cannot read: a newer one has registered it."""
+    try:
+        return MachineSpec.model_validate_json(text)
+    except (ValueError, RecursionError, errors.DefinitionError):
+        return None

@@ -19,7 +19,7 @@ import msgspec
 from statecache import metrics as metering
 from statecache.core import codec, definition, entry, errors, failpoints, items, keys, model, wording
 from statecache.core.machine import StateMachine
-from statecache.core.spec import MachineSpec
+from statecache.core.spec import MachineSpec, readable
 from statecache.durable.store import DurableStore
 from statecache.engine import commits, duties, recovery, servers, threads, watching
 from statecache.engine import durability as durability_levels
@@ -329,7 +329,13 @@ class StateCache:
                     f"no machine {machine!r} is registered here; known: {', '.join(known) or 'none'}; register it with "
                     "cache.machine(ItsClass) or 'statecache machine register'"
                 )
-            machine = StateMachine.from_spec(MachineSpec.model_validate_json(found[2]))
+            spec = readable(found[2])
+            if spec is None:
+                raise errors.DefinitionError(
+                    f"the registered definition of machine {machine!r}, version {found[0]}, cannot be read by this version of "
+                    "statecache: upgrade it, or open the machine by its class"
+                )
+            machine = StateMachine.from_spec(spec)
         else:
             given: object = machine
             if not (isinstance(given, type) and issubclass(given, StateMachine) and hasattr(given, "definition")):

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 
 from statecache.core import errors, items
-from statecache.core.spec import MachineSpec
+from statecache.core.spec import MachineSpec, readable
 from statecache.durable.rows import Idle
 from statecache.hot import scripts
 
@@ -329,7 +329,9 @@ def ranges(cache: StateCache) -> list[Range]:
     latest: dict[str, MachineSpec] = {}
     states: dict[str, dict[str, bool]] = {}
     for row in cache.durable.machines():  # by version: a later one's word on a state counts
-        spec = MachineSpec.model_validate_json(row.spec)
+        spec = readable(row.spec)
+        if spec is None:
+            continue
         latest[row.name] = spec
         states.setdefault(row.name, {}).update((state.name, state.final) for state in spec.states)
     found = []

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from statecache.core import definition, errors, failpoints, fold, model
-from statecache.core.spec import MachineSpec
+from statecache.core.spec import readable
 from statecache.durable import clock, faults
 from statecache.durable import retention as durable_retention
 from statecache.durable.retention import Collapse, Ended
@@ -101,7 +101,7 @@ def _final_states(cache: StateCache, machine: str | None) -> list[tuple[str, str
     rows = [row for row in cache.durable.machines() if machine in (None, row.name)]
     if machine is not None and not rows:
         raise errors.NotFoundError(f"no machine {machine!r} is registered here")
-    specs = [MachineSpec.model_validate_json(row.spec) for row in rows]
+    specs = filter(None, (readable(row.spec) for row in rows))
     return sorted({(spec.name, state) for spec in specs for state in definition.of(spec).finals})
 
 

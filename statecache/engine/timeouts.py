@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from statecache.core import errors, failpoints, model
 from statecache.core.machine import StateMachine
-from statecache.core.spec import MachineSpec
+from statecache.core.spec import readable
 from statecache.engine.handle import MachineHandle
 from statecache.hot import deadlines
 
@@ -271,12 +271,13 @@ class Timeouts:
     # --- machines ----------------------------------------------------------------------------------------------------
 
     def _handle(self, machine: str, version: int) -> MachineHandle | None:
-        """A handle of a registered machine's version, which never changes; None if it is not registered (yet)."""
+        """A handle of a registered machine's version, which never changes; None if it is not registered (yet), or has a
+        definition that this version of statecache cannot read."""
         handle = self._handles.get((machine, version))
         if handle is None:
             found = self._cache.durable.machine(machine, version)
-            if found is not None:
-                spec = MachineSpec.model_validate_json(found[2])
+            spec = found and readable(found[2])
+            if spec:
                 handle = self._handles[machine, version] = MachineHandle(self._cache, StateMachine.from_spec(spec))
         return handle
 

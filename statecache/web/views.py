@@ -6,7 +6,6 @@ import secrets
 from typing import Any
 
 from statecache.core import errors, model, spec
-from statecache.core.machine import StateMachine
 from statecache.engine import claims
 from statecache.engine import status as engine_status
 from statecache.engine.handle import MachineHandle
@@ -65,8 +64,7 @@ def _picture(site: Site, handle: MachineHandle, shown: model.Snapshot, rows: lis
     declared = handle.machine.spec
     if shown.state not in handle.machine.definition.states:
         found = site.cache.durable.machine(handle.name, shown.machine_version)
-        if found is not None:
-            declared = StateMachine.from_spec(spec.MachineSpec.model_validate_json(found[2])).spec
+        declared = (found and spec.readable(found[2])) or declared
     way = drawing.Way(shown.state, [(row.from_state, row.to_state) for row in rows])
     line = spec.steps(declared)
     return {"picture": drawing.of_instance(declared, way), "step": story.step(line, shown.state)}

@@ -18,7 +18,7 @@ from statecache.core import entry, errors
 from statecache.durable import faults, schema
 from statecache.durable.flush import FlushTransaction
 from statecache.durable.store import DurableStore
-from statecache.engine import batching, letters
+from statecache.engine import batching, eviction, letters, retention
 from statecache.engine import cache as cache_module
 from statecache.engine import flusher as flusher_module
 from statecache.hot import watching
@@ -1075,6 +1075,12 @@ def test_definition_that_cannot_be_read_stops_nobody(world: World, caplog: pytes
     assert [record.getMessage().split(":")[0] for record in caplog.records if record.levelname == "ERROR"] == [
         "the definition of machine parcel, version 1, cannot be read (was it registered by a newer statecache?)"
     ]
+    # Nor the duties of who flushes, nor the gauges.
+    assert {one.machine for one in eviction.ranges(other)} == {"order"}
+    assert [step.instances for step in retention.run(other, datetime.timedelta(0), None, dry_run=True)] == [1]
+    assert set(other.timeouts.stuck_counts()) == set()
+    with pytest.raises(errors.DefinitionError, match="cannot be read by this version of statecache"):
+        other.machine("parcel")
 
 
 def test_machine_that_is_registered_later_has_finals(lite: World, monkeypatch: pytest.MonkeyPatch) -> None:
