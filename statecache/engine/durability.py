@@ -66,7 +66,7 @@ in its place."""
 
 
 class LostError(errors.IntegrityError):
-    """The watermark is above a receipt's entry, and no row or letter is in its place."""
+    """The watermark is above a receipt's entry, and no row or letter is in its place. For ``explained`` alone."""
 
 
 def outcome(receipt: model.Receipt, standing: Standing) -> errors.StateCacheError | bool:
@@ -95,12 +95,12 @@ def explained(durable: DurableStore, receipt: model.Receipt, error: errors.State
         return error
     try:
         row = durable.covering(receipt.machine, receipt.id, receipt.version)
-    except errors.UnavailableError as trouble:
+    except (errors.UnavailableError, errors.ConfigurationError) as trouble:
         late = errors.DurabilityTimeout(f"{receipt.machine}:{receipt.id} version {receipt.version}: {trouble}", receipt)
         late.__cause__ = trouble
         return late
     if row is None or (row[2] == entry.EVENT_ARCHIVED and row[1] == receipt.version):  # that row kept its own id
-        return error
+        return errors.IntegrityError(str(error))
     return errors.IntegrityError(
         f"{receipt.machine}:{receipt.id} version {receipt.version} ({receipt.event}) was acknowledged; of versions {row[0]} to "
         f"{row[1]} one row is all that SQL has ({row[2]}), so it cannot be told whether this transition is among them"
