@@ -134,7 +134,7 @@ def test_a_durable_call_that_cannot_ask_keeps_its_receipt(
         mock.patch.object(world.cache.flusher, "step", side_effect=error("in the way")),
         pytest.raises(errors.DurabilityTimeout, match="in the way") as caught,
     ):
-        world.orders.transition("a", "pay", durability="durable", timeout=0.3)
+        world.orders.transition("a", "pay", durability="durable", timeout=2.0)
     assert isinstance(caught.value.__cause__, error)
     assert caught.value.receipt is not None
     world.cache.wait_durable(caught.value.receipt)
