@@ -141,7 +141,9 @@ def _patch(text: str) -> Any:
     for just that."""
     import msgspec
 
+    from statecache.core import codec
+
     try:
         return msgspec.json.decode(text or "{}")
-    except (msgspec.DecodeError, UnicodeError, RecursionError):
+    except codec.UNREADABLE:
         return text

@@ -21,6 +21,9 @@ import msgspec
 
 from statecache.core import errors, wording
 
+UNREADABLE = (msgspec.MsgspecError, RecursionError, ValueError)
+"""What decoding a stranger's text may raise: no JSON, a number out of range, nested too deep, half of a surrogate pair."""
+
 FIELD_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}")
 NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from statecache.core import entry, errors, fold, items, model, wording
+from statecache.core import codec, entry, errors, fold, items, model, wording
 
 # --- what a flow may yield, beside an Item (answered by an Outcome) ----------------------------------------------------
 
@@ -540,7 +540,7 @@ def hash_texts(found: model.Lookup) -> tuple[str, str, dict[str, msgspec.Raw]]:
     own = f"{kept.state} {kept.version} {kept.entry_id} {kept.created_ms} {kept.machine_version} {kept.updated_ms}"
     try:
         texts = fold.texts_of(kept.data)
-    except msgspec.DecodeError as error:
+    except codec.UNREADABLE as error:
         raise errors.IntegrityError(
             f"{kept.machine}:{kept.id}: the data of its checkpoint in SQL is no JSON object ({error}): not written by "
             "statecache; run 'statecache verify'"
@@ -599,7 +599,7 @@ def transition_of(record: entry.Entry) -> model.Transition:
     """An entry of the log as history tells it. Raises ``IntegrityError`` for one whose data no reader can be shown."""
     try:
         patch, increments = _fields(record.patch), _fields(record.increments)
-    except fold.UNREADABLE as error:
+    except codec.UNREADABLE as error:
         raise errors.IntegrityError(
             f"{record.machine}:{record.id}: entry {record.entry_id} of the log holds data that cannot be read: not written "
             f"by statecache; see 'statecache dead-letters list {record.machine}:{record.id}'"

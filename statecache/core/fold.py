@@ -21,9 +21,6 @@ _SHAPES_MAX = 10_000
 _DECODED_LENGTH_MAX = 128
 """To decode the values of a patch up to so long takes no longer than to find their texts."""
 
-UNREADABLE = (msgspec.MsgspecError, RecursionError, ValueError)
-"""What decoding a stranger's text may raise: no JSON, a number out of range, nested too deep, half of a surrogate pair."""
-
 Finals = Callable[[str, int], frozenset[str]]
 """Final states of a machine's version."""
 Instance = tuple[str, str]
@@ -94,7 +91,7 @@ def after(before: Folded | None, records: Sequence[entry.Entry], partition: int)
     created_ms, recent = (before.created_ms, before.recent) if before else (first.at_ms, "")
     try:
         data, names = _data_after(before, records)
-    except UNREADABLE as error:
+    except codec.UNREADABLE as error:
         raise errors.IntegrityError(
             f"the data of {first.machine}:{first.id} is none that can be read, and not written by statecache: {error}"
         ) from error

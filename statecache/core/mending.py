@@ -122,7 +122,7 @@ def _touched(records: Sequence[entry.Entry]) -> set[str] | None:
     """The fields that the entries touch; None if one of them, a stranger's, cannot be read."""
     try:
         return {name for record in records for name in fold.touched(record)}
-    except fold.UNREADABLE:
+    except codec.UNREADABLE:
         return None
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from statecache.core import entry, errors, wording
+from statecache.core import codec, entry, errors, wording
 
 
 class Durability(enum.StrEnum):
@@ -110,7 +110,6 @@ _OWN_FIELDS = frozenset({b"@", b"@r", b"@c"})
 _NAMES: dict[bytes, str] = {}
 """Names of fields as texts: a look here costs half of what decoding does."""
 _NAMES_MAX = 10_000
-_NO_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
 def _name(name: bytes) -> str:
@@ -157,7 +156,7 @@ class Snapshot(msgspec.Struct, eq=False):
                     for name, text in self._raw.items()
                     if name not in _OWN_FIELDS
                 }
-            except _NO_JSON as error:
+            except codec.UNREADABLE as error:
                 raise self._unreadable() from error
         return self._data
 
@@ -167,7 +166,7 @@ class Snapshot(msgspec.Struct, eq=False):
                 if name not in _OWN_FIELDS:
                     _decode_json(text)
                     name if isinstance(name, str) else name.decode()
-            except _NO_JSON as error:
+            except codec.UNREADABLE as error:
                 return errors.IntegrityError(
                     f"{self.machine}:{self.id}: its field {_field_shown(name)} holds something that statecache did not write "
                     f"({error}); run 'statecache verify'"

@@ -66,7 +66,7 @@ def _transition_of(row: Sequence[Any]) -> model.Transition:
      machine_version, epoch, seq, covers_from, complete, *_) = row  # fmt: skip
     try:
         data, added = _decode_json(patch) if patch else {}, _decode_json(increments) if increments else {}
-    except fold.UNREADABLE as error:
+    except codec.UNREADABLE as error:
         raise UnreadableError(
             f"{machine}:{id}: version {version} in SQL holds data that cannot be read, not written by statecache: {error}",
             machine, id,

@@ -8,7 +8,7 @@ at a quiet hour it knows nothing of the busy one.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -63,15 +63,16 @@ class Report(msgspec.Struct, frozen=True):
 
 def advise(cache: StateCache) -> Report:
     """Measure and judge. A few queries and round trips, whatever the store holds. Raises ``UnavailableError``."""
-    measured = _measure(cache)
-    return Report(measured, (*_memory(cache, measured), *_tables(cache, measured), *_flushing(cache, measured)))
+    ranges = eviction.ranges(cache)
+    measured = _measure(cache, ranges)
+    return Report(measured, (*_memory(cache, measured, ranges), *_tables(cache, measured), *_flushing(cache, measured)))
 
 
-def _measure(cache: StateCache) -> Measured:
+def _measure(cache: StateCache, ranges: Sequence[eviction.Range]) -> Measured:
     instances = finals = 0
     addresses: list[tuple[str, str]] = []
-    counts = {name: cache.durable.counts(name) for name in {one.machine for one in eviction.ranges(cache)}}
-    for one in eviction.ranges(cache):
+    counts = {name: cache.durable.counts(name) for name in {one.machine for one in ranges}}
+    for one in ranges:
         count = counts[one.machine].get(one.state, 0)
         instances += count
         finals += count if one.final else 0
@@ -95,7 +96,7 @@ def _measure(cache: StateCache) -> Measured:
     )
 
 
-def _memory(cache: StateCache, found: Measured) -> Iterator[Advice]:
+def _memory(cache: StateCache, found: Measured, ranges: Sequence[eviction.Range]) -> Iterator[Advice]:
     settings, each = cache.settings, found.instance_bytes
     if each is not None:
         wanted = int(found.instances * each * _HEADROOM) + 64 * 2**20
@@ -109,7 +110,7 @@ def _memory(cache: StateCache, found: Measured) -> Iterator[Advice]:
     if found.max_bytes and not settings.hot_memory_share and not settings.hot_instances_max:
         why = "nothing leaves for want of room: when memory is full writers are refused"
         yield Advice("hot_memory_share", "0", "0.8", why)
-    lasting = [one for one in eviction.ranges(cache) if one.final and not one.ttl_seconds]
+    lasting = [one for one in ranges if one.final and not one.ttl_seconds]
     if lasting and found.final_instances >= _MANY_FINAL:
         held = "" if each is None else f", up to {_megabytes(found.final_instances * each)} of Redis"
         why = f"{found.final_instances:,} instances are in a final state{held}: they come back from SQL when they are asked for"

@@ -14,12 +14,13 @@ import time
 import weakref
 from collections.abc import Awaitable, Callable, Generator, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from statecache import metrics as metering
 from statecache.core import errors, flows, items, model
 from statecache.core.machine import StateMachine
-from statecache.engine import aside, recovery
+from statecache.engine import aside, durability, recovery
 from statecache.engine.aio_handle import AsyncMachineHandle
 from statecache.engine.cache import StateCache
 from statecache.engine.calls import as_receipts
@@ -74,7 +75,7 @@ class AsyncStateCache:
         self._gathered = {
             kind: aside.Together(self.threads, sync.driver.answers) for kind in aside.GATHERED
         }  # a batch for each: one query, or one script, serves wishes of one kind only
-        self._waits = aside.Waits(self.threads, sync.commits, sync.explained)
+        self._waits = aside.Waits(self.threads, sync.commits, partial(durability.explained, sync.durable))
         self._under_way = 0
         self._nothing_under_way: asyncio.Future[None] | None = None
         self._closer: asyncio.Task[None] | None = None

@@ -26,7 +26,7 @@ Result = TypeVar("Result")
 Done = Callable[[Sequence[Any], float], Sequence[Any]]
 """Answers wishes of one kind, in order, until a deadline; an error is an answer too."""
 Explained = Callable[[model.Receipt, errors.StateCacheError], errors.StateCacheError]
-"""``StateCache.explained``."""
+"""``durability.explained`` of a store."""
 
 GATHERED = (flows.Where, flows.Lookup, flows.Hydrate, flows.Admit, flows.Find)
 THREADS = 8

@@ -203,7 +203,7 @@ class StateCache:
             )
             servers.check(hot.server_facts())
             cache = cls(settings, hot, durable, server=server, metrics=metrics, on_recovering=on_recovering)
-            cache._admit_at_connect()
+            cache._admit_at_connect(row.namespace)
             if settings.durability in CONFIRMED:
                 cache.confirmation(settings.durability, cache.deadline(None))
         except BaseException:
@@ -216,10 +216,10 @@ class StateCache:
             cache.start_flusher()
         return cache
 
-    def _admit_at_connect(self) -> None:
+    def _admit_at_connect(self, noted_namespace: str) -> None:
         try:
             self.admission.ensure("EPOCH", self.deadline(None))
-            if not self.durable.identity().namespace:
+            if not noted_namespace:
                 self.durable.adopt(self.settings.namespace)
         except errors.RecoveringError as error:
             _log.warning("connected, but not admitted: %s", error)
@@ -451,11 +451,10 @@ class StateCache:
         if not receipts:
             return []
         found = self.commits.wait(receipts, deadline)
-        return [error and self.explained(one, error) for one, error in zip(receipts, found, strict=True)]
-
-    def explained(self, receipt: model.Receipt, error: errors.StateCacheError) -> errors.StateCacheError:
-        """See ``durability.explained``."""
-        return durability_levels.explained(self.durable, receipt, error)
+        return [
+            error and durability_levels.explained(self.durable, one, error)
+            for one, error in zip(receipts, found, strict=True)
+        ]
 
     def wait_durable(self, receipt: model.Receipt | Sequence[model.Receipt], timeout: float | None = None) -> None:
         """Return when the transition is in SQL: from then on it survives the loss of Redis, disk and all.
@@ -481,8 +480,9 @@ class StateCache:
 
     def flush_alone(self, timeout: float | None = 10.0) -> None:
         """As ``flush``, but do the work here and at once, whoever else flushes."""
-        with self.durable.until(self.deadline(timeout)):
-            self._flush(self.deadline(timeout), 0.0)
+        deadline = self.deadline(timeout)
+        with self.durable.until(deadline):
+            self._flush(deadline, 0.0)
 
     def _flush(self, deadline: float, patience_seconds: float, asked_until: float | None = None) -> None:
         """``patience_seconds``: how long to look on while others flush and none of the watermarks waited for moves.

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from statecache.core import definition, errors, failpoints, fold, model
+from statecache.core import codec, definition, errors, failpoints, fold, model
 from statecache.core.spec import readable
 from statecache.durable import clock, faults
 from statecache.durable import retention as durable_retention
@@ -162,7 +162,7 @@ def _read(cache: StateCache, kept: model.Checkpoint) -> archive.Archived | str:
     """An instance with its whole history; its address where that is damaged: it is not archived, and nothing deleted of it."""
     try:
         rows, data = cache.durable.history(kept.machine, kept.id), msgspec.json.decode(kept.data or "{}")
-    except (errors.IntegrityError, *fold.UNREADABLE):
+    except (errors.IntegrityError, *codec.UNREADABLE):
         return f"{kept.machine}:{kept.id}"
     version = 0
     for row in rows:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
-from statecache.core import entry, errors, flows, fold, model
+from statecache.core import codec, entry, errors, flows, fold, model
 from statecache.durable.queries import UnreadableError
 from statecache.hot.store import READ_BYTES_MAX
 
@@ -307,7 +307,7 @@ def _as_folded(checkpoint: model.Checkpoint | None) -> _Folded:
         return _Folded(data={})
     try:
         data = msgspec.json.decode(checkpoint.data or "{}")
-    except fold.UNREADABLE:  # no data is equal to what cannot be read
+    except codec.UNREADABLE:  # no data is equal to what cannot be read
         return _Folded(checkpoint.state, checkpoint.version, {"@": None})
     return _Folded(checkpoint.state, checkpoint.version, data)
 
@@ -364,7 +364,7 @@ def _difference(fields: Mapping[bytes, bytes], expected: _Folded) -> Problem:
             for name, text in fields.items()
             if name not in (b"@", b"@r", b"@c")
         }
-    except fold.UNREADABLE as error:
+    except codec.UNREADABLE as error:
         return "hot", f"the data in Redis is not what statecache wrote: {error}"
     if data != expected.data:
         return "hot", f"the data in Redis is {data}, that of SQL and log {expected.data}"

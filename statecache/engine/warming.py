@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from statecache.core import entry, errors, flows, fold, items
+from statecache.core import codec, entry, errors, flows, fold, items
 from statecache.durable.rows import Recents
 from statecache.engine import eviction
 from statecache.hot import scripts, store
@@ -315,7 +315,7 @@ def _cold(
     """None for a checkpoint that is no JSON: the call that wants it is told, all others come back."""
     try:
         texts = fold.texts_of(data)
-    except fold.UNREADABLE:
+    except codec.UNREADABLE:
         return None
     return partition, address, flows.flagged(own, len(texts)), ring, watermarks.get(partition, _BEGINNING), texts
 

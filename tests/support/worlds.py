@@ -326,7 +326,7 @@ class EmulatedWorld(World):
         hot = HotStore(keys.Keyspace(self.namespace, wanted.partition_count), client=self._client(), emulated=True)
         cache = StateCache(wanted, hot, durable)
         self._caches.append(cache)
-        cache._admit_at_connect()
+        cache._admit_at_connect("")
         return cache
 
     def redis_copy(self) -> Dump:
