@@ -20,8 +20,8 @@ from statecache.durable import recoveries
 from statecache.durable.rows import StoreRow
 from statecache.durable.store import DurableStore
 from statecache.engine import processes
-from statecache.hot import scripts
-from statecache.hot import store as hot_store
+from statecache.hot import answers, scripts
+from statecache.hot.store import HotStore
 
 _log = logging.getLogger(__name__)
 HEARTBEAT_STALE_MS = 10_000
@@ -35,7 +35,7 @@ class Admission:
 
     def __init__(
         self,
-        hot: hot_store.HotStore,
+        hot: HotStore,
         durable: DurableStore,
         recover: Callable[[], object],
         *,
@@ -136,7 +136,7 @@ class Admission:
         return is_recent or (now - self._sign_since) * 1000 < HEARTBEAT_STALE_MS * _WATCHED
 
 
-def check_belongs(row: StoreRow, answer: hot_store.Admission, namespace: str) -> None:
+def check_belongs(row: StoreRow, answer: answers.Admission, namespace: str) -> None:
     """Raise ``ConfigurationError`` for a Redis and a database that do not belong together."""
     for what, ours, theirs in (
         ("deployment", row.deployment, answer.deployment),

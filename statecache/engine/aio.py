@@ -26,8 +26,8 @@ from statecache.engine.cache import StateCache
 from statecache.engine.calls import as_receipts
 from statecache.engine.driver import UNREACHABLE, pause_seconds
 from statecache.engine.handle import CONFIRMED
+from statecache.hot import confirmation
 from statecache.hot.aio import AsyncHotStore, Turn
-from statecache.hot.store import CONFIRMATION_GRACE_SECONDS
 from statecache.hot.wire import EXCHANGE_SECONDS_MIN
 
 if TYPE_CHECKING:
@@ -302,7 +302,7 @@ class AsyncStateCache:
 
     def _applied(self, item: items.Item, deadline: float, turn: Turn | None) -> asyncio.Future[items.Outcome]:
         # The server's own wait for a confirmation ends at the deadline: its answer comes a little later.
-        grace = 0.0 if item.confirm is None else CONFIRMATION_GRACE_SECONDS
+        grace = 0.0 if item.confirm is None else confirmation.GRACE_SECONDS
         return self.hot.apply(item, max(deadline, time.monotonic() + EXCHANGE_SECONDS_MIN) + grace, turn)
 
     async def _answer(self, wish: Any, deadline: float) -> Any:

@@ -11,7 +11,7 @@ import msgspec
 from statecache.core import entry, errors, fold, model
 from statecache.durable.faults import Refused
 from statecache.durable.rows import Advance, PartitionRow, Row
-from statecache.hot.store import parse_any
+from statecache.hot.answers import parse_any
 
 LOAD_FIRST = 250
 """Of so many instances the checkpoints are asked for first, then of twice as many each time, as far as their bytes allow."""

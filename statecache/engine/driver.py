@@ -24,7 +24,9 @@ from statecache.engine.batcher import Batcher
 from statecache.engine.calls import Build
 from statecache.hot import claims as hot_claims
 from statecache.hot import scripts
-from statecache.hot.store import Cold, HotStore, Position
+from statecache.hot.answers import Position
+from statecache.hot.packing import Cold
+from statecache.hot.store import HotStore
 from statecache.hot.wire import EXCHANGE_SECONDS_MIN
 
 Answer = TypeVar("Answer")

@@ -52,7 +52,8 @@ from statecache.durable.store import DurableStore
 from statecache.engine import batching, folds, threads
 from statecache.engine.leases import Leases
 from statecache.hot import scripts, watching
-from statecache.hot.store import READ_BYTES_MAX, HotStore, PartitionReply
+from statecache.hot.answers import PartitionReply
+from statecache.hot.store import READ_BYTES_MAX, HotStore
 
 _log = logging.getLogger(__name__)
 BATCH_ENTRIES_MIN = 100

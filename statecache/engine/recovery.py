@@ -44,7 +44,8 @@ from statecache.durable.rows import Above, Advance, Discard, PartitionRow
 from statecache.durable.store import DurableStore
 from statecache.engine import admission, processes
 from statecache.hot import scripts
-from statecache.hot.store import READ_BYTES_MAX, Fenced, HotStore, Probed, parse_any
+from statecache.hot.answers import Fenced, Probed, parse_any
+from statecache.hot.store import READ_BYTES_MAX, HotStore
 
 _log = logging.getLogger(__name__)
 NEW, INTACT, WIPED, TAIL_LOST, SQL_BEHIND, DIVERGED = "new", "intact", "wiped", "tail lost", "SQL behind", "diverged"

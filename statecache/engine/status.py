@@ -12,7 +12,8 @@ from statecache.durable import leases as durable_leases
 from statecache.durable import recoveries
 from statecache.durable.rows import PartitionRow, RecoveryRow
 from statecache.engine import leases
-from statecache.hot.store import READ_BYTES_MAX, parse_any
+from statecache.hot.answers import parse_any
+from statecache.hot.store import READ_BYTES_MAX
 
 if TYPE_CHECKING:
     from statecache.engine.cache import StateCache

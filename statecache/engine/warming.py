@@ -30,7 +30,8 @@ import msgspec
 from statecache.core import codec, entry, errors, flows, fold, items
 from statecache.durable.rows import Recents
 from statecache.engine import eviction
-from statecache.hot import scripts, store
+from statecache.hot import scripts
+from statecache.hot.packing import Cold
 
 if TYPE_CHECKING:
     from statecache.engine.cache import StateCache
@@ -46,7 +47,7 @@ _LOOK_EVERY = 20_000
 """After so many instances Redis is asked how full it is; sooner where its bounds are near."""
 _NEWEST = (2**62, "")
 _BEGINNING = str(entry.EntryId(0, 0))
-_Row = tuple[int, str, str, store.Cold | None]
+_Row = tuple[int, str, str, Cold | None]
 """(updated_ms, ``machine:state``, id, what to bring back: None if it is to stay cold)."""
 Position = Mapping[str, tuple[int, str]]
 """By ``machine:state`` the (updated_ms, id) of the last instance that was looked at. Plain JSON."""
@@ -225,7 +226,7 @@ class _Warmer:
 
     # --- pages -------------------------------------------------------------------------------------------------------
 
-    def _batches(self, goes_on: Callable[[], bool], pool: ThreadPoolExecutor) -> Iterator[list[store.Cold]]:
+    def _batches(self, goes_on: Callable[[], bool], pool: ThreadPoolExecutor) -> Iterator[list[Cold]]:
         """What goes to Redis, a script call each. Ends early where the limit could be reached by what is under way."""
         room = 0
         for group in self._ranges:
@@ -309,9 +310,7 @@ class _Walk:
         ]  # fmt: skip
 
 
-def _cold(
-    partition: int, address: str, own: str, ring: str, watermarks: Mapping[int, str], data: str
-) -> store.Cold | None:
+def _cold(partition: int, address: str, own: str, ring: str, watermarks: Mapping[int, str], data: str) -> Cold | None:
     """None for a checkpoint that is no JSON: the call that wants it is told, all others come back."""
     try:
         texts = fold.texts_of(data)

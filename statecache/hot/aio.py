@@ -11,7 +11,7 @@ from typing import Any
 import redis
 
 from statecache.core import items
-from statecache.hot import failures, gather, pipe, resp, store, wire
+from statecache.hot import answers, confirmation, failures, gather, pipe, resp, store, wire
 
 Address = tuple[int, str, str]
 Turn = gather.Turn
@@ -37,7 +37,7 @@ class _Transitions:
         return not ahead.retry and not ahead.pinned
 
     def pack(self, batch: list[items.Item], line: pipe.Pipe) -> tuple[bytes, int]:
-        return self._hot.packed_apply(batch, line), 1 if store.strictest(batch) is None else 2
+        return self._hot.packed_apply(batch, line), 1 if confirmation.strictest(batch) is None else 2
 
     def read(self, batch: list[items.Item], replies: list[Any], line: pipe.Pipe) -> list[items.Outcome]:
         answer = replies[0]
@@ -45,11 +45,11 @@ class _Transitions:
             self._hot.wires.distrust(line)
             return [self.lost(answer, sent=True)] * len(batch)
         outcomes = self._hot.told(line, answer)
-        confirm = store.strictest(batch)
+        confirm = confirmation.strictest(batch)
         if confirm is None:
             return outcomes
-        confirmed = not isinstance(replies[1], Exception) and store.is_confirmed(replies[1], confirm)
-        return outcomes if confirmed else store.unconfirmed(outcomes)
+        confirmed = not isinstance(replies[1], Exception) and confirmation.is_confirmed(replies[1], confirm)
+        return outcomes if confirmed else confirmation.unconfirmed(outcomes)
 
     def lost(self, error: Exception, *, sent: bool) -> items.Outcome:
         return failures.outcome_of(_of_driver(error), sent=sent)
@@ -84,7 +84,7 @@ class _Hashes:
         if isinstance(reply, Exception) and not isinstance(reply, redis.ResponseError):
             return self.lost(reply, sent=True)
         try:
-            return store.hash_of(reply)
+            return answers.hash_of(reply)
         except redis.ResponseError as error:
             return self.lost(error, sent=True)
 

@@ -12,15 +12,17 @@ from __future__ import annotations
 import re
 import time
 from collections import deque
-from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
 import msgspec
 import redis
 
-from statecache.core import entry, errors, failpoints, items, keys
-from statecache.hot import failures, resp, scripts, wire
+from statecache.core import entry, failpoints, items, keys
+from statecache.hot import answers, confirmation, failures, packing, resp, scripts, wire
+from statecache.hot.answers import Admission, Fenced, Fill, PartitionReply, Position, Probed
+from statecache.hot.packing import Cold
 
 _encode = msgspec.json.encode
 READ_BYTES_MAX = 2**20
@@ -34,76 +36,10 @@ _HEADERS = [b"*%d\r\n" % number for number in range(4096)]
 CHUNKS_IN_FLIGHT = 2
 HYDRATIONS_IN_FLIGHT = 4
 HYDRATE_ROWS_MAX = 500
-CONFIRMATION_GRACE_SECONDS = 0.5
-"""How much later than at the end of its time the answer of ``WAIT`` may come."""
-HYDRATE_BYTES_MAX = 4 * 2**20
-"""What one script call brings back at most, but for a single instance: Redis refuses an argument of 512 MB."""
 BATCH_ITEMS_MAX = 250
 BATCH_BYTES_MAX = 1_000_000
 """What calls that are batched by themselves (threads, tasks) put into one script call at most."""
-Cold = tuple[int, str, str, str, str, Mapping[str, Any]]
-"""An instance to bring back: (partition, "machine:id", text of ``@``, ring, SQL's watermark, the fields' JSON texts by name, as
-bytes or what is read like them)."""
 Answered = tuple[Sequence[items.Item], list[items.Outcome]]
-
-
-class PartitionReply(msgspec.Struct, frozen=True):
-    """What ``read.lua`` said of a partition: its code, the log's last id, and the entries as ``<id>\\x1f<text>`` lines."""
-
-    code: str
-    last: entry.EntryId
-    lines: list[str]
-
-
-class Fenced(msgspec.Struct, frozen=True):
-    """What a recovery's fence met in a partition. ``existed`` is False where there was no ``meta``."""
-
-    existed: bool
-    epoch: int
-    owner: str
-    watermark: entry.EntryId | None
-    cold: str
-    evicted_to: entry.EntryId | None
-    recorded_identity: str
-    identity: str
-
-
-class Probed(msgspec.Struct, frozen=True):
-    """What a partition's log holds: its ends, the entry at SQL's watermark and the one behind it (None if there is none)."""
-
-    first: entry.EntryId | None
-    last: entry.EntryId
-    length: int
-    at_watermark: entry.Entry | None
-    behind: entry.Entry | None
-
-
-class Admission(msgspec.Struct, frozen=True):
-    """What ``admit.lua`` said: the server's identity, a code per partition, and whose Redis this is."""
-
-    identity: str
-    codes: list[str]
-    deployment: str
-    protocol: str
-    partitions: str
-
-
-class Fill(msgspec.Struct, frozen=True):
-    """How full a server is: keys in our database, bytes used of those that it may use (0: it has no limit)."""
-
-    keys: int
-    used_bytes: int
-    max_bytes: int
-
-
-class Position(msgspec.Struct, frozen=True):
-    """What ``meta`` says about cold instances, read without a script."""
-
-    epoch: int
-    owner: str
-    status: str
-    cold: bool
-    evicted_to: entry.EntryId
 
 
 class HotStore:
@@ -240,9 +176,9 @@ class HotStore:
         except redis.ResponseError as error:
             self.wires.distrust(line)
             outcomes = [failures.outcome_of(error, sent=True)] * len(chunk)
-        confirm = strictest(chunk)
-        if confirm is not None and not _read_confirmation(line, confirm):
-            return unconfirmed(outcomes)
+        confirm = confirmation.strictest(chunk)
+        if confirm is not None and not confirmation.is_confirmed_by(line, confirm):
+            return confirmation.unconfirmed(outcomes)
         return outcomes
 
     def _lost(
@@ -264,7 +200,7 @@ class HotStore:
     def told(self, line: wire.Checked, reply: bytes) -> list[items.Outcome]:
         """The outcomes of the oldest script call in flight. Notes what they say of the server, if it was asked or refused."""
         sent_at = line.checks.popleft()  # first: the next reply is the next call's, whatever this one holds
-        outcomes = outcomes_of(reply)
+        outcomes = answers.outcomes_of(reply)
         if sent_at or outcomes[0].code in items.ADMISSION_CODES:
             admitted = not any(outcome.code in items.ADMISSION_CODES for outcome in outcomes)
             self.wires.checked(line, sent_at if admitted else 0.0)
@@ -276,10 +212,10 @@ class HotStore:
         for item in chunk:
             if item.asked_under is not None and item.asked_under != (stamp.epoch, stamp.owner):
                 item.absent = ""  # SQL was asked in another epoch
-        partitions, values = _values_of_one(chunk[0]) if len(chunk) == 1 else _values_of(chunk)
+        partitions, values = packing.values_of_one(chunk[0]) if len(chunk) == 1 else packing.values_of_many(chunk)
         key_count = 2 * len(partitions)
         due = self.wires.identity_due(line, self.identity_interval_seconds)
-        confirm = strictest(chunk)
+        confirm = confirmation.strictest(chunk)
         packed = b"".join(
             [
                 _HEADERS[6 + key_count],
@@ -289,7 +225,7 @@ class HotStore:
                 resp.bulk(self._pack(values)),
                 b"$1\r\n1\r\n" if due else b"$1\r\n0\r\n",
                 self._fields_max,
-                _confirm_command(confirm) if confirm is not None else b"",
+                confirmation.command(confirm) if confirm is not None else b"",
             ]
         )
         line.checks.append(due)  # last: what cannot be packed is not sent, and gets no reply
@@ -318,13 +254,13 @@ class HotStore:
                 if start:
                     replies += line.read_many(125)
             replies += line.read_many(len(keys) - len(replies))
-            return [hash_of(reply) for reply in replies]
+            return [answers.hash_of(reply) for reply in replies]
 
     def hash(self, partition: int, machine: str, id: str, deadline: float | None = None) -> dict[bytes, bytes]:
         """``hashes`` of one."""
         with self._exchange("HGETALL", deadline) as line:
             line.send(resp.command("HGETALL", self.keyspace.instance(partition, machine, id)))
-            return hash_of(line.read_many(1)[0])
+            return answers.hash_of(line.read_many(1)[0])
 
     def own_field(self, partition: int, machine: str, id: str, deadline: float | None = None) -> bytes | None:
         """The field ``@`` of an instance's hash, None if it is not hot."""
@@ -341,7 +277,7 @@ class HotStore:
         fields = ("epoch", "owner", "status", "cold", "evicted_to")
         with self._exchange("HMGET", deadline) as line:
             line.send(b"".join(resp.command("HMGET", self.keyspace.meta(each), *fields) for each in partitions))
-            return [_position_of(found) for found in line.read_all(len(partitions))]
+            return [answers.position_of(found) for found in line.read_all(len(partitions))]
 
     def instances(self, machine: str | None = None, page: int = 500) -> Iterator[list[tuple[str, str]]]:
         """Every hot instance as pages of (machine, id), by SCAN: some may come twice, or go before they are looked at."""
@@ -393,7 +329,9 @@ class HotStore:
         """
         code, lines = self._found(partition, wanted, whole, deadline)
         return code, [
-            record for record in (parse_any(partition, line) for line in lines) if record.machine != entry.FOREIGN
+            record
+            for record in (answers.parse_any(partition, line) for line in lines)
+            if record.machine != entry.FOREIGN
         ]
 
     def _found(
@@ -445,14 +383,14 @@ class HotStore:
             nonlocal codes
             while len(in_flight) > left:
                 count, is_last = in_flight.popleft()
-                codes += _hydrated(line.read_many(1)[0], count)
+                codes += answers.hydrated(line.read_many(1)[0], count)
                 if is_last:
                     yield codes
                     codes = []
 
         with self._exchange("hydrate", deadline) as line:
             for rows in batches:
-                parts = _cut(rows)
+                parts = packing.cut(rows)
                 for number, part in enumerate(parts, 1):
                     line.send(self._packed_hydrate(part, under or self.stamp))
                     in_flight.append((len(part), number == len(parts)))
@@ -476,19 +414,13 @@ class HotStore:
             return "", self._lost(batch, error, line)[0]
         if outcome.code != "MISS" and isinstance(reply, redis.ResponseError):
             return "", outcome
-        return _hydrated(reply, 1)[0], outcome
+        return answers.hydrated(reply, 1)[0], outcome
 
     def _packed_hydrate(self, rows: Sequence[Cold], under: scripts.Stamp) -> bytes:
-        looks: dict[tuple[int, str], int] = {}
-        shapes: dict[tuple[str, ...], int] = {}
-        flat: list[object] = []
-        for partition, name, own, ring, watermark, texts in rows:
-            place = looks.setdefault((partition, watermark), len(looks) + 1)
-            flat += (place, name, own, ring, shapes.setdefault(tuple(texts), len(shapes) + 1))
-            flat += [str(text, "utf-8") for text in texts.values()]
-        request = self._pack([*[watermark for _, watermark in looks], *_shapes_packed(shapes), *flat])
-        metas = [self._meta_keys[partition] for partition, _ in looks]
-        return _packed_call(scripts.stamped("hydrate", under, self.emulated).call, metas, len(metas), request)
+        partitions, values = packing.cold_values(rows)
+        metas = [self._meta_keys[partition] for partition in partitions]
+        script = scripts.stamped("hydrate", under, self.emulated)
+        return packing.script_call(script.call, metas, len(metas), self._pack(values))
 
     def evict(
         self,
@@ -572,7 +504,7 @@ class HotStore:
             code, *words = head.split(" ")
             if code == "OK":
                 found = [next(lines) for _ in range(int(words[0]))]
-                replies.append(PartitionReply(code, _id(words[1]), found))
+                replies.append(PartitionReply(code, entry.EntryId.parse(words[1]), found))
             else:
                 replies.append(PartitionReply(code, entry.ZERO, []))
         if len(replies) == 1 and len(cursors) > 1:
@@ -628,8 +560,8 @@ class HotStore:
             return head, None
         existed, epoch, owner, watermark, cold, evicted_to = words
         return code, Fenced(
-            existed == "1", int(epoch), "" if owner == "-" else owner, _optional_id(watermark), cold,
-            _optional_id(evicted_to), "" if identities[0] == "-" else identities[0], identities[1],
+            existed == "1", int(epoch), "" if owner == "-" else owner, answers.optional_id(watermark), cold,
+            answers.optional_id(evicted_to), "" if identities[0] == "-" else identities[0], identities[1],
         )  # fmt: skip
 
     def probe(
@@ -641,8 +573,10 @@ class HotStore:
         code, *words = head.split(" ")
         if code != "OK":
             return code, None
-        at_watermark, behind = (None if line == "-" else parse_any(partition, line) for line in lines)
-        return code, Probed(_optional_id(words[0]), _id(words[1]), int(words[2]), at_watermark, behind)
+        at_watermark, behind = (None if line == "-" else answers.parse_any(partition, line) for line in lines)
+        return code, Probed(
+            answers.optional_id(words[0]), entry.EntryId.parse(words[1]), int(words[2]), at_watermark, behind
+        )
 
     def drop(
         self, partition: int, stamp: scripts.Stamp, identity: str, evicted_to: entry.EntryId, names: list[str]
@@ -732,7 +666,7 @@ class HotStore:
         """
         script = scripts.stamped(name, stamp or under or self.stamp, self.emulated)
         start = resp.bulk("EVAL") + resp.bulk(script.text) if stamp else script.call
-        packed = _packed_call(start, key_parts, key_count, *arguments)
+        packed = packing.script_call(start, key_parts, key_count, *arguments)
         with self._exchange(name, deadline) as line:
             try:
                 reply: bytes = line.call(packed)
@@ -741,165 +675,6 @@ class HotStore:
             return reply.decode(errors="backslashreplace")  # a stranger's record may be anything
 
 
-def _packed_call(start: bytes, key_parts: Sequence[bytes], key_count: int, *arguments: Any) -> bytes:
-    return b"".join(
-        [
-            b"*%d\r\n" % (3 + key_count + len(arguments)),
-            start,
-            resp.bulk(key_count),
-            *key_parts,
-            *[resp.bulk(argument) for argument in arguments],
-        ]
-    )
-
-
-def _cut(rows: Sequence[Cold]) -> list[Sequence[Cold]]:
-    """Rows in parts of up to ``HYDRATE_BYTES_MAX``; a single one may take more."""
-    sizes = [sum(map(len, texts.values())) for *_, texts in rows]
-    if sum(sizes) <= HYDRATE_BYTES_MAX:
-        return [rows]
-    parts, begin, left = [], 0, HYDRATE_BYTES_MAX
-    for place, size in enumerate(sizes):
-        if size > left and place > begin:
-            parts.append(rows[begin:place])
-            begin, left = place, HYDRATE_BYTES_MAX
-        left -= size
-    return [*parts, rows[begin:]]
-
-
-def _hydrated(reply: bytes | redis.ResponseError, count: int) -> list[str]:
-    """The codes of one script call; an error reply that is one code for all of them is told as such."""
-    if isinstance(reply, redis.ResponseError):
-        code = failures.code_of(reply, sent=True)
-        if code not in ("NOSCRIPT", "OOM"):
-            raise failures.translated(reply, "hydrate")
-        return [code] * count
-    codes: list[str] = reply.decode().split("\n")
-    return codes
-
-
-def _values_of(chunk: Sequence[items.Item]) -> tuple[Collection[int], list[object]]:
-    """The partitions that a chunk touches, and what ``apply.lua`` reads of it."""
-    partitions: dict[int, int] = {}
-    moves: dict[items.MoveSpec, int] = {}
-    shapes: dict[tuple[str, ...], int] = {}
-    flat: list[object] = []
-    for item in chunk:
-        partition = partitions.get(item.partition)
-        if partition is None:
-            partition = partitions[item.partition] = len(partitions) + 1
-        move = moves.get(item.move)
-        if move is None:
-            move = moves[item.move] = len(moves) + 1
-        shape = shapes.get(item.names)
-        if shape is None:
-            shape = shapes[item.names] = len(shapes) + 1
-        item.pack_into(flat, partition, move, shape)
-    values: list[object] = [len(moves)]
-    for spec in moves:
-        values += spec.values
-    values += _shapes_packed(shapes)
-    values += flat
-    return partitions, values
-
-
-def _values_of_one(item: items.Item) -> tuple[Collection[int], list[object]]:
-    """The same for one item, which needs no numbering: two thirds of the time."""
-    values = [1, *item.move.values, *_shapes_packed((item.names,))]
-    item.pack_into(values, 1, 1, 1)
-    return (item.partition,), values
-
-
-def _shapes_packed(shapes: Collection[Sequence[str]]) -> list[object]:
-    """What ``include/shapes.lua`` reads."""
-    values: list[object] = [len(shapes)]
-    for names in shapes:
-        values.append(len(names))
-        values += names
-    return values
-
-
-def strictest(chunk: Sequence[items.Item]) -> items.Confirm | None:
-    """What the items of one script call want confirmed; calls with one level travel together, so the first decides."""
-    for item in chunk:
-        if item.confirm is not None:
-            return item.confirm
-    return None
-
-
-def _confirm_command(confirm: items.Confirm) -> bytes:
-    if confirm.aof:
-        return resp.command("WAITAOF", confirm.local, confirm.replicas, confirm.timeout_ms)
-    return resp.command("WAIT", confirm.replicas, confirm.timeout_ms)
-
-
 def _is_over(deadline: float | None, error: redis.RedisError | OSError) -> redis.RedisError | OSError | None:
     """The error of a chunk that did not get through, if that was past the deadline."""
     return None if deadline is None or time.monotonic() < deadline else error
-
-
-def _read_confirmation(line: wire.Wire, confirm: items.Confirm) -> bool:
-    if line.until:  # the server's own wait ends at the deadline: its answer comes a little later
-        line.until = time.monotonic() + confirm.timeout_ms / 1000 + CONFIRMATION_GRACE_SECONDS
-    try:
-        return is_confirmed(line.read(), confirm)
-    except redis.ResponseError:
-        return False
-
-
-def is_confirmed(counts: Any, confirm: items.Confirm) -> bool:
-    """Judge the answer of ``WAIT`` or ``WAITAOF``: it gives counts, also when time ran out."""
-    if confirm.aof:
-        return bool(counts[0] >= confirm.local and counts[1] >= confirm.replicas)
-    return bool(counts >= confirm.replicas)
-
-
-def unconfirmed(outcomes: Sequence[items.Outcome]) -> list[items.Outcome]:
-    """The same outcomes, marked as not confirmed in time."""
-    return [msgspec.structs.replace(outcome, confirmed=False) for outcome in outcomes]
-
-
-def parse_any(partition: int, line: str) -> entry.Entry:
-    """The same for a line that may be anybody's: what statecache did not write becomes an ``entry.FOREIGN`` one."""
-    try:
-        return entry.parse_line(line)
-    except errors.IntegrityError:
-        id_text, _, text = line.partition(entry.SEPARATOR)
-        return entry.foreign(partition, entry.EntryId.parse(id_text), text)
-
-
-def _id(text: str) -> entry.EntryId:
-    return entry.EntryId.parse(text)
-
-
-def _position_of(found: Sequence[bytes | None]) -> Position | None:
-    if found[0] is None:
-        return None
-    epoch, owner, status, cold, evicted_to = (b"" if part is None else part for part in found)
-    return Position(int(epoch), owner.decode(), status.decode(), cold != b"0", _id(evicted_to.decode() or "0-0"))
-
-
-def _optional_id(text: str) -> entry.EntryId | None:
-    return None if text == "-" else entry.EntryId.parse(text)
-
-
-def hash_of(reply: list[bytes] | dict[bytes, bytes] | redis.ResponseError) -> dict[bytes, bytes]:
-    """The fields of a hash. A key that holds something else is a hash of no field of ours: only its reader fails."""
-    if isinstance(reply, list):
-        parts = iter(reply)
-        return dict(zip(parts, parts, strict=True))
-    if isinstance(reply, dict):  # RESP3, as an emulated server speaks it
-        return reply
-    if "WRONGTYPE" in str(reply):
-        return {b"?": b"WRONGTYPE"}
-    raise reply
-
-
-def outcomes_of(reply: bytes) -> list[items.Outcome]:
-    head, *lines = reply.decode().split("\n")
-    at_ms = int(head)
-    outcomes = []
-    for line in lines:
-        words = line.split(" ")
-        outcomes.append(items.Outcome(words.pop(0), words, at_ms))
-    return outcomes

@@ -14,7 +14,8 @@ import redis
 
 from statecache.core import entry
 from statecache.hot import failures, resp
-from statecache.hot.store import HotStore, parse_any
+from statecache.hot.answers import parse_any
+from statecache.hot.store import HotStore
 
 _META = ("status", "watermark", "limit")
 _PAGE = 2

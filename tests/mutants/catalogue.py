@@ -142,18 +142,18 @@ MUTANTS = [
         (
             Patch(
                 "statecache/hot/store.py",
-                '                _confirm_command(confirm) if confirm is not None else b"",\n',
+                '                confirmation.command(confirm) if confirm is not None else b"",\n',
                 "",
             ),
             Patch(
                 "statecache/hot/store.py",
-                "        if confirm is not None and not _read_confirmation(line, confirm):\n"
-                "            return unconfirmed(outcomes)\n",
+                "        if confirm is not None and not confirmation.is_confirmed_by(line, confirm):\n"
+                "            return confirmation.unconfirmed(outcomes)\n",
                 "        if confirm is not None:\n"
                 "            other = self.wires.take()\n"
-                "            other.send(_confirm_command(confirm))\n"
-                "            if not _read_confirmation(other, confirm):\n"
-                "                outcomes = unconfirmed(outcomes)\n"
+                "            other.send(confirmation.command(confirm))\n"
+                "            if not confirmation.is_confirmed_by(other, confirm):\n"
+                "                outcomes = confirmation.unconfirmed(outcomes)\n"
                 "            other.close()\n",
             ),
         ),
@@ -880,7 +880,7 @@ MUTANTS = [
         "WAIT's count is not looked at",
         (
             Patch(
-                "statecache/hot/store.py",
+                "statecache/hot/confirmation.py",
                 "    return bool(counts >= confirm.replicas)\n",
                 "    return True\n",
             ),
