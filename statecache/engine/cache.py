@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, Self
 import msgspec
 
 from statecache import metrics as metering
-from statecache.core import codec, definition, entry, errors, failpoints, items, keys, model, wording
+from statecache.core import codec, errors, failpoints, items, keys, model, wording
 from statecache.core.machine import StateMachine
-from statecache.core.spec import MachineSpec, readable
+from statecache.core.spec import readable
 from statecache.durable.store import DurableStore
 from statecache.engine import commits, duties, recovery, servers, threads, watching
 from statecache.engine import durability as durability_levels
@@ -27,7 +27,9 @@ from statecache.engine.admission import Admission
 from statecache.engine.calls import as_receipts
 from statecache.engine.driver import Driver
 from statecache.engine.embedded import EmbeddedServer
+from statecache.engine.finals import Finals
 from statecache.engine.flusher import Flusher
+from statecache.engine.flushing import Flushing
 from statecache.engine.handle import CONFIRMED, MachineHandle
 from statecache.engine.leases import Leases, leave_quietly, someone_flushes
 from statecache.engine.timeouts import Timeouts
@@ -39,11 +41,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _CLOSE_SECONDS = 10.0
-_UNKNOWN_SECONDS = 5.0
-"""For so long a machine that was not registered, or whose definition could not be read, is not asked for again."""
-_UNKNOWN_MAX = 1000
-_LOOK_SECONDS = 0.5
-"""For so long it is believed that a flusher is alive, or that none is."""
 _AWAY_SECONDS = 1.0
 """So long ``close`` asks for a server that cannot be reached before it gives up to flush."""
 _HELP_AFTER_SECONDS = 0.5
@@ -77,11 +74,7 @@ class StateCache:
         self.durable = durable
         self.ids = codec.TransitionIds()
         self._server = server
-        self._finals: dict[tuple[str, int], frozenset[str]] = {}
-        self._unknown: dict[tuple[str, int], float] = {}
-        """Machines' versions whose final states nobody could tell, and when they are asked for again."""
-        self._unreadable: set[tuple[str, int]] = set()
-        self._partitions = list(range(settings.partition_count))
+        self.finals = Finals(durable)
         self._thread: threading.Thread | None = None
         self._confirmations: dict[Any, items.Confirm | None] = {}
         self._at_close: list[Callable[[], None]] = []
@@ -103,16 +96,16 @@ class StateCache:
             lambda count: self.metrics.add("statecache_hydrations_total", count),
             batch_items_max=settings.batch_items_max,
         )
+        self._flushing = Flushing(self, here=self._flusher_about, revive=self._revive)
         self.commits = commits.GroupCommit(
             self.durable,
             settings.partition_count,
-            self._push,
-            self._someone_flushes,
+            self._flushing.push,
+            self._flushing.is_someone_at_it,
             lambda partition: self._flusher_about() and self.leases.holds(partition),
             lambda: self.flusher.wake.set(),
         )
-        self._someone: tuple[float, bool] = 0.0, False
-        self.flusher = self.make_flusher(self._partitions)
+        self.flusher = self.make_flusher(range(settings.partition_count))
         self.leases = Leases(self.durable, settings.partition_count, lease_seconds=settings.lease_seconds)
         self.timeouts = Timeouts(self)
         self.duties = duties.of(self)
@@ -260,7 +253,7 @@ class StateCache:
 
     def _drain(self) -> None:
         try:
-            self._flush(self.deadline(_CLOSE_SECONDS), 0.0, time.monotonic() + _AWAY_SECONDS)
+            self._flushing.wait(self.deadline(_CLOSE_SECONDS), 0.0, time.monotonic() + _AWAY_SECONDS)
         except errors.StateCacheError as error:
             _log.warning("closed before everything was flushed: %s", error)
 
@@ -349,41 +342,12 @@ class StateCache:
                 machine.spec.model_dump_json(),
                 int(time.time() * 1000),
             )
-        self._finals[machine.definition.name, machine.definition.version] = machine.definition.finals
+        self.finals.note(machine.definition)
         if (
             machine.definition.durability in CONFIRMED
         ):  # a server that cannot give it is refused now, not at the first call
             self.confirmation(model.Durability(machine.definition.durability), self.deadline(None))
         return MachineHandle(self, machine)
-
-    def finals(self, machine: str, version: int) -> frozenset[str]:
-        """The final states of a registered machine's version. None while it is not registered, or has a definition that this
-        version of statecache cannot read: other machines' entries are flushed with these, and must not wait for it."""
-        known = self._finals.get((machine, version))
-        if known is None and self._unknown.get((machine, version), 0.0) < time.monotonic():
-            known = self._registered_finals(machine, version)
-            if known is not None:
-                self._finals[machine, version] = known
-                return known
-            if len(self._unknown) >= _UNKNOWN_MAX:  # names are input
-                self._unknown.clear()
-            self._unknown[machine, version] = time.monotonic() + _UNKNOWN_SECONDS
-        return known or frozenset()
-
-    def _registered_finals(self, machine: str, version: int) -> frozenset[str] | None:
-        found = self.durable.machine(machine, version)
-        if found is None:
-            return None
-        try:
-            return definition.of(MachineSpec.model_validate_json(found[2])).finals
-        except (ValueError, RecursionError, errors.DefinitionError) as error:
-            if (machine, version) not in self._unreadable:
-                self._unreadable.add((machine, version))
-                _log.error(
-                    "the definition of machine %s, version %d, cannot be read (was it registered by a newer statecache?): none "
-                    "of its states counts as final: %s", machine, version, error, extra={"machine": machine},
-                )  # fmt: skip
-            return None
 
     def stuck(self, *, older_than: timedelta | None = None, limit: int = 100) -> list[model.Snapshot]:
         """Instances of any machine that are past their state's timeout and that no event moves on, those first that are
@@ -476,83 +440,16 @@ class StateCache:
         deadline = self.deadline(timeout)
         with self.durable.until(deadline):
             others = self._flusher_about() or self.driver.patiently(lambda: someone_flushes(self.durable), deadline)
-            self._flush(deadline, _HELP_AFTER_SECONDS if others else 0.0)
+            self._flushing.wait(deadline, _HELP_AFTER_SECONDS if others else 0.0)
 
     def flush_alone(self, timeout: float | None = 10.0) -> None:
         """As ``flush``, but do the work here and at once, whoever else flushes."""
         deadline = self.deadline(timeout)
         with self.durable.until(deadline):
-            self._flush(deadline, 0.0)
-
-    def _flush(self, deadline: float, patience_seconds: float, asked_until: float | None = None) -> None:
-        """``patience_seconds``: how long to look on while others flush and none of the watermarks waited for moves.
-        ``asked_until``: until when servers that cannot be reached are asked again, if not to the deadline."""
-        until = deadline if asked_until is None else asked_until
-        trouble: errors.UnavailableError | None = None
-        owner, tails = self.driver.patiently(lambda: self._tails(deadline), until)
-        before, help_at, pause = None, 0.0, commits.PAUSE_MIN_SECONDS
-        while True:
-            seen = self.commits.signal.count
-            rows = self.driver.patiently(self.durable.partitions, until)
-            if any((row.epoch, row.owner) != (owner.epoch, owner.owner) for row in rows):
-                self.admission.ensure("EPOCH", deadline)  # else the next call would stand here again, if SQL went back
-                raise errors.RecoveringError(
-                    "Redis was recovered while this call waited: what was acknowledged before may be lost; "
-                    "see 'statecache status'"
-                )
-            behind = {row.partition: row.watermark for row in rows if row.watermark < tails[row.partition]}
-            if not behind:
-                return
-            now = time.monotonic()
-            if now >= deadline:
-                raise errors.DurabilityTimeout(
-                    f"{len(behind)} partitions were not flushed in time: {trouble or 'is SQL slow or away?'}"
-                ) from trouble
-            if behind != before:
-                before, help_at, pause = behind, now + patience_seconds, commits.PAUSE_MIN_SECONDS
-            try:
-                if now >= help_at and self.commits.help(deadline, sorted(behind)):
-                    patience_seconds, trouble = 0.0, None  # who did not move this will not move the rest
-                    continue
-            except errors.UnavailableError as error:
-                self._revive()
-                if time.monotonic() >= until:
-                    raise
-                trouble = error
-            self.flusher.wake.set()
-            self.commits.signal.wait(seen, max(0.0, min(pause, deadline - time.monotonic())))
-            pause = min(pause * 1.5, commits.PAUSE_MAX_SECONDS)
-
-    def _tails(self, deadline: float) -> tuple[Any, dict[int, entry.EntryId]]:
-        """The last entry of every log, from a checked read, and under which epoch."""
-        while True:
-            stamp = self.hot.stamp
-            begins = [(partition, entry.ZERO) for partition in self._partitions]
-            replies = self.hot.read(begins, entries=0, bytes_max=1, deadline=deadline)
-            refused = next((reply.code for reply in replies if reply.code != "OK"), None)
-            if refused is None:
-                return stamp, {partition: reply.last for partition, reply in enumerate(replies)}
-            self.admission.ensure(refused, deadline)
-
-    def _push(self, deadline: float, partitions: Sequence[int] | None = None) -> bool:
-        """Run a step of the flusher; raises ``IntegrityError`` if a hole stops it."""
-        step = self.flusher.step(deadline, partitions)
-        if step.stopped and not step.entries:
-            raise errors.IntegrityError(f"{next(iter(step.stopped.values()))}; run 'statecache recover'")
-        return step.entries > 0
+            self._flushing.wait(deadline, 0.0)
 
     def _flusher_about(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
-
-    def _someone_flushes(self) -> bool:
-        """Whether a flusher is alive anywhere, as of a moment ago."""
-        if self._flusher_about():
-            return True
-        looked_at, someone = self._someone
-        if time.monotonic() - looked_at > _LOOK_SECONDS or not looked_at:
-            someone = someone_flushes(self.durable)
-            self._someone = time.monotonic(), someone
-        return someone
 
     def make_flusher(self, partitions: Sequence[int]) -> Flusher:
         """A flusher for some partitions, by this store's settings."""

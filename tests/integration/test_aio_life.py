@@ -269,7 +269,7 @@ async def whole_life(cache: AsyncStateCache) -> None:
 
 
 _OF_OUR_PROCESSES = {
-    "confirm", "confirm_many", "confirmation", "deadline", "finals", "flush_alone", "level", "make_flusher",
+    "confirm", "confirm_many", "confirmation", "deadline", "flush_alone", "level", "make_flusher",
     "on_close", "open", "server", "start_flusher",
 }  # fmt: skip
 """What only statecache itself calls (docs/asyncio.md)."""

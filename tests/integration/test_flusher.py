@@ -19,7 +19,7 @@ from statecache.durable import faults, schema
 from statecache.durable.flush import FlushTransaction
 from statecache.durable.store import DurableStore
 from statecache.engine import batching, eviction, letters, retention
-from statecache.engine import cache as cache_module
+from statecache.engine import finals as finals_module
 from statecache.engine import flusher as flusher_module
 from statecache.hot import watching
 from tests.support import servers
@@ -1068,7 +1068,7 @@ def test_definition_that_cannot_be_read_stops_nobody(world: World, caplog: pytes
     parcels.start("2")
     world.start("1", ["pay", "ship", "deliver"])
     other = world.more()
-    with mock.patch.object(cache_module, "_UNKNOWN_SECONDS", -1.0):  # asked for each time
+    with mock.patch.object(finals_module, "_UNKNOWN_SECONDS", -1.0):  # asked for each time
         other.flush_alone()
     assert world.durable.checkpoint("parcel", "2").state == "sent"  # type: ignore[union-attr]
     assert world.durable.checkpoint("order", "1").final  # type: ignore[union-attr]
@@ -1095,8 +1095,8 @@ def test_machine_that_is_registered_later_has_finals(lite: World, monkeypatch: p
     other.flush_alone()
     assert asked.call_count == 1
     lite.cache.machine(Order)
-    monkeypatch.setattr(cache_module, "_UNKNOWN_SECONDS", -1.0)
-    other._unknown.clear()  # the seconds are over
+    monkeypatch.setattr(finals_module, "_UNKNOWN_SECONDS", -1.0)
+    other.finals._unknown.clear()  # the seconds are over
     lite.start("4", ["pay", "ship", "deliver"])
     other.flush_alone()
     finals = {kept.id: kept.final for kept in lite.durable.iterate_checkpoints()}
