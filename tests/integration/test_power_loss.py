@@ -104,14 +104,18 @@ class Mains:
         self.size = path.stat().st_size
         assert kept.length <= self.size
         os.truncate(path, kept.length)
+        self.switch_on()
+        return kept
+
+    def switch_on(self) -> None:
+        """Start the server again, without strace."""
         self.server.binary = self._binary
         self.server.start()
-        return kept
 
 
 @pytest.fixture
 def power(redis_binary: Path, tmp_path: Path) -> Iterator[Callable[[str], Mains]]:
-    """``power(appendfsync)`` starts a server under strace."""
+    """``power(appendfsync)`` starts a server under strace, with more options for strace if wanted."""
     strace = shutil.which("strace")
     if strace is None:
         reason = "strace is not installed (Debian: apt-get install strace)"
@@ -120,12 +124,12 @@ def power(redis_binary: Path, tmp_path: Path) -> Iterator[Callable[[str], Mains]
         pytest.skip(reason)
     started: list[servers.ValkeyServer] = []
 
-    def start(appendfsync: str) -> Mains:
+    def start(appendfsync: str, *options: str) -> Mains:
         folder = tmp_path / f"power-{len(started)}"
         folder.mkdir()
         trace, wrapper = folder / "trace", folder / "server"
         # -D: the server keeps the pid that we have started, and the tracer is its grandchild.
-        command = f"exec {strace} -D -f --seccomp-bpf -y -ttt -s 0 -e trace={_CALLS} -o {trace} {redis_binary}"
+        command = f"exec {strace} -D -f --seccomp-bpf -y -ttt -s 0 -e trace={_CALLS} {' '.join(options)} -o {trace} {redis_binary}"
         wrapper.write_text(f'#!/bin/sh\n{command} "$@"\n')
         wrapper.chmod(wrapper.stat().st_mode | stat.S_IXUSR)
         server = servers.ValkeyServer(wrapper, folder, {"appendfsync": appendfsync, "auto-aof-rewrite-percentage": "0"})
@@ -215,6 +219,30 @@ def _lose_a_tail(mains: Mains, cache: StateCache) -> bool:
         cache.wait_durable(lost[0])
     assert verify.verify(cache).findings == ()
     return True
+
+
+def test_everysec_killed_during_an_fsync_loses_what_came_meanwhile(
+    power: Callable[..., Mains], sqlite_url: str
+) -> None:
+    """While its fsync of a second is under way a server with ``appendfsync everysec`` does not write to its file: killed then
+    (not its machine), it loses what it acknowledged meanwhile. The recovery reports it."""
+    mains = power("everysec", "-e inject=fdatasync,fsync:delay_enter=1500000")
+    with connect(mains, sqlite_url) as cache:
+        orders = cache.machine(worlds.Order)
+        hot: list[model.Receipt] = []
+        until = time.monotonic() + 3.3
+        while time.monotonic() < until:
+            hot.append(orders.start(f"h{len(hot)}"))
+        mains.server.kill()
+        mains.switch_on()
+        orders.start("after")
+        assert all(part.loss_possible for part in reports(cache))
+        cache.flush()
+        standing = {row.id for row in cache.durable.iterate_transitions("order")}
+        lost = [one for one in hot if one.id not in standing]
+        assert lost
+        assert lost == hot[-len(lost) :]
+        assert verify.verify(cache).findings == ()
 
 
 def test_durable_survives_power_loss_under_load(power: Callable[[str], Mains], sqlite_url: str) -> None:
