@@ -172,6 +172,8 @@ def _hydrated(row: Row, words: Sequence[str], attempt: int) -> Generator[Any, An
     if found.watermark < entry.EntryId.parse(evicted_to):
         return (yield from flows.sql_is_older(f"{row.machine}:{row.id}", attempt)), True
     if found.checkpoint is None:
+        if found.letters:
+            raise flows.parked_error(f"{row.machine}:{row.id}", found)
         return attempt, False
     code, _ = yield flows.Hydrate(found)
     if code in items.ADMISSION_CODES:

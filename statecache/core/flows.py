@@ -228,6 +228,7 @@ def transition(request: Request, answered: items.Outcome | None = None) -> Gener
                 known = yield from _long_ago(request)
                 if known is not None:
                     return _confirmed(outcome, known)
+                is_open = False
                 item.asked = int(outcome.words[0])
                 guard_wanted = _pin(request, item.asked, verdict)
             elif code == "VERSION":
@@ -242,7 +243,7 @@ def transition(request: Request, answered: items.Outcome | None = None) -> Gener
         raise
 
 
-_NO_JUDGEMENT = frozenset({"LOST", "UNSENT", "UNREADY", "OOM", "MISS", "ERROR", *items.ADMISSION_CODES})
+_NO_JUDGEMENT = frozenset({"LOST", "UNSENT", "UNREADY", "OOM", "MISS", "OLD", "ERROR", *items.ADMISSION_CODES})
 """Answers that do not tell whether an earlier attempt was applied."""
 _NO_VERDICTS = (errors.RecoveringError, errors.BackpressureError, errors.ConfigurationError)
 """What a caller must take for "not applied": true only if no attempt is open."""
@@ -293,6 +294,9 @@ def _consult_guard(request: Request) -> Generator[Wish, Any, errors.StateCacheEr
     try:
         if predicate is None or predicate(seen):
             return None
+    except errors.DefinitionError as error:  # nothing is bound to its name
+        item.expected = NEVER_MATCHES
+        return error
     except wording.MISTAKES as error:
         item.expected = NEVER_MATCHES
         failed = errors.DefinitionError(
@@ -329,7 +333,7 @@ def _refusal(request: Request, outcome: items.Outcome) -> errors.StateCacheError
     item, words, address = request.item, outcome.words, request.address
     if outcome.code == "EXISTS":
         return errors.AlreadyExistsError(f"{address} exists already, at version {words[0]}")
-    if outcome.code == "STATE":
+    if outcome.code == "STATE" and codec.NAME.fullmatch(words[0]):
         allowed = request.allowed(words[0])
         return errors.InvalidTransitionError(
             f"{address} is in state {words[0]!r}, where {item.move.event!r} is no move of machine {item.move.machine!r}; "
@@ -428,7 +432,7 @@ def _miss(
         return (yield from sql_is_older(request.address, attempt)), None
     if found.checkpoint is None:
         if found.letters:
-            raise _parked_error(request.address, found)
+            raise parked_error(request.address, found)
         if not starting:
             raise errors.NotFoundError(f"{request.address} does not exist")
         item.absent, item.asked_under = str(found.watermark), found.asked_under
@@ -475,13 +479,14 @@ def _parked(request: Request) -> Generator[Wish, Any, None]:
     item = request.item
     found: model.Lookup = yield Lookup(item.partition, item.move.machine, item.id)
     if found.letters:
-        raise _parked_error(request.address, found)
+        raise parked_error(request.address, found)
     code = yield Unpark(item.partition, item.move.machine, item.id, found)
     if code == "KEPT unflushed":
         raise errors.ParkedError(f"{request.address} is parked: entries of it are not in SQL yet; try again")
 
 
-def _parked_error(address: str, found: model.Lookup) -> errors.ParkedError:
+def parked_error(address: str, found: model.Lookup) -> errors.ParkedError:
+    """What a caller is told of an instance that has open letters."""
     return errors.ParkedError(
         f"{address} is parked: SQL refused an entry of it, {len(found.letters)} wait; see "
         f"'statecache dead-letters list {address}'"
@@ -518,7 +523,7 @@ def snapshot(
             if (
                 found.letters
             ):  # all there is of it are entries that SQL refused: it exists, in no state that SQL could tell
-                raise _parked_error(f"{machine}:{id}", found)
+                raise parked_error(f"{machine}:{id}", found)
             raise errors.NotFoundError(f"{machine}:{id} does not exist")
         return snapshot_of(id, hash_of(found), "durable")
 

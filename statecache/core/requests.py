@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
@@ -159,9 +160,6 @@ class Door:
                 tuple(self._moves),
             )
         guard = self._guards.get(spec.event) if self._guards else None
-        if callable(guard):
-            guard()  # raises: nothing is bound to its name
-        assert not callable(guard)
         request = self._request(
             spec, move.id, move.data, move.unset, move.increment, move.actor, move.reason, move.expect_version,
             move.transition_id, move.occurred_at, guard, encoded,
@@ -244,19 +242,23 @@ class Door:
 
 def _guards_by_event(
     definition: Definition, guards: Mapping[str, Guard], snapshot_of: flows.SnapshotOf
-) -> dict[str, flows.Guard | Callable[[], object]]:
-    """The guards of each guarded event; for one with an unbound guard, a function that raises ``DefinitionError``."""
-    found: dict[str, flows.Guard | Callable[[], object]] = {}
+) -> dict[str, flows.Guard]:
+    """The guards of each guarded event. One that nothing is bound to raises ``DefinitionError`` in its state, and no other."""
+    found: dict[str, flows.Guard] = {}
     for event, source in definition.guards:
+        predicate: Callable[[model.Snapshot], bool] | None
         try:
             predicate = definition.guard_for(event, source, guards)
-        except errors.DefinitionError:
-            found[event] = lambda event=event, source=source: definition.guard_for(event, source, guards)  # type: ignore[misc]
-            continue
+        except errors.DefinitionError as error:
+            predicate = functools.partial(_raise, error)
         guard = found.setdefault(event, flows.Guard({}, snapshot_of))
-        if isinstance(guard, flows.Guard) and predicate is not None:
+        if predicate is not None:
             guard.predicates = {**guard.predicates, source: predicate}
     return found
+
+
+def _raise(error: errors.DefinitionError, seen: model.Snapshot) -> bool:
+    raise error
 
 
 def _check_disjoint(

@@ -88,7 +88,8 @@ class AsyncClaim:
 
     async def __aexit__(self, *exception: object) -> None:
         # A task that is cancelled here gives up waiting, not the release, which its thread goes on with.
-        await self._blocking(self.sync.__exit__, *exception)
+        with self.sync.ending():
+            await self._blocking(self.sync.release)
 
 
 class Claiming:

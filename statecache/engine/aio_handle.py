@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from statecache.core import entry, errors, model
 from statecache.engine.aio_claims import AsyncClaim, Claiming
-from statecache.engine.calls import Start, as_ids, as_list
+from statecache.engine.calls import Start, as_ids, as_list, check_kind
 from statecache.engine.claims import TTL_SECONDS, Held
 from statecache.engine.handle import MachineHandle
 
@@ -80,10 +80,11 @@ class AsyncMachineHandle:
         """As ``MachineHandle.fire``."""
         began = time.perf_counter()
         try:
+            check_kind("move", move, model.Move)
             request = self._sync.calls.door.transition(move)
             receipt = await self._cache.write(request, self._level(durability), self._cache.sync.deadline(timeout))
         except errors.StateCacheError as error:
-            self._sync.meter.refused(move.event, error)
+            self._sync.meter.refused(getattr(move, "event", ""), error)
             raise
         self._sync.meter.done(receipt, durability, time.perf_counter() - began)
         return receipt

@@ -24,7 +24,7 @@ from statecache.durable.store import DurableStore
 from statecache.engine import commits, duties, recovery, servers, threads, watching
 from statecache.engine import durability as durability_levels
 from statecache.engine.admission import Admission
-from statecache.engine.calls import as_receipts
+from statecache.engine.calls import as_receipts, idle_bound
 from statecache.engine.driver import Driver
 from statecache.engine.embedded import EmbeddedServer
 from statecache.engine.finals import Finals
@@ -315,12 +315,12 @@ class StateCache:
         machine's durability.
         """
         if isinstance(machine, str):
-            found = self.durable.machine(machine)
+            found = self.durable.machine(machine) if codec.NAME.fullmatch(machine) else None
             if found is None:
                 known = sorted({row.name for row in self.durable.machines()})
                 raise errors.NotFoundError(
-                    f"no machine {machine!r} is registered here; known: {', '.join(known) or 'none'}; register it with "
-                    "cache.machine(ItsClass) or 'statecache machine register'"
+                    f"no machine {wording.shown(machine)} is registered here; known: {', '.join(known) or 'none'}; register it "
+                    "with cache.machine(ItsClass) or 'statecache machine register'"
                 )
             spec = readable(found[2])
             if spec is None:
@@ -352,7 +352,7 @@ class StateCache:
     def stuck(self, *, older_than: timedelta | None = None, limit: int = 100) -> list[model.Snapshot]:
         """Instances of any machine that are past their state's timeout and that no event moves on, those first that are
         longest: from SQL, as of the watermark. See ``MachineHandle.find(stuck=True)`` for one machine's."""
-        until_ms = None if older_than is None else int((time.time() - older_than.total_seconds()) * 1000)
+        until_ms = idle_bound(older_than, limit)
         late = self.timeouts.stuck(limit=limit, until_ms=until_ms)
         handles = {name: self.machine(name) for name in {one.row.machine for one in late}}
         return [handles[one.row.machine].calls.found([one.row])[0] for one in late]
@@ -362,8 +362,9 @@ class StateCache:
     def deadline(self, timeout: float | None) -> float:
         """When a call that begins now must end (``time.monotonic``)."""
         seconds: object = self.settings.call_timeout_seconds if timeout is None else timeout
-        if isinstance(seconds, (int, float)) and not math.isnan(seconds):  # NaN would never come
-            return time.monotonic() + seconds
+        with contextlib.suppress(OverflowError):  # of an int that no float holds
+            if isinstance(seconds, (int, float)) and not math.isnan(seconds):  # NaN would never come
+                return time.monotonic() + seconds
         raise errors.InvalidDataError(f"timeout {wording.shown(timeout)} is refused: it must be a number of seconds")
 
     def level(self, wanted: str | None, declared: str | None) -> model.Durability:

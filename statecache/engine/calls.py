@@ -74,12 +74,12 @@ class Calls:
         if (version is None) == (when is None):
             raise errors.InvalidDataError("at() wants either a version or a moment (when=)")
         if version is not None:
-            _check_kind("version", version, int)
+            check_kind("version", version, int)
             kept = [row for row in rows if row.version <= version]
             if not kept or kept[-1].version != version:
                 raise errors.NotFoundError(f"{self.name}:{id} has no version {version}; it has 1 to {rows[-1].version}")
         else:
-            _check_kind("when", when, datetime)
+            check_kind("when", when, datetime)
             assert when is not None
             limit_ms = model.ms_of(when)
             # Up to the last one of that time: after a failover the server's clock may have gone back.
@@ -97,12 +97,7 @@ class Calls:
             raise errors.InvalidDataError(
                 f"state {wording.shown(state)} is refused: machine {self.name!r} has {', '.join(self.definition.states)}"
             )
-        if older_than is not None:
-            _check_kind("older_than", older_than, timedelta)
-        _check_kind("limit", limit, int)
-        if not 1 <= limit <= _LIMIT_MAX:
-            raise errors.InvalidDataError(f"limit {wording.shown(limit)} is refused: it must be from 1 to {_LIMIT_MAX}")
-        return None if older_than is None else int((time.time() - older_than.total_seconds()) * 1000)
+        return idle_bound(older_than, limit)
 
     def found(self, rows: Sequence[model.Checkpoint]) -> list[model.Snapshot]:
         """Checkpoints as snapshots."""
@@ -118,9 +113,7 @@ class Calls:
                 state in definition.finals, definition.available_events(state), source, bool(flags) and "p" in flags[0],
             )  # fmt: skip
         except (KeyError, ValueError):
-            raise errors.IntegrityError(
-                f"{self.name}:{id}: its key in Redis holds something that statecache did not write; run 'statecache verify'"
-            ) from None
+            raise _foreign(f"{self.name}:{id}") from None
 
     def _folded(self, rows: Sequence[model.Transition]) -> model.Snapshot:
         data: dict[str, Any] = {}
@@ -136,6 +129,35 @@ class Calls:
         )  # fmt: skip
 
 
+def idle_bound(older_than: timedelta | None, limit: int) -> int | None:
+    """Check how many of which age are asked for; returns the time before which they must have changed last."""
+    if older_than is not None:
+        check_kind("older_than", older_than, timedelta)
+    check_limit(limit)
+    return None if older_than is None else int((time.time() - older_than.total_seconds()) * 1000)
+
+
+def check_limit(limit: int) -> None:
+    """Refuse what is no number of instances."""
+    check_kind("limit", limit, int)
+    if not 1 <= limit <= _LIMIT_MAX:
+        raise errors.InvalidDataError(f"limit {wording.shown(limit)} is refused: it must be from 1 to {_LIMIT_MAX}")
+
+
+def version_of(own: bytes, address: str) -> int:
+    """The version that an instance's field ``@`` tells. Raises ``IntegrityError`` if statecache did not write it."""
+    try:
+        return int(own.split(b" ")[1])
+    except (IndexError, ValueError):
+        raise _foreign(address) from None
+
+
+def _foreign(address: str) -> errors.IntegrityError:
+    return errors.IntegrityError(
+        f"{address}: its key in Redis holds something that statecache did not write; run 'statecache verify'"
+    )
+
+
 def as_ids(ids: Iterable[str]) -> list[str]:
     """A list of ids; a text is one id, not a list of its characters."""
     if isinstance(ids, str) or not isinstance(ids, Iterable):
@@ -148,7 +170,8 @@ def _ids(wanted: Iterable[object]) -> list[Any]:
     return codec.plain_texts([getattr(one, "id", None) for one in wanted])
 
 
-def _check_kind(what: str, value: object, kind: type) -> None:
+def check_kind(what: str, value: object, kind: type) -> None:
+    """Refuse an argument of another type."""
     if not isinstance(value, kind) or isinstance(value, bool):
         raise errors.InvalidDataError(
             f"{what} {wording.shown(value)} is refused: it must be a {kind.__name__}, not {type(value).__name__}"
@@ -166,7 +189,7 @@ def as_receipts(given: model.Receipt | Sequence[model.Receipt]) -> list[model.Re
     """A list of the receipts to wait for, of which there may be one."""
     receipts = [given] if isinstance(given, model.Receipt) else as_list("receipt", given)
     for one in receipts:
-        _check_kind("receipt", one, model.Receipt)
+        check_kind("receipt", one, model.Receipt)
     return receipts
 
 
@@ -189,6 +212,7 @@ def _is_repeatable(move: model.Move) -> bool:
 
 
 def _as_move(move: object) -> model.Move | errors.InvalidDataError:
+    """One element of a list of moves, or the error that it will get."""
     if isinstance(move, model.Move):
         return move
     return errors.InvalidDataError(

@@ -9,12 +9,13 @@ import secrets
 import socket
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Self
 
 from statecache.core import claims, codec, errors, model, wording
 from statecache.core.claims import Held
+from statecache.engine.calls import check_kind, check_limit
 from statecache.hot import claims as hot_claims
 
 if TYPE_CHECKING:
@@ -40,10 +41,12 @@ class Claim:
         self._handle = handle
         self.machine, self.id, self.worker, self.token = held.machine, held.id, held.worker, held.token
         self.expires_ms = held.expires_ms
-        self._ttl_ms = ttl_ms
-        self._ended = threading.Event()
+        self._ttl_ms = self._last_ttl_ms = ttl_ms
+        self._ended = False
+        self._news = threading.Event()
+        """For the thread that renews it: it has ended, or ends earlier than was known."""
         if renew:
-            kept = weakref.ref(self), self._ended, ttl_ms / 3000
+            kept = weakref.ref(self), self._news
             threading.Thread(target=_keep, args=kept, name=f"statecache-claim-{self.id}", daemon=True).start()
 
     def __repr__(self) -> str:
@@ -102,10 +105,14 @@ class Claim:
         """
         ttl_ms = self._ttl_ms if ttl is None else ttl_ms_of(ttl)
         self.expires_ms = self._again(ttl_ms, timeout).expires_ms
+        if ttl_ms < self._last_ttl_ms:
+            self._news.set()
+        self._last_ttl_ms = ttl_ms
 
     def release(self, *, timeout: float | None = None) -> bool:
         """End it, so that others may go on at once. False if it had ended already. Safe to call twice."""
-        self._ended.set()
+        self._ended = True
+        self._news.set()
         try:
             self._again(0, timeout)
         except (errors.FencedError, errors.NotFoundError):
@@ -122,8 +129,14 @@ class Claim:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        try:
+        with self.ending():
             self.release()
+
+    @contextlib.contextmanager
+    def ending(self) -> Iterator[None]:
+        """For the end of a block that held it: what goes wrong with its release is logged."""
+        try:
+            yield
         except errors.StateCacheError as error:  # it ends by itself; what the block did or raised matters more
             _log.warning("the claim on %s:%s was not released, it ends at %s: %s", self.machine, self.id, self.expires_at,
                          error, extra={"machine": self.machine, "id": self.id})  # fmt: skip
@@ -133,7 +146,7 @@ class Claim:
         try:
             self.renew()
         except errors.FencedError as error:
-            if not self._ended.is_set():
+            if not self._ended:
                 _log.warning("a claim was lost: %s", error, extra={"machine": self.machine, "id": self.id})
             return False
         except errors.StateCacheError as error:
@@ -143,16 +156,19 @@ class Claim:
         return True
 
 
-def _keep(claim: weakref.ref[Claim], ended: threading.Event, pause_seconds: float) -> None:
+def _keep(claim: weakref.ref[Claim], news: threading.Event) -> None:
     """Renew a claim three times in its time, so that one lost renewal does no harm.
 
     Until it is released, the store is closed, or nobody has it any more (a task was cancelled while it claimed): then it ends.
     """
-    while not ended.wait(pause_seconds):
-        held = claim()
-        if held is None or not held._renew_in_time():
+    is_due = False
+    while (held := claim()) is not None and not held._ended:
+        if is_due and not held._renew_in_time():
             return
+        pause_seconds = held._last_ttl_ms / 3000
         del held
+        is_due = not news.wait(pause_seconds)
+        news.clear()
 
 
 def take(
@@ -177,6 +193,7 @@ def take_next(
 ) -> Claim | None:
     """Claim the oldest instance of a state that nobody holds: see ``MachineHandle.claim_next``."""
     cache, ttl_ms, name = handle.cache, ttl_ms_of(ttl), worker_of(worker)
+    check_kind("state", state, str)
     state = codec.plain_text(state)
     until_ms = handle.calls.find_bound(state, older_than, PAGE)
     deadline = cache.deadline(timeout)
@@ -212,6 +229,7 @@ def holder(handle: MachineHandle, id: str) -> Held | None:
 
 def listed(cache: StateCache, machine: str | None, limit: int) -> list[Held]:
     """The claims in force, of one machine or of all, those first that end first."""
+    check_limit(limit)
     partitions = range(cache.settings.partition_count)
     count = limit if machine is None else _ALL
     found = cache.driver.patiently(lambda: hot_claims.all_held(cache.hot, partitions, count), cache.deadline(None))

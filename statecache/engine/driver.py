@@ -21,7 +21,7 @@ from statecache.core import claims, entry, errors, failpoints, flows, fold, item
 from statecache.durable.store import DurableStore
 from statecache.engine.admission import Admission
 from statecache.engine.batcher import Batcher
-from statecache.engine.calls import Build
+from statecache.engine.calls import Build, version_of
 from statecache.hot import claims as hot_claims
 from statecache.hot import scripts
 from statecache.hot.answers import Position
@@ -191,16 +191,22 @@ class Driver:
         """Build the requests of a chunk: those whose items may leave at once with their indexes, and the flows of the rest.
 
         What stands behind a request that first looks at its instance is held with it, and so is what would make a lane too
-        long for one script call.
+        long for one script call, and what could overtake one of them (``_sendable``).
         """
         built: list[int] = []
         requests: list[flows.Request] = []
         held: list[Running] = []
         holding: set[str] = set()
+        unasked: set[str] = set()  # may be answered OLD, whatever version they meet
         for index, request in zip(indexes, build(indexes), strict=True):
             if isinstance(request, errors.StateCacheError):
                 results[index] = request
-            elif flows.opening(request) is None or len(requests) >= self._lane_items_max or request.address in holding:
+            elif (
+                flows.opening(request) is None
+                or len(requests) >= self._lane_items_max
+                or request.address in holding
+                or (request.expect_version is not None and request.address in unasked)
+            ):
                 holding.add(request.address)
                 one = Running(index, request.address, flows.transition(request))
                 one.wish = next(one.flow)
@@ -208,6 +214,8 @@ class Driver:
             else:
                 built.append(index)
                 requests.append(request)
+                if request.own_id and request.expect_version is None:
+                    unasked.add(request.address)
         return built, requests, held
 
     def _answered(
@@ -360,7 +368,7 @@ class Driver:
         match wish:
             case flows.Version(partition, machine, id):
                 own = self.hot.own_field(partition, machine, id, deadline)
-                return None if own is None else int(own.split(b" ")[1])
+                return None if own is None else version_of(own, f"{machine}:{id}")
             case flows.Unflushed(partition, machine, id, whole):
                 code, entries = self.hot.find(partition, machine, id, whole=whole, deadline=deadline)
                 return code, self.not_discarded(entries) if whole else entries
@@ -503,14 +511,24 @@ def pause_seconds(attempt: int) -> float:
 
 
 def _sendable(lane: Sequence[Running], items_max: int) -> list[Running]:
-    """The flows of a lane whose items may leave now: up to the first that wants something else, or may be sent again."""
+    """The flows of a lane whose items may leave now: up to the first that wants something else, may be sent again, or could
+    be applied though one before it is not.
+
+    A repetition is answered OLD where the instance's ring no longer reaches the version up to which it is known not to have
+    been applied. In the same call would be applied what is no repetition, or is known up to a higher version, as its caller
+    expects that one.
+    """
     ones: list[Running] = []
+    asked: int | None = None  # of those that go on wherever the instance is, the lowest
     for one in lane:
-        if type(one.wish) is not items.Item:
+        item = one.wish
+        if type(item) is not items.Item or (asked is not None and (item.asked > asked or not item.retry)):
             break
         ones.append(one)
-        if one.wish.pinned or len(ones) >= items_max:
+        if item.pinned or len(ones) >= items_max:
             break
+        if item.retry and not item.expected:
+            asked = item.asked if asked is None else min(asked, item.asked)
     return ones
 
 

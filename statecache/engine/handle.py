@@ -12,7 +12,7 @@ from statecache import metrics
 from statecache.core import codec, entry, errors, flows, model
 from statecache.core.machine import StateMachine
 from statecache.engine import claims as claiming
-from statecache.engine.calls import Build, Calls, Start, as_ids, as_list
+from statecache.engine.calls import Build, Calls, Start, as_ids, as_list, check_kind
 
 if TYPE_CHECKING:
     from statecache.engine.cache import StateCache
@@ -109,9 +109,10 @@ class MachineHandle:
         """``transition`` for a move that is there already; the only way to make one under a claim (``Move.claim``)."""
         began = time.perf_counter()
         try:
+            check_kind("move", move, model.Move)
             receipt = self._write(self.calls.door.transition(move), durability, timeout)
         except errors.StateCacheError as error:
-            self.meter.refused(move.event, error)
+            self.meter.refused(getattr(move, "event", ""), error)
             raise
         self.meter.done(receipt, durability, time.perf_counter() - began)
         return receipt

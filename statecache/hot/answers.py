@@ -77,7 +77,7 @@ def hydrated(reply: bytes | redis.ResponseError, count: int) -> list[str]:
         if code not in ("NOSCRIPT", "OOM"):
             raise failures.translated(reply, "hydrate")
         return [code] * count
-    codes: list[str] = reply.decode().split("\n")
+    codes: list[str] = reply.decode(errors="backslashreplace").split("\n")
     return codes
 
 
@@ -118,7 +118,8 @@ def hash_of(reply: list[bytes] | dict[bytes, bytes] | redis.ResponseError) -> di
 
 def outcomes_of(reply: bytes) -> list[items.Outcome]:
     """What ``apply.lua`` said: the time, and a line of words for each item."""
-    head, *lines = reply.decode().split("\n")
+    # A stranger's hash may be anything: its bytes show in the line of its item, and spoil no other's.
+    head, *lines = reply.decode(errors="backslashreplace").split("\n")
     at_ms = int(head)
     outcomes = []
     for line in lines:

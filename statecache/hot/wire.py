@@ -14,15 +14,16 @@ elsewhere, a machine with no core to spare) it looks in vain, and then rests: th
 call in some hundred still looks, and less than two looks in three are in vain.
 
 An exchange may have a deadline. Where that comes before the connection's own timeout would, the wire is lent ``until`` then:
-whatever it waits for ends there (to connect, each step of it). The system is told of a shorter wait only before a wait, so that
-a call with a short timeout whose reply is found by looking pays nothing for it.
+whatever it waits for ends there (to connect, each step of it). It waits by ``poll``, which Python calls again with the time
+that is left when a signal has interrupted it. (A ``recv`` of a socket whose timeout the system keeps, ``SO_RCVTIMEO``, begins
+anew each time: a process that gets signals, of a timer or of its children, would wait for a frozen server for ever.)
 """
 
 from __future__ import annotations
 
 import os
+import select
 import socket
-import struct
 import threading
 import time
 from collections import deque
@@ -60,8 +61,8 @@ class Wire:
     """One connection, used by one thread at a time."""
 
     __slots__ = (
-        "_connection", "_is_limited", "_is_plain", "_reader", "_rest", "_resting", "_socket", "_timeout_seconds", "checks",
-        "fresh", "pid", "reused", "until",
+        "_arrivals", "_connection", "_is_plain", "_limit_seconds", "_reader", "_rest", "_resting", "_socket",
+        "_timeout_seconds", "checks", "fresh", "pid", "reused", "until",
     )  # fmt: skip
 
     def __init__(self, connection: Any, timeout_seconds: float | None) -> None:
@@ -71,14 +72,15 @@ class Wire:
         sock: Any = getattr(connection, "_sock", None)
         self._socket = sock
         self._reader = hiredis.Reader(protocolError=redis.ConnectionError, replyError=failures.error_of_reply)
-        # One that TLS does not wrap is asked without a poll before each call: the system keeps its timeouts.
-        self._is_plain = type(sock) is socket.socket and hasattr(socket, "MSG_DONTWAIT")
+        # One that TLS does not wrap is asked without a poll before each call, and waited for only where that gives nothing.
+        self._is_plain = type(sock) is socket.socket and hasattr(socket, "MSG_DONTWAIT") and hasattr(select, "poll")
         self._rest = self._resting = 0
         self._timeout_seconds = timeout_seconds
-        self._is_limited = False
+        self._limit_seconds: float | None = -1.0  # unknown: redis-py has connected in what was left of a call's time
         if self._is_plain:
             sock.settimeout(None)
-        self._limit(timeout_seconds)
+            self._arrivals = select.poll()
+            self._arrivals.register(sock, select.POLLIN)
         self.until = 0.0
         """Until when the wire may be waited for (``time.monotonic``); 0.0: as long as the connection's timeout allows."""
         self.reused = False
@@ -87,38 +89,38 @@ class Wire:
         self.checks: deque[float] = deque()
         self.pid = os.getpid()
 
-    def _limit(self, timeout_seconds: float | None) -> None:
-        """How long a piece of a request or of a reply may take from now on."""
-        self._is_limited = timeout_seconds != self._timeout_seconds
-        if self._is_plain:
-            wanted = _timeval(timeout_seconds)
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, wanted)
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, wanted)
-        else:
-            self._socket.settimeout(timeout_seconds)
+    def _seconds_left(self) -> float | None:
+        """How long a piece of a request or of a reply may take that is waited for from now on; None: for ever."""
+        return max(_WAIT_SECONDS_MIN, self.until - time.monotonic()) if self.until else self._timeout_seconds
 
-    def _limit_anew(self) -> None:
-        """Before a wait, if the wire has a deadline, or had one: what is left until then, or the connection's own timeout."""
-        self._limit(max(_WAIT_SECONDS_MIN, self.until - time.monotonic()) if self.until else self._timeout_seconds)
+    def _limit(self) -> None:
+        """Have a socket that is not plain keep the time itself."""
+        seconds = self._seconds_left()
+        if seconds != self._limit_seconds:
+            self._socket.settimeout(seconds)
+            self._limit_seconds = seconds
 
     def send(self, packed: bytes) -> None:
+        if not self._is_plain:
+            self._limit()
+            self._socket.sendall(packed)
+            return
         try:
-            if self.until or self._is_limited:
-                self._send_in_time(packed)
-            else:
-                self._socket.sendall(packed)
+            count = self._socket.send(packed, socket.MSG_DONTWAIT)
         except BlockingIOError:
-            raise redis.TimeoutError("the server takes nothing within the socket timeout") from None
+            count = 0
+        if count < len(packed):
+            self._send_rest(memoryview(packed)[count:])
 
-    def _send_in_time(self, packed: bytes) -> None:
-        """``sendall`` that tells the system of the time that is left only when it has to wait."""
-        left = memoryview(packed)
-        if self._is_plain:
+    def _send_rest(self, left: memoryview) -> None:
+        """What the system did not take at once."""
+        room = select.poll()
+        room.register(self._socket, select.POLLOUT)
+        while left:
+            if not room.poll(_milliseconds(self._seconds_left())):
+                raise redis.TimeoutError("the server takes nothing within the socket timeout")
             with suppress(BlockingIOError):
                 left = left[self._socket.send(left, socket.MSG_DONTWAIT) :]
-        while left:
-            self._limit_anew()
-            left = left[self._socket.send(left) :]
 
     def read(self) -> Any:
         """One reply, bytes undecoded. Error replies are raised."""
@@ -165,10 +167,14 @@ class Wire:
         return b""
 
     def _waited_for(self) -> bytes:
-        if self.until or self._is_limited:
-            self._limit_anew()
+        flags = 0
+        if self._is_plain:
+            self._arrivals.poll(_milliseconds(self._seconds_left()))
+            flags = socket.MSG_DONTWAIT
+        else:
+            self._limit()
         try:
-            piece: bytes = self._socket.recv(_READ_BYTES)
+            piece: bytes = self._socket.recv(_READ_BYTES, flags)
         except (BlockingIOError, TimeoutError):
             whose = "call's" if self.until else "socket"
             raise redis.TimeoutError(f"no reply within the {whose} timeout") from None
@@ -192,10 +198,9 @@ class Wire:
             self._connection.disconnect()
 
 
-def _timeval(seconds: float | None) -> bytes:
-    """What the system wants for a timeout; all zero is none."""
-    microseconds = 0 if seconds is None else max(1, round(seconds * 1e6))
-    return struct.pack("@ll", *divmod(microseconds, 1_000_000))
+def _milliseconds(seconds: float | None) -> float | None:
+    """What ``poll`` wants; None is for ever."""
+    return None if seconds is None else seconds * 1000
 
 
 def _close_all(idle: list[Wire]) -> None:
@@ -215,9 +220,6 @@ class EmulatedWire(Wire):
     """A connection to an emulated server, which has no socket."""
 
     __slots__ = ()
-
-    def _limit(self, timeout_seconds: float | None) -> None:
-        """It answers at once."""
 
     def send(self, packed: bytes) -> None:
         self._connection.send_packed_command((packed,))

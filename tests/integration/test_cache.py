@@ -181,8 +181,13 @@ def test_machine_by_name_and_from_another_process_of_the_same_store(world: World
     world.start("1", ["pay"])
     other = world.more().machine("order")
     assert other.get("1").state == "paid"
-    with pytest.raises(errors.DefinitionError, match="no function is bound"):
+    with pytest.raises(errors.InvalidTransitionError, match="is in state 'paid', where 'approve' is no move"):
         other.transition("1", "approve")
+    world.start("2")
+    before = world.hot_dump()
+    with pytest.raises(errors.DefinitionError, match="no function is bound"):
+        other.transition("2", "approve")
+    assert world.hot_dump() == before
     with pytest.raises(errors.NotFoundError, match="no machine 'invoice' is registered here; known: order"):
         world.cache.machine("invoice")
 
@@ -859,6 +864,24 @@ def test_a_hash_that_is_not_ours(lite: World, fields: dict[Any, Any]) -> None:
     lite.disown()
     assert lite.cache.recover().kinds
     assert lite.orders.transition("2", "pay").version == 2
+
+
+@pytest.mark.parametrize("own", [b"junk", b"\xff\xfe 1 1-1 1 1 1", b"\xff\xfe x 1-1 1 1 1"])
+def test_a_hash_that_is_not_ours_spoils_no_other(lite: World, own: bytes) -> None:
+    """Bytes that are no text come back in the reply for all who travel with it. The others have their receipts."""
+    for id in ("1", "2"):
+        lite.start(id)
+    key = lite.keyspace.instance(lite.partition_of("1"), "order", "1")
+    lite.client.hset(key, mapping={"@": own, "@r": "12345678"})
+    moved = lite.orders.transition_many([Move(id, "note") for id in ("2", "1", "2")])
+    assert [getattr(one, "version", type(one)) for one in moved] == [2, errors.IntegrityError, 3]
+    with pytest.raises(errors.IntegrityError, match="statecache did not write"):
+        lite.orders.transition("1", "note")
+    assert lite.orders.get("2").version == 3
+    if b" 1 1-1 " not in own:  # else its version can be told
+        for read in (lite.orders.get, lite.orders.history, lambda id: lite.orders.at(id, version=1)):
+            with pytest.raises(errors.IntegrityError, match="statecache verify"):
+                read("1")
 
 
 def test_a_field_that_is_no_json(lite: World) -> None:

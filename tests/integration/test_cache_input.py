@@ -96,6 +96,8 @@ WRITES: list[tuple[Callable[[Any], object], str]] = [
     ),
     (lambda orders: orders.start("2", durability="forever"), "durability 'forever' is refused"),
     (lambda orders: orders.start_many(["2"], durability="forever"), "durability 'forever' is refused"),
+    (lambda orders: orders.fire("1"), "move '1' is refused: it must be a Move"),
+    (lambda orders: orders.transition("1", "note", timeout=10**400), "timeout 1000.* is refused: it must be a number"),
 ]
 
 
@@ -134,6 +136,17 @@ READS: list[tuple[Callable[[Any], object], str]] = [
 def test_read_is_refused_with_our_error(world: World, call: Callable[[Any], object], message: str) -> None:
     with pytest.raises(errors.InvalidDataError, match=message):
         call(world.orders)
+
+
+def test_questions_about_all_machines_are_refused_with_our_error(world: World) -> None:
+    for limit in ("x", 0, True):
+        with pytest.raises(errors.InvalidDataError, match="limit .* is refused"):
+            world.cache.stuck(limit=limit)
+    with pytest.raises(errors.InvalidDataError, match="older_than 5 is refused: it must be a timedelta"):
+        world.cache.stuck(older_than=5)
+    for name in ("\ud800", "a\0b", ""):
+        with pytest.raises(errors.NotFoundError, match="no machine .* is registered here"):
+            world.cache.machine(name)
 
 
 def test_declared_data_is_checked_field_by_field(world: World) -> None:

@@ -17,7 +17,7 @@ from statecache.aio import AsyncStateCache
 from statecache.core import errors, model
 from statecache.engine import warming
 from statecache.hot.store import HotStore
-from tests.support import waiting, worlds
+from tests.support import refusing, waiting, worlds
 
 
 @pytest.fixture
@@ -177,6 +177,15 @@ def test_a_renewed_claim_outlives_its_time(world: worlds.World) -> None:
     assert world.orders.claims() == []
 
 
+def test_a_renewed_claim_that_was_shortened_is_renewed_in_time(world: worlds.World) -> None:
+    world.start("1")
+    with world.orders.claim("1", ttl=60, renew=True) as claim:
+        claim.renew(0.6)
+        shortened = claim.expires_ms
+        waiting.wait_until(lambda: claim.expires_ms > shortened + 10_000, "the claim was renewed")
+        assert claim.transition("pay").version == 2
+
+
 # --- what is refused at the door ------------------------------------------------------------------------------------------
 
 
@@ -194,8 +203,12 @@ def test_wrong_arguments_are_refused(world: worlds.World) -> None:
     for token in ("", "1", "1-", "a-b", 5, "1-1 1"):
         (refused,) = world.orders.transition_many([Move("1", "pay", claim=token)])  # type: ignore[arg-type]
         assert isinstance(refused, errors.InvalidDataError)
-    with pytest.raises(errors.InvalidDataError, match="state 'nowhere' is refused"):
-        world.orders.claim_next("nowhere")
+    for state in ("nowhere", None, []):
+        with pytest.raises(errors.InvalidDataError, match="state .* is refused"):
+            world.orders.claim_next(state)  # type: ignore[arg-type]
+    for limit in ("x", 0, True):
+        with pytest.raises(errors.InvalidDataError, match="limit .* is refused"):
+            world.orders.claims(limit)  # type: ignore[arg-type]
     with pytest.raises(errors.NotFoundError):
         world.orders.claim("nobody")
 
@@ -349,6 +362,17 @@ def test_a_parked_instance_is_not_claimed(world: worlds.World) -> None:
         world.orders.claim("1")
 
 
+def test_an_instance_of_letters_only_is_parked_for_claims_too(world: worlds.World) -> None:
+    """SQL refused its very first entry, and the hot copy is gone: it exists, as a read and a write of it say."""
+    refusing.refuse(world.durable)
+    world.orders.start("1", reason=refusing.REASON)
+    world.flush()
+    world.wipe()
+    for act in (world.orders.get, world.orders.claim, lambda id: world.orders.transition(id, "pay")):
+        with pytest.raises(errors.ParkedError):
+            act("1")
+
+
 def test_a_claim_survives_a_recovery_that_finds_all_intact(world: worlds.World) -> None:
     world.start("1")
     claim = world.orders.claim("1")
@@ -463,6 +487,31 @@ def test_the_same_with_await(world: worlds.World) -> None:
     world.orders.start_many(["1", "2"])
     world.flush()
     asyncio.run(use())
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_what_a_block_raised_matters_more_than_its_release(
+    redis_url: str, sqlite_url: str, namespace: str, kind: str
+) -> None:
+    """The client is closed within the block: the error of the block comes out."""
+
+    async def use() -> None:
+        cache = await AsyncStateCache.connect(redis_url, sqlite_url, namespace, partition_count=2)
+        orders = await cache.machine(worlds.Order)
+        await orders.start("1")
+        async with orders.claim("1"):
+            await cache.close()
+            raise ValueError("of the block")
+
+    def use_sync() -> None:
+        with worlds.World(redis_url, sqlite_url, namespace) as world:
+            world.start("1")
+            with world.orders.claim("1"):
+                world.cache.close()
+                raise ValueError("of the block")
+
+    with pytest.raises(ValueError, match="of the block"):
+        use_sync() if kind == "sync" else asyncio.run(use())
 
 
 def test_claim_that_nobody_has_is_not_renewed(world: worlds.World) -> None:

@@ -4,9 +4,10 @@ another one afterwards. Every call is applied once and answered with the same re
 from __future__ import annotations
 
 import contextlib
+import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -77,6 +78,17 @@ def test_a_bulk_call_that_gets_lost_in_its_middle(world: worlds.World, link: pro
     for id in ids:
         rows = world.orders.history(id)
         assert [row.patch.get("step") for row in rows] == [None, 0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("fault", ["drop_replies_after_forwarding", "cut_before_forwarding"])
+def test_order_of_a_list_whose_reply_was_lost(world: worlds.World, link: proxy.Proxy, fault: str) -> None:
+    """Every item is a repetition then; those that expect a version are known not to have been applied up to that one, for the
+    others history is asked first, because their ring has dropped ids. None overtakes another."""
+    world.start("1", ["note"] * 10)
+    getattr(link, fault)(1, matching=b"EVALSHA")
+    moved = world.orders.transition_many([Move("1", "note"), Move("1", "pay", expect_version=12), Move("1", "ship")])
+    assert link.faults_done == 1
+    assert [getattr(one, "version", one) for one in moved] == [12, 13, 14]
 
 
 def test_a_wire_sends_once(link: proxy.Proxy, redis_server: servers.ValkeyServer) -> None:
@@ -150,6 +162,45 @@ def test_a_server_that_is_stopped_and_goes_on(start_redis: Any, sqlite_url: str,
         assert receipt.version == 2
         assert applied(world, "1")[1:] == [(2, "note", receipt.transition_id)]
         assert world.orders.get("1").data == {"tries": 1}
+
+
+def _raised(results: list[Any]) -> None:
+    raise results[0]
+
+
+def test_a_calls_timeout_is_kept_by_a_process_that_gets_signals(
+    start_redis: Any, sqlite_url: str, namespace: str
+) -> None:
+    """A timer's signal comes again and again while the server is stopped: no call begins its wait anew because of it. Nor does
+    one whose request the system does not take."""
+    server = start_redis()
+    with worlds.World(server.url, sqlite_url, namespace, patch_bytes_max=2**24, socket_timeout_seconds=60.0) as world:
+        world.start("1")
+        large = {"text": "x" * 2**23}
+        calls: dict[str, Callable[[], Any]] = {
+            "get": lambda: world.orders.get("1", timeout=0.5),
+            "transition": lambda: world.orders.transition("1", "note", timeout=0.5),
+            "large": lambda: world.orders.transition("1", "note", large, timeout=0.5),
+            "transition_many": lambda: _raised(world.orders.transition_many([Move("1", "note")], timeout=0.5)),
+        }
+        before = signal.signal(signal.SIGALRM, lambda *_: None)
+        server.pause()
+        resumed = threading.Timer(25, server.resume)
+        resumed.start()
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0.1, 0.1)
+            for name, call in calls.items():
+                began = time.monotonic()
+                with pytest.raises(errors.UnavailableError):
+                    call()
+                assert time.monotonic() - began < 5, name
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+            resumed.cancel()
+            server.resume()
+        world.flush()
+        world.verify()
 
 
 def _calls(world: worlds.World, receipt: Any, claim: Any) -> dict[str, Any]:

@@ -203,3 +203,22 @@ def test_a_strangers_record_is_nobodys(world: worlds.World) -> None:
     world.flush()
     world.client.xadd(world.keyspace.log(world.partition_of("o0")), {"e": "order\x1fo0\x1fmine-o0\x1f"}, id="1-*")
     assert [one.duplicate for one in receipts(world.orders.transition_many(moves(ids, "mine")))] == [False] * 3
+
+
+# --- order within a list ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rounds", [0, RING], ids=["ring whole", "ring dropped ids"])
+def test_a_move_that_expects_a_version_does_not_overtake(world: worlds.World, rounds: int) -> None:
+    """The move before it has an id of its own: where the ring has dropped ids history is asked about that one first, while the
+    script would apply the other at once."""
+    started(world, "o", 1)
+    advance(world, ["o0"], rounds)
+    at = world.orders.get("o0").version
+    pair = [model.Move("o0", "note", transition_id="first"), model.Move("o0", "pay", expect_version=at + 1)]
+    assert [one.version for one in receipts(world.orders.transition_many(pair))] == [at + 1, at + 2]
+    pair = [model.Move("o0", "note", transition_id="third"), model.Move("o0", "ship", expect_version=at + 2)]
+    third, stale = world.orders.transition_many(pair)
+    assert third.version == at + 3  # type: ignore[union-attr]
+    assert isinstance(stale, errors.StaleVersionError)
+    world.verify()

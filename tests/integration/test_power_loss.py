@@ -129,8 +129,8 @@ def power(redis_binary: Path, tmp_path: Path) -> Iterator[Callable[[str], Mains]
         folder.mkdir()
         trace, wrapper = folder / "trace", folder / "server"
         # -D: the server keeps the pid that we have started, and the tracer is its grandchild.
-        command = f"exec {strace} -D -f --seccomp-bpf -y -ttt -s 0 -e trace={_CALLS} {' '.join(options)} -o {trace} {redis_binary}"
-        wrapper.write_text(f'#!/bin/sh\n{command} "$@"\n')
+        command = f"exec {strace} -D -f --seccomp-bpf -y -ttt -s 0 -e trace={_CALLS} {' '.join(options)} -o {trace}"
+        wrapper.write_text(f'#!/bin/sh\n{command} {redis_binary} "$@"\n')
         wrapper.chmod(wrapper.stat().st_mode | stat.S_IXUSR)
         server = servers.ValkeyServer(wrapper, folder, {"appendfsync": appendfsync, "auto-aof-rewrite-percentage": "0"})
         started.append(server)

@@ -39,6 +39,21 @@ class Parcel(StateMachine):
     find = lost.to(stored)
 
 
+def _is_allowed(ticket: object) -> bool:
+    return True
+
+
+class Ticket(StateMachine):
+    """The event of its timeout leads from another state too, where it has a guard."""
+
+    open = State(initial=True, timeout=HOUR, on_timeout="close")
+    checked = State()
+    closed = State(final=True)
+
+    check = open.to(checked)
+    close = open.to(closed) | checked.to(closed, guard=_is_allowed)
+
+
 @pytest.fixture
 def world(redis_url: str, database_url: str, namespace: str) -> Iterator[worlds.World]:
     with worlds.World(redis_url, database_url, namespace) as made:
@@ -428,3 +443,25 @@ def test_a_running_flusher_fires(redis_url: str, sqlite_url: str, namespace: str
         waiting.wait_until(lambda: shorts.state("1") == "expired", "the timeout was fired")
         world.flush()
         assert shorts.counts() == {"expired": 1}
+
+
+def test_a_guard_of_another_state_does_not_stop_a_timeout(world: worlds.World) -> None:
+    """Whoever fires timeouts has the machine from SQL, where no function is bound to a guard's name: that is the business of the
+    guarded move alone."""
+    tickets = world.cache.machine(Ticket)
+    for id in ("1", "2", "3"):
+        tickets.start(id)
+    tickets.transition("3", "check")
+    key = world.keyspace.instance(world.keyspace.partition_of("ticket", "1"), "ticket", "1")
+    world.client.zadd(world.keyspace.due(world.keyspace.partition_of("ticket", "1")), {"ticket:1": 1})
+    own: Any = world.client.hget(key, "@")
+    words = own.decode().split(" ")
+    words[5] = str(int(words[5]) - 2 * int(HOUR.total_seconds() * 1000))
+    world.client.hset(key, "@", " ".join(words))
+    assert world.cache.timeouts.run() == 1
+    assert tickets.get("1").state == "closed"
+    by_name = world.more().machine("ticket")
+    assert by_name.transition("2", "close").state == "closed"
+    with pytest.raises(errors.DefinitionError, match="no function is bound"):
+        by_name.transition("3", "close")
+    assert tickets.transition("3", "close").state == "closed"

@@ -218,6 +218,22 @@ def test_increment_never_rounds_silently(lab: Any) -> None:
     assert lab.apply(lab.item(lab.NOTE, increments=[["n", "1", "i"]])) == ["DATA range n"]
 
 
+@pytest.mark.parametrize(
+    ("old", "delta", "texts"),
+    [
+        ("12345678901234568.0", "2.0", ["12345678901234570.0", "12345678901234572.0", "12345678901234574.0"]),
+        ("9000000000000006", "7199254740991.5", ["9007199254740998.0"]),
+        ("-9007199254740993.0", "-1.5", ["-9007199254740994.0", "-9007199254740996.0"]),
+    ],
+)
+def test_a_float_beyond_the_exact_whole_numbers_stays_one(lab: Any, old: str, delta: str, texts: list[str]) -> None:
+    """Its text has a point: without one the next increment would take it for a whole number that is not exact."""
+    lab.start(pairs=["n", old])
+    for text in texts:
+        assert lab.apply(lab.item(lab.NOTE, increments=[["n", delta, "f"]]))[0].startswith("OK ")
+        assert lab.hash("1")["n"] == text
+
+
 def test_two_increments_of_one_instance_in_one_call_add_up(lab: Any) -> None:
     lab.start()
     lab.apply(*[lab.item(lab.NOTE, increments=[["n", "2", "i"], ["x", "0.25", "f"]]) for _ in range(4)])

@@ -411,6 +411,23 @@ def test_read_does_not_believe_an_older_sql() -> None:
     assert isinstance(call.answer(model.Lookup(W, None)), flows.Pause)
 
 
+def test_recovery_behind_a_lost_attempt_that_history_was_asked_about() -> None:
+    """LOST, then OLD: until history has answered nobody knows whether it was applied; once it has, it was not."""
+    for found in (errors.RecoveringError("a recovery is under way"), None):
+        call = transition()
+        call.answer(outcome("LOST", errors.UnavailableError("away")))
+        call.answer(True)
+        assert isinstance(call.answer("OLD 20"), flows.Find)
+        if found is not None:
+            with pytest.raises(errors.UnavailableError, match="may have been applied"):
+                call.flow.throw(found)
+            continue
+        assert isinstance(call.answer(None), items.Item)
+        assert isinstance(call.answer("EPOCH"), flows.Admit)
+        with pytest.raises(errors.RecoveringError):
+            call.flow.throw(errors.RecoveringError("a recovery is under way"))
+
+
 def test_error_behind_a_lost_attempt_says_that_it_may_have_been_applied() -> None:
     """The reply to the first attempt is lost; to the second the server says that the user may not do this (any more). That is
     no "not applied"."""

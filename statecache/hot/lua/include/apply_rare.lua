@@ -32,6 +32,8 @@ local function rarely(metas, rooms, prefixes, at, fields_max)
         if math.abs(result) >= 1e300 then return nil, 'range ' .. field end
         text = string.format('%.15g', result)
         if tonumber(text) ~= result then text = string.format('%.17g', result) end
+        -- Of 16 or 17 digits without a point it would be taken for a whole number the next time, beyond those that are exact.
+        if math.abs(result) > 9007199254740991 and match(text, '^%-?%d+$') then text = text .. '.0' end
       end
       pairs_[#pairs_ + 1], pairs_[#pairs_ + 2] = field, text
       texts[n] = '"' .. field .. '":' .. text
