@@ -140,12 +140,12 @@ def test_read_is_refused_with_our_error(world: World, call: Callable[[Any], obje
 
 def test_questions_about_all_machines_are_refused_with_our_error(world: World) -> None:
     for limit in ("x", 0, True):
-        with pytest.raises(errors.InvalidDataError, match="limit .* is refused"):
+        with pytest.raises(errors.InvalidDataError, match=r"limit .* is refused"):
             world.cache.stuck(limit=limit)
     with pytest.raises(errors.InvalidDataError, match="older_than 5 is refused: it must be a timedelta"):
         world.cache.stuck(older_than=5)
     for name in ("\ud800", "a\0b", ""):
-        with pytest.raises(errors.NotFoundError, match="no machine .* is registered here"):
+        with pytest.raises(errors.NotFoundError, match=r"no machine .* is registered here"):
             world.cache.machine(name)
 
 

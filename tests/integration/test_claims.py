@@ -204,10 +204,10 @@ def test_wrong_arguments_are_refused(world: worlds.World) -> None:
         (refused,) = world.orders.transition_many([Move("1", "pay", claim=token)])  # type: ignore[arg-type]
         assert isinstance(refused, errors.InvalidDataError)
     for state in ("nowhere", None, []):
-        with pytest.raises(errors.InvalidDataError, match="state .* is refused"):
+        with pytest.raises(errors.InvalidDataError, match=r"state .* is refused"):
             world.orders.claim_next(state)  # type: ignore[arg-type]
     for limit in ("x", 0, True):
-        with pytest.raises(errors.InvalidDataError, match="limit .* is refused"):
+        with pytest.raises(errors.InvalidDataError, match=r"limit .* is refused"):
             world.orders.claims(limit)  # type: ignore[arg-type]
     with pytest.raises(errors.NotFoundError):
         world.orders.claim("nobody")

@@ -446,8 +446,8 @@ def test_a_running_flusher_fires(redis_url: str, sqlite_url: str, namespace: str
 
 
 def test_a_guard_of_another_state_does_not_stop_a_timeout(world: worlds.World) -> None:
-    """Whoever fires timeouts has the machine from SQL, where no function is bound to a guard's name: that is the business of the
-    guarded move alone."""
+    """Whoever fires timeouts has the machine from SQL, where no function is bound to a guard's name: that is the business of
+    the guarded move alone."""
     tickets = world.cache.machine(Ticket)
     for id in ("1", "2", "3"):
         tickets.start(id)
