@@ -129,27 +129,31 @@ os.register_at_fork(after_in_child=_count_fork)
 class TransitionIds:
     """Makes transition ids that no other process makes: 72 random bits for the process, then a counter.
 
-    A forked child takes a prefix of its own. (Not known by its pid: asking for that is a system call for every id.)
+    A forked child takes a prefix of its own. (Not known by its pid: asking for that is a system call for every id.) A prefix
+    and its counter are one value, set and read at once: threads that make their first ids at the same time may each make a
+    pair, but none uses the prefix of one with the counter of another.
     """
 
     def __init__(self) -> None:
-        self._forks = -1
+        self._made = -1, "", itertools.count()
 
     def next(self) -> str:
-        self._begin()
-        return f"{self._prefix}{next(self._counter):x}"
+        forks, prefix, counter = self._made
+        if forks != _forks:
+            prefix, counter = self._begin()
+        return f"{prefix}{next(counter):x}"
 
     def take(self, count: int) -> list[str]:
         """So many of them."""
-        self._begin()
-        prefix = self._prefix
-        return [f"{prefix}{number:x}" for number in itertools.islice(self._counter, count)]
+        forks, prefix, counter = self._made
+        if forks != _forks:
+            prefix, counter = self._begin()
+        return [f"{prefix}{number:x}" for number in itertools.islice(counter, count)]
 
-    def _begin(self) -> None:
-        if _forks != self._forks:
-            self._prefix = base64.urlsafe_b64encode(os.urandom(9)).decode()
-            self._counter = itertools.count()
-            self._forks = _forks
+    def _begin(self) -> tuple[str, itertools.count[int]]:
+        prefix, counter = base64.urlsafe_b64encode(os.urandom(9)).decode(), itertools.count()
+        self._made = _forks, prefix, counter
+        return prefix, counter
 
 
 def _check_value(field: str, value: object, depth: int) -> None:

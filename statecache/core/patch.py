@@ -46,9 +46,24 @@ def schema_of(subject: str, model: type[pydantic.BaseModel]) -> dict[str, Any]:
                 f"{subject}: the field {name!r} of Data has an alias: data fields are stored under their own names"
             )
     try:
-        return model.model_json_schema()
+        made = model.model_json_schema()
     except (pydantic.errors.PydanticUserError, NameError) as error:
         raise errors.DefinitionError(f"{subject}: Data has no JSON Schema: {str(error).splitlines()[0]}") from error
+    if _has_secret(made):
+        raise errors.DefinitionError(
+            f"{subject}: Data has a secret (SecretStr, SecretBytes), which would be stored as asterisks: declare a str, and "
+            "encrypt it or keep it elsewhere"
+        )
+    return made
+
+
+def _has_secret(part: object) -> bool:
+    """Whether a schema that pydantic made says of anything that it is written as asterisks."""
+    if isinstance(part, Mapping):
+        return (part.get("writeOnly") is True and part.get("format") == "password") or any(
+            map(_has_secret, part.values())
+        )
+    return isinstance(part, list) and any(map(_has_secret, part))
 
 
 def by_model(machine: str, model: type[pydantic.BaseModel]) -> PatchValidator:

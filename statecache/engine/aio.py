@@ -24,7 +24,7 @@ from statecache.engine import aside, durability, recovery
 from statecache.engine.aio_handle import AsyncMachineHandle
 from statecache.engine.cache import StateCache
 from statecache.engine.calls import as_receipts
-from statecache.engine.driver import UNREACHABLE, pause_seconds
+from statecache.engine.driver import UNREACHABLE, pause_seconds, shorten_confirmation
 from statecache.engine.handle import CONFIRMED
 from statecache.hot import confirmation
 from statecache.hot.aio import AsyncHotStore, Turn
@@ -185,10 +185,35 @@ class AsyncStateCache:
         self._unusable = _FORKED
 
     async def blocking(self, work: Callable[..., Result], *arguments: Any, **named: Any) -> Result:
-        """A call that the sync client does, in a thread."""
+        """A call that the sync client does, in a thread, when one is free."""
         self.enter()
         try:
-            return await self.threads.run_whole(work, *arguments, **named)
+            return await self.threads.run_whole(partial(work, *arguments, **named))
+        finally:
+            self.leave()
+
+    async def in_time(
+        self, work: Callable[..., Result], *arguments: Any, timeout: float | None, **named: Any
+    ) -> Result:
+        """The same for one that has a timeout of its own, which begins now. None: a list's, which may take its time."""
+        if timeout is None:
+            return await self.blocking(work, *arguments, **named, timeout=None)
+        self.enter()
+        try:
+            deadline = self.sync.deadline(timeout)
+
+            def what_is_left() -> Result:
+                return work(*arguments, **named, timeout=max(0.0, deadline - time.monotonic()))
+
+            return await self.threads.run_whole(what_is_left, deadline)
+        finally:
+            self.leave()
+
+    async def briefly(self, work: Callable[..., Result], *arguments: Any, **named: Any) -> Result:
+        """A call that the sync client does in an exchange or two, in a thread that waits for no list."""
+        self.enter()
+        try:
+            return await self.threads.run(work, *arguments, **named)
         finally:
             self.leave()
 
@@ -217,18 +242,16 @@ class AsyncStateCache:
         self, receipt: model.Receipt | Sequence[model.Receipt], timeout: float | None = None
     ) -> None:
         """As ``StateCache.wait_durable``."""
-        if isinstance(receipt, model.Receipt):
-            self.enter()
-            try:
-                await self._waits.confirm(receipt, self.sync.deadline(timeout))
-            finally:
-                self.leave()
-        else:
-            await self.blocking(self.sync.wait_durable, as_receipts(receipt), timeout)
+        receipts = as_receipts(receipt)
+        self.enter()
+        try:
+            await self._waits.confirm(receipts, self.sync.deadline(timeout))
+        finally:
+            self.leave()
 
     async def flush(self, timeout: float | None = 10.0) -> None:
         """As ``StateCache.flush``."""
-        await self.blocking(self.sync.flush, timeout)
+        await self.in_time(self.sync.flush, timeout=timeout)
 
     async def stuck(self, *, older_than: timedelta | None = None, limit: int = 100) -> list[model.Snapshot]:
         """As ``StateCache.stuck``."""
@@ -279,7 +302,7 @@ class AsyncStateCache:
         self.hot.leave(turn)
         try:
             if level is model.Durability.DURABLE:
-                await self._waits.confirm(receipt, deadline)
+                await self._waits.confirm([receipt], deadline)
             return receipt
         finally:
             self.leave()
@@ -301,6 +324,7 @@ class AsyncStateCache:
             return end.value
 
     def _applied(self, item: items.Item, deadline: float, turn: Turn | None) -> asyncio.Future[items.Outcome]:
+        shorten_confirmation(item, deadline)
         # The server's own wait for a confirmation ends at the deadline: its answer comes a little later.
         grace = 0.0 if item.confirm is None else confirmation.GRACE_SECONDS
         return self.hot.apply(item, max(deadline, time.monotonic() + EXCHANGE_SECONDS_MIN) + grace, turn)

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 class AsyncClaim:
     """As ``statecache.engine.claims.Claim``; an async context manager, which ends it. ``sync`` has its attributes."""
 
-    def __init__(self, handle: AsyncMachineHandle, sync: Claim, blocking: Callable[..., Awaitable[Any]]) -> None:
+    def __init__(self, handle: AsyncMachineHandle, sync: Claim, briefly: Callable[..., Awaitable[Any]]) -> None:
         self._handle = handle
-        self._blocking = blocking
+        self._briefly = briefly
         self.sync = sync
         self.machine, self.id, self.worker, self.token = sync.machine, sync.id, sync.worker, sync.token
 
@@ -76,11 +76,11 @@ class AsyncClaim:
 
     async def renew(self, ttl: float | timedelta | None = None, *, timeout: float | None = None) -> None:
         """As ``Claim.renew``."""
-        await self._blocking(self.sync.renew, ttl, timeout=timeout)
+        await self._briefly(self.sync.renew, ttl, timeout=timeout)
 
     async def release(self, *, timeout: float | None = None) -> bool:
         """As ``Claim.release``."""
-        released: bool = await self._blocking(self.sync.release, timeout=timeout)
+        released: bool = await self._briefly(self.sync.release, timeout=timeout)
         return released
 
     async def __aenter__(self) -> Self:
@@ -89,7 +89,7 @@ class AsyncClaim:
     async def __aexit__(self, *exception: object) -> None:
         # A task that is cancelled here gives up waiting, not the release, which its thread goes on with.
         with self.sync.ending():
-            await self._blocking(self.sync.release)
+            await self._briefly(self.sync.release)
 
 
 class Claiming:

@@ -101,7 +101,7 @@ class AsyncMachineHandle:
         timeout: float | None = None,
     ) -> list[model.Receipt | errors.StateCacheError]:
         """As ``MachineHandle.start_many``."""
-        return await self._cache.blocking(
+        return await self._cache.in_time(
             self._sync.start_many, as_list("starts", starts), actor=actor, durability=durability, timeout=timeout
         )
 
@@ -109,7 +109,7 @@ class AsyncMachineHandle:
         self, moves: Iterable[model.Move], *, durability: str | None = None, timeout: float | None = None
     ) -> list[model.Receipt | errors.StateCacheError]:
         """As ``MachineHandle.transition_many``."""
-        return await self._cache.blocking(
+        return await self._cache.in_time(
             self._sync.transition_many, as_list("moves", moves), durability=durability, timeout=timeout
         )
 
@@ -125,8 +125,8 @@ class AsyncMachineHandle:
         """As ``MachineHandle.claim``: ``await orders.claim("1001")``, or ``async with orders.claim("1001") as claim:``."""
 
         async def take() -> AsyncClaim:
-            taken = self._cache.blocking(self._sync.claim, id, ttl, worker=worker, renew=renew, timeout=timeout)
-            return AsyncClaim(self, await taken, self._cache.blocking)
+            taken = self._cache.briefly(self._sync.claim, id, ttl, worker=worker, renew=renew, timeout=timeout)
+            return AsyncClaim(self, await taken, self._cache.briefly)
 
         return Claiming(take)
 
@@ -141,14 +141,14 @@ class AsyncMachineHandle:
         timeout: float | None = None,
     ) -> AsyncClaim | None:
         """As ``MachineHandle.claim_next``."""
-        taken = await self._cache.blocking(
+        taken = await self._cache.briefly(
             self._sync.claim_next, state, ttl, older_than=older_than, worker=worker, renew=renew, timeout=timeout
         )
-        return None if taken is None else AsyncClaim(self, taken, self._cache.blocking)
+        return None if taken is None else AsyncClaim(self, taken, self._cache.briefly)
 
     async def claims(self, limit: int = 1000) -> list[Held]:
         """As ``MachineHandle.claims``."""
-        return await self._cache.blocking(self._sync.claims, limit)
+        return await self._cache.briefly(self._sync.claims, limit)
 
     async def get(self, id: str, *, timeout: float | None = None) -> model.Snapshot:
         """As ``MachineHandle.get``."""
@@ -166,7 +166,7 @@ class AsyncMachineHandle:
         self, ids: Iterable[str], *, timeout: float | None = None
     ) -> list[model.Snapshot | errors.StateCacheError]:
         """As ``MachineHandle.get_many``."""
-        return await self._cache.blocking(self._sync.get_many, as_ids(ids), timeout=timeout)
+        return await self._cache.in_time(self._sync.get_many, as_ids(ids), timeout=timeout)
 
     async def state(self, id: str, *, timeout: float | None = None) -> str:
         """As ``MachineHandle.state``."""
@@ -174,13 +174,13 @@ class AsyncMachineHandle:
 
     async def history(self, id: str, *, timeout: float | None = None) -> list[model.Transition]:
         """As ``MachineHandle.history``."""
-        return await self._cache.blocking(self._sync.history, id, timeout=timeout)
+        return await self._cache.in_time(self._sync.history, id, timeout=timeout)
 
     async def at(
         self, id: str, *, version: int | None = None, when: datetime | None = None, timeout: float | None = None
     ) -> model.Snapshot:
         """As ``MachineHandle.at``."""
-        return await self._cache.blocking(self._sync.at, id, version=version, when=when, timeout=timeout)
+        return await self._cache.in_time(self._sync.at, id, version=version, when=when, timeout=timeout)
 
     async def find(
         self, state: str | None = None, *, older_than: timedelta | None = None, stuck: bool = False, limit: int = 100

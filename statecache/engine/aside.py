@@ -45,9 +45,26 @@ class Threads:
         """Run what tasks share, or want in the midst of a call, in a thread. Cancelled, it goes on to its end, unheard."""
         return await _in(self._shared, functools.partial(work, *arguments, **named))
 
-    async def run_whole(self, work: Callable[..., Result], *arguments: Any, **named: Any) -> Result:
-        """Run a whole call of the sync client in a thread. Cancelled, it goes on there to its end, unheard."""
-        return await _in(self._whole, functools.partial(work, *arguments, **named))
+    async def run_whole(self, work: Callable[[], Result], latest: float | None = None) -> Result:
+        """Run a whole call of the sync client in a thread. Cancelled, it goes on there to its end, unheard.
+
+        ``latest`` (``time.monotonic``): when it must have begun, if not at any time. Raises ``UnavailableError`` if it has not,
+        because so many others run; what has begun keeps its time itself.
+        """
+        queued = self._whole.submit(contextvars.copy_context().run, work)
+        begun = asyncio.wrap_future(queued)
+        if latest is not None:
+            try:
+                await asyncio.wait({begun}, timeout=max(0.0, latest - time.monotonic()))
+            except asyncio.CancelledError:
+                begun.cancel()
+                raise
+            if not begun.done() and queued.cancel():
+                raise errors.UnavailableError(
+                    f"not sent: {THREADS} other calls that take their time (lists, histories, look-ups) were under way for all "
+                    "of this call's timeout"
+                )
+        return await begun
 
     async def open(self, work: Callable[[], Result], close: Callable[[Result], None]) -> Result:
         """Run a function that opens something; if the caller is cancelled meanwhile, what it opens is closed again."""
@@ -145,8 +162,10 @@ class Waits:
         self._explained = explained
         self._servers: set[asyncio.Task[None]] = set()
 
-    async def confirm(self, receipt: model.Receipt, deadline: float) -> None:
-        """Return when the receipt is in SQL. Raises its error."""
+    async def confirm(self, receipts: Sequence[model.Receipt], deadline: float) -> None:
+        """Return when the receipts are in SQL. Raises the first one's error."""
+        if not receipts:
+            return
         loop = asyncio.get_running_loop()
         ended = asyncio.Event()
 
@@ -154,7 +173,7 @@ class Waits:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits there any more
                 loop.call_soon_threadsafe(ended.set)
 
-        guest, alone = self._group.enter([receipt], deadline, tell)
+        guest, alone = self._group.enter(receipts, deadline, tell)
         if alone:
             server = loop.create_task(self._serve())
             self._servers.add(server)
@@ -166,11 +185,11 @@ class Waits:
             pass  # the threads are busy, or hang in SQL: it is unknown
         finally:
             self._group.withdraw(guest)
-        error = guest.answers()[0]
-        if isinstance(error, durability.LostError):
-            error = await self._threads.run(self._explained, receipt, error)
-        if error is not None:
-            raise error
+        for receipt, error in zip(receipts, guest.answers(), strict=True):
+            if isinstance(error, durability.LostError):
+                error = await self._threads.run(self._explained, receipt, error)
+            if error is not None:
+                raise error
 
     async def _serve(self) -> None:
         try:

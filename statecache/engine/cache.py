@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 import os
@@ -390,7 +391,10 @@ class StateCache:
         key = self.hot.stamp, level
         known = self._confirmations  # another thread may put its own there meanwhile: this one's is looked at
         if key not in known:
-            known = {key: durability_levels.confirmation(self.hot, level, self.settings.replicas, 1.0, deadline)}
+            ask = functools.partial(
+                durability_levels.confirmation, self.hot, level, self.settings.replicas, 1.0, deadline
+            )
+            known = {key: self.driver.patiently(ask, deadline)}
             self._confirmations = known
         confirm = known[key]
         if confirm is None:

@@ -32,6 +32,9 @@ from statecache.hot.wire import EXCHANGE_SECONDS_MIN
 Answer = TypeVar("Answer")
 
 CHUNK_ITEMS = 125
+CHUNK_LENGTH_MAX = 4 * 2**20
+"""What one script call of a list bears at most, in characters, but for a single item: Redis does nothing else meanwhile, and
+refuses an argument of 512 MB. (A patch travels twice, as the entry's text and as fields.)"""
 _UNFINISHED_MAX = 1000
 _LANE_ITEMS_MAX = 500
 UNREACHABLE = ("LOST", "UNSENT")
@@ -121,8 +124,10 @@ class Driver:
     def answer(self, wish: Any, deadline: float) -> Any:
         """Do what one flow wants."""
         if type(wish) is items.Item:
+            shorten_confirmation(wish, deadline)
             return self._batcher.apply(wish, max(EXCHANGE_SECONDS_MIN, deadline - time.monotonic()))
         if type(wish) is flows.Hydrate and wish.item is not None:
+            shorten_confirmation(wish.item, deadline)
             return self._hydrate_and_apply(wish.found, wish.item, deadline)
         answer = self.answers([wish], deadline)[0]
         if isinstance(answer, errors.StateCacheError):
@@ -190,22 +195,26 @@ class Driver:
     ) -> tuple[list[int], list[flows.Request], list[Running]]:
         """Build the requests of a chunk: those whose items may leave at once with their indexes, and the flows of the rest.
 
-        What stands behind a request that first looks at its instance is held with it, and so is what would make a lane too
-        long for one script call, and what could overtake one of them (``_sendable``).
+        What stands behind a request that first looks at its instance is held with it, and so is what would make a lane, or the
+        whole, too long for one script call, and what could overtake one of them (``_sendable``).
         """
         built: list[int] = []
         requests: list[flows.Request] = []
         held: list[Running] = []
         holding: set[str] = set()
         unasked: set[str] = set()  # may be answered OLD, whatever version they meet
+        length = 0
         for index, request in zip(indexes, build(indexes), strict=True):
             if isinstance(request, errors.StateCacheError):
                 results[index] = request
-            elif (
+                continue
+            length += len(request.item.tail)
+            if (
                 flows.opening(request) is None
                 or len(requests) >= self._lane_items_max
                 or request.address in holding
                 or (request.expect_version is not None and request.address in unasked)
+                or (length > CHUNK_LENGTH_MAX and requests)
             ):
                 holding.add(request.address)
                 one = Running(index, request.address, flows.transition(request))
@@ -292,8 +301,11 @@ class Driver:
         sent: deque[list[Running]] = deque()
 
         def packed() -> Iterator[list[items.Item]]:
-            for ones in _joined(lanes, self._batch_items_max):
+            for ones in _joined(lanes, self._batch_items_max, _length_of):
                 sent.append(ones)
+                if deadline is not None:
+                    for one in ones:
+                        shorten_confirmation(one.wish, deadline)
                 yield [one.wish for one in ones]
 
         for _, outcomes in self.hot.apply_stream(packed(), deadline):
@@ -479,6 +491,14 @@ class Driver:
         return True
 
 
+def shorten_confirmation(item: items.Item, deadline: float) -> None:
+    """Before an item is sent again: what it wants confirmed may take what is left of its call's time, not as long once more."""
+    if item.confirm is not None:
+        left_ms = max(1, int((deadline - time.monotonic()) * 1000))
+        if left_ms < item.confirm.timeout_ms:
+            item.confirm = msgspec.structs.replace(item.confirm, timeout_ms=left_ms)
+
+
 def _meant(wish: flows.Find, records: Sequence[entry.Entry]) -> model.Transition | None:
     for record in records:
         if wish.transition_id in (None, record.transition_id) and wish.version in (None, record.version):
@@ -520,9 +540,13 @@ def _sendable(lane: Sequence[Running], items_max: int) -> list[Running]:
     """
     ones: list[Running] = []
     asked: int | None = None  # of those that go on wherever the instance is, the lowest
+    length = 0
     for one in lane:
         item = one.wish
         if type(item) is not items.Item or (asked is not None and (item.asked > asked or not item.retry)):
+            break
+        length += len(item.tail)
+        if length > CHUNK_LENGTH_MAX and ones:
             break
         ones.append(one)
         if item.pinned or len(ones) >= items_max:
@@ -561,17 +585,26 @@ def _tapered(count: int, size: int) -> Iterator[range]:
     yield from filter(None, (range(start, middle), range(middle, count)))
 
 
-def _joined(lanes: Iterable[list[Any]], items_max: int) -> Iterator[list[Any]]:
-    """Lanes put together to lists of about ``CHUNK_ITEMS``, of no more than ``items_max`` unless one lane is longer."""
+def _length_of(lane: Sequence[Running]) -> int:
+    return sum(len(one.wish.tail) for one in lane)
+
+
+def _joined(
+    lanes: Iterable[list[Any]], items_max: int, length_of: Callable[[list[Any]], int] = lambda lane: 0
+) -> Iterator[list[Any]]:
+    """Lanes put together to lists of about ``CHUNK_ITEMS``, of no more than ``items_max`` and ``CHUNK_LENGTH_MAX`` unless one
+    lane is longer."""
     joined: list[Any] = []
+    length = 0
     for lane in lanes:
-        if joined and len(joined) + len(lane) > items_max:
+        length += (added := length_of(lane))
+        if joined and (len(joined) + len(lane) > items_max or length > CHUNK_LENGTH_MAX):
             yield joined
-            joined = []
+            joined, length = [], added
         joined += lane
         if len(joined) >= CHUNK_ITEMS:
             yield joined
-            joined = []
+            joined, length = [], 0
     if joined:
         yield joined
 

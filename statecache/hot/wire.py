@@ -237,11 +237,12 @@ def pool_of(
     """redis-py's pool for a URL, with its own retries off: what knows how to make a connection."""
     try:
         pool = pool_class.from_url(
-            url,
+            url, socket_timeout=socket_timeout_seconds, socket_connect_timeout=min(socket_timeout_seconds, 2.0)
+        )
+        # Behind it: what the URL asks for would go before what it is called with.
+        pool.connection_kwargs.update(
             retry=retry_class(NoBackoff(), 0),
             retry_on_error=[],
-            socket_timeout=socket_timeout_seconds,
-            socket_connect_timeout=min(socket_timeout_seconds, 2.0),
             health_check_interval=0,
             protocol=2,
             decode_responses=False,

@@ -18,10 +18,10 @@ import psutil
 import pytest
 import uvloop
 
-from statecache import StateCache
+from statecache import Move, StateCache
 from statecache.aio import AsyncStateCache
 from statecache.core import errors, model
-from statecache.engine import aio_claims, claims
+from statecache.engine import aio_claims, aside, claims
 from statecache.engine.aio_handle import AsyncMachineHandle
 from statecache.engine.handle import MachineHandle
 from tests.support import proxy, servers, worlds
@@ -266,6 +266,43 @@ async def whole_life(cache: AsyncStateCache) -> None:
         assert "statecache_transitions_total" in (await http.get(f"http://127.0.0.1:{port}/metrics")).text
     assert cache.redis_url
     assert cache.database_url
+
+
+def test_calls_that_take_their_time_do_not_hold_up_those_that_have_none(world: worlds.World) -> None:
+    """As many lists as there are threads for them are under way, without an end. Claims, and waits for durability, go on; a
+    call with a timeout of its own that has not begun by then says so, and is not made later."""
+
+    async def main() -> None:
+        async with connect(world, flusher=True) as cache:
+            orders = await cache.machine(worlds.Order)
+            receipts = [await orders.start(id) for id in ("1", "2")]
+            go_on = threading.Event()
+            lists = [asyncio.create_task(cache.blocking(go_on.wait)) for _ in range(aside.THREADS)]
+            try:
+                await asyncio.sleep(0)
+                async with orders.claim("1", ttl=30) as claim:
+                    await claim.renew(60)
+                    assert [held.token for held in await orders.claims()] == [claim.token]
+                await cache.wait_durable(receipts)
+                for call in (
+                    orders.get_many(["1", "2"], timeout=0.05),
+                    orders.transition_many([Move("1", "pay")], timeout=0.05),
+                    orders.history("1", timeout=0.05),
+                    cache.flush(0.05),
+                ):
+                    with pytest.raises(errors.UnavailableError, match="not sent: 8 other calls"):
+                        await call
+                waiting = asyncio.create_task(orders.transition_many([Move("1", "pay")], timeout=30.0))
+                await asyncio.sleep(0.01)
+                waiting.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await waiting
+            finally:
+                go_on.set()
+            await asyncio.gather(*lists)
+            assert [one.version for one in await orders.get_many(["1", "2"], timeout=5)] == [1, 1]
+
+    asyncio.run(main())
 
 
 _OF_OUR_PROCESSES = {

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -864,6 +865,32 @@ def test_a_hash_that_is_not_ours(lite: World, fields: dict[Any, Any]) -> None:
     lite.disown()
     assert lite.cache.recover().kinds
     assert lite.orders.transition("2", "pay").version == 2
+
+
+def test_a_list_of_large_patches_leaves_in_calls_of_bounded_size(
+    redis_url: str, sqlite_url: str, namespace: str, client: str
+) -> None:
+    """Ten megabytes, on many instances and on one: a script call bears four, but for one item that has more by itself."""
+    with World(redis_url, sqlite_url, namespace, client=client, patch_bytes_max=2**24) as world:
+        ids = [f"b{number}" for number in range(8)]
+        world.orders.start_many(ids)
+        sent: list[list[int]] = []
+        real = world.hot.packed_apply
+
+        def noting(chunk: Any, line: Any) -> bytes:
+            sent.append([len(item.tail) for item in chunk])
+            return real(chunk, line)
+
+        def move(id: str, length: int) -> Move:
+            return Move(id, "note", {"text": "x" * length})
+
+        moves = [move(id, 2**20) for id in ids] + [move("b0", 2**21), move("b1", 6 * 2**20), move("b0", 2**21 + 1)]
+        with mock.patch.object(world.hot, "packed_apply", noting):
+            moved = world.orders.transition_many(moves)
+        assert [getattr(one, "version", one) for one in moved] == [2] * 8 + [3, 3, 4]
+        assert all(len(lengths) == 1 or sum(lengths) <= 4 * 2**20 for lengths in sent), sent
+        assert sum(map(len, sent)) == len(moves)
+        assert len(world.orders.get("b0").data["text"]) == 2**21 + 1
 
 
 @pytest.mark.parametrize("own", [b"junk", b"\xff\xfe 1 1-1 1 1 1", b"\xff\xfe x 1-1 1 1 1"])

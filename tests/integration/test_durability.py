@@ -62,6 +62,19 @@ def test_fsync_under_everysec(start_redis: Start, sqlite_url: str, namespace: st
                 world.orders.start("1", durability="fsync")
 
 
+@pytest.mark.parametrize("client", ["sync", "async"])
+def test_a_level_is_judged_though_an_idle_connection_has_died(
+    start_redis: Start, sqlite_url: str, namespace: str, client: str
+) -> None:
+    """A load balancer's limit, or an operator: the first call that wants the level finds its connection dead, and goes on."""
+    server = start_redis(appendfsync="always")
+    with worlds.World(server.url, sqlite_url, namespace, client=client) as world:
+        world.orders.start("1")
+        world.client.client_kill_filter(_type="normal", skipme=True)
+        assert world.orders.transition("1", "note", durability="fsync").version == 2
+        world.cache.wait_durable(world.orders.transition("1", "pay", durability="durable"))
+
+
 # --- replica -----------------------------------------------------------------------------------------------------------
 
 
@@ -151,6 +164,38 @@ def test_a_repetition_of_long_ago_waits_for_a_write_of_its_own(
     replica.resume()
     receipt = other.transition("1", "note", transition_id="long ago", durability="replica", timeout=10.0)
     assert (receipt.version, receipt.duplicate) == (2, True)
+
+
+@pytest.mark.parametrize("client", ["sync", "async"])
+def test_confirmation_of_a_second_attempt_takes_what_is_left_of_the_calls_time(
+    private_redis: servers.ValkeyServer, replica: servers.ValkeyServer, sqlite_url: str, namespace: str, client: str
+) -> None:
+    """The first attempt meets a cold instance, and its WAIT takes all the time, because of a write before it. The second one
+    stands, and waits no longer."""
+    with worlds.World(private_redis.url, sqlite_url, namespace, client=client) as world:
+        world.start("cold")
+        world.start("hot")
+        world.flush()
+        world.evict("cold")
+        waits: list[int] = []
+        real = world.hot.packed_apply
+
+        def noting(chunk: Any, line: Any) -> bytes:
+            waits.extend(item.confirm.timeout_ms for item in chunk if item.confirm is not None)
+            return real(chunk, line)
+
+        replica.pause()
+        try:
+            with mock.patch.object(world.hot, "packed_apply", noting):
+                world.orders.transition("hot", "note")
+                with pytest.raises(errors.DurabilityTimeout, match="stands") as late:
+                    world.orders.transition("cold", "note", durability="replica", timeout=1.0)
+        finally:
+            replica.resume()
+        assert late.value.receipt is not None
+        assert late.value.receipt.version == 2
+        assert waits[0] > 500
+        assert sum(waits[1:]) < 500
 
 
 # --- durable -----------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
 import math
 import os
@@ -232,6 +233,24 @@ def test_ids_made_here_are_never_made_twice_and_a_forked_child_has_its_own() -> 
     os.close(write)
     assert child[:12] != ids.next()[:12]
     assert codec.check_text("transition_id", child, 200) == child
+
+
+def test_threads_that_make_their_first_ids_at_once_make_no_id_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the middle of one's beginning another begins, and makes its first id."""
+    ids = codec.TransitionIds()
+    real, made = itertools.count, []
+
+    def count() -> Any:
+        if not made:
+            made.append("")
+            made[0] = ids.next()
+        return real()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(codec.itertools, "count", count)
+        made.append(ids.next())
+    made += [ids.next(), *ids.take(2)]
+    assert len(set(made)) == 5
 
 
 PLAIN_VALUES = st.one_of(

@@ -288,6 +288,12 @@ def test_data_must_be_a_model_of_fields() -> None:
         call: type(is_covered)  # type: ignore[valid-type]
         model_config = pydantic.ConfigDict(arbitrary_types_allowed=True)
 
+    class Account(pydantic.BaseModel):
+        token: pydantic.SecretStr | None = None
+
+    class Secret(pydantic.BaseModel):
+        accounts: list[Account] = []
+
     class Accented(pydantic.BaseModel):
         größe: int = 0
 
@@ -295,6 +301,7 @@ def test_data_must_be_a_model_of_fields() -> None:
     assert "the field 'customer' of Data has an alias" in refusal(Renamed)
     assert "Data is a RootModel, which has no fields" in refusal(Root)
     assert "class Broken: Data has no JSON Schema" in refusal(Unwritable)
+    assert "Data has a secret (SecretStr, SecretBytes), which would be stored as asterisks" in refusal(Secret)
     assert "the field name 'größe' is refused: names match [A-Za-z_][A-Za-z0-9_.-]{0,63}" in refusal(Accented)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import redis
+import redis.asyncio
 
 from statecache.hot import wire
 
@@ -163,3 +164,16 @@ def test_what_is_looked_for_in_vain_is_looked_for_ever_more_rarely(monkeypatch: 
         stage.wire.read()
     assert all(looks[-50:])
     stage.close()
+
+
+@pytest.mark.parametrize("pool_class", [redis.ConnectionPool, redis.asyncio.ConnectionPool])
+def test_an_option_of_the_url_does_not_change_what_wires_rest_on(pool_class: Any) -> None:
+    """Repeats of the driver's own would apply a transition twice; replies are RESP2's, in bytes."""
+    url = (
+        "redis://127.0.0.1:1/3?protocol=3&decode_responses=true&health_check_interval=9&socket_timeout=7&client_name=me"
+    )
+    options = wire.pool_of(url, 5.0, pool_class).connection_kwargs
+    assert (options["protocol"], options["decode_responses"], options["health_check_interval"]) == (2, False, 0)
+    assert options["retry_on_error"] == []
+    assert options["retry"].get_retries() == 0
+    assert (options["db"], options["socket_timeout"], options["client_name"]) == (3, 7.0, "me")
