@@ -160,7 +160,7 @@ class Settings(pydantic_settings.BaseSettings):
     timeout_sweep_seconds: PositiveSeconds = 30.0
     """How often it asks SQL for those whose deadline Redis has lost (after a recovery it does so at once)."""
 
-    id_length_max: Annotated[int, Field(ge=1, le=1000)] = 200
+    id_length_max: Annotated[int, Field(ge=1, le=600)] = 200
     """Most characters of an instance's id."""
 
     patch_fields_max: Fields = 64

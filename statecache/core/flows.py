@@ -21,12 +21,13 @@ exceptions between the layers (a bulk call has one outcome per item).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping
 from typing import Any, NamedTuple
 
 import msgspec
 
 from statecache.core import codec, entry, errors, fold, items, model, wording
+from statecache.core.definition import Definition
 
 # --- what a flow may yield, beside an Item (answered by an Outcome) ----------------------------------------------------
 
@@ -132,7 +133,7 @@ class Request(msgspec.Struct, gc=False):
     item: items.Item
     address: str
     own_id: bool
-    allowed: Callable[[str], Sequence[str]]
+    definition: Definition
     expect_version: int | None = None
     guard: Guard | None = None
 
@@ -223,7 +224,9 @@ def transition(request: Request, answered: items.Outcome | None = None) -> Gener
                 item.retry = item.retry or code == "LOST"
                 attempt = yield from _pause(request, outcome, attempt)
             elif code == "PARKED":
-                yield from _parked(request)
+                waiting = yield from _parked(request)
+                if waiting is not None:
+                    return _confirmed(outcome, waiting)
             elif code == "OLD":
                 known = yield from _long_ago(request)
                 if known is not None:
@@ -310,7 +313,7 @@ def _consult_guard(request: Request) -> Generator[Wish, Any, errors.StateCacheEr
         f"{request.address}: the guard of {item.move.event!r} refused it in state {seen.state!r} at version {seen.version}",
         seen.state,
         item.move.event,
-        request.allowed(seen.state),
+        request.definition.available_events(seen.state),
     )
 
 
@@ -334,10 +337,16 @@ def _refusal(request: Request, outcome: items.Outcome) -> errors.StateCacheError
     if outcome.code == "EXISTS":
         return errors.AlreadyExistsError(f"{address} exists already, at version {words[0]}")
     if outcome.code == "STATE" and codec.NAME.fullmatch(words[0]):
-        allowed = request.allowed(words[0])
+        definition, state = request.definition, words[0]
+        allowed = definition.available_events(state)
+        none = "none"
+        if state in definition.finals:
+            none = "none, it is final"
+        elif state not in definition.states:
+            none = f"none, version {definition.version} of the machine has no such state"
         return errors.InvalidTransitionError(
-            f"{address} is in state {words[0]!r}, where {item.move.event!r} is no move of machine {item.move.machine!r}; "
-            f"allowed: {', '.join(allowed) or 'none, it is final'}",
+            f"{address} is in state {state!r}, where {item.move.event!r} is no move of machine {item.move.machine!r}; "
+            f"allowed: {', '.join(allowed) or none}",
             words[0],
             item.move.event,
             allowed,
@@ -411,7 +420,7 @@ def _receipt_of(request: Request, known: model.Transition) -> model.Receipt:
 
 
 def _long_ago(request: Request) -> Generator[Wish, Any, model.Receipt | None]:
-    """The ring has dropped ids and does not hold this one: was it applied long ago? (H16)"""
+    """Was it applied before, though the ring does not hold its id (any more)? (H16)"""
     item = request.item
     known = yield Find(item.partition, item.move.machine, item.id, None, item.transition_id)
     return None if known is None else _receipt_of(request, known)
@@ -432,7 +441,7 @@ def _miss(
         return (yield from sql_is_older(request.address, attempt)), None
     if found.checkpoint is None:
         if found.letters:
-            raise parked_error(request.address, found)
+            return attempt, _PARKED
         if not starting:
             raise errors.NotFoundError(f"{request.address} does not exist")
         item.absent, item.asked_under = str(found.watermark), found.asked_under
@@ -474,15 +483,24 @@ def sql_is_older(address: str, attempt: int) -> Generator[Wish, Any, int]:
     return attempt + 1
 
 
-def _parked(request: Request) -> Generator[Wish, Any, None]:
-    """Refuse, unless SQL holds no open letter any more: then the parked hash is stale and is dropped."""
+_PARKED = items.Outcome("PARKED", [])
+"""What the script would say of an instance of which SQL has letters only."""
+
+
+def _parked(request: Request) -> Generator[Wish, Any, model.Receipt | None]:
+    """Refuse, unless SQL holds no open letter any more: then the parked hash is stale and is dropped. The repetition of what
+    waits as a letter gets its receipt: the ring of a hash that was brought back does not hold it."""
     item = request.item
     found: model.Lookup = yield Lookup(item.partition, item.move.machine, item.id)
     if found.letters:
-        raise parked_error(request.address, found)
+        known = (yield from _long_ago(request)) if item.token in found.letters else None
+        if known is None:
+            raise parked_error(request.address, found)
+        return known
     code = yield Unpark(item.partition, item.move.machine, item.id, found)
     if code == "KEPT unflushed":
         raise errors.ParkedError(f"{request.address} is parked: entries of it are not in SQL yet; try again")
+    return None
 
 
 def parked_error(address: str, found: model.Lookup) -> errors.ParkedError:

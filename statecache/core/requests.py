@@ -127,7 +127,7 @@ class Door:
                 results[place] = error
             except wording.MISTAKES as error:  # a value of a class of the caller's: the others go through
                 results[place] = _failed(ids[place], error)
-        begin, allowed = f"{self.definition.name}:", self.definition.available_events
+        definition, begin = self.definition, f"{self.definition.name}:"
         encoded_ids = [ids[place].encode() for place, *_ in together]
         partitions = keys.partitions_of(self.definition.name, encoded_ids, self._partition_count)
         made_ids = self._ids.take(len(together))
@@ -137,7 +137,7 @@ class Door:
             id = ids[place]
             tail = f"{made_id}{_SEPARATOR}{actor or ''}{_NOTHING_BETWEEN}{text}{_SEPARATOR}"
             item = items.Item(partition, id, spec, 0, codec.token_of(made_id), tail, names, texts, made_id)
-            results[place] = flows.Request(item, begin + id, False, allowed)
+            results[place] = flows.Request(item, begin + id, False, definition)
         return results
 
     def _patches(self, many: Sequence[object]) -> Sequence[codec.Encoded | None]:
@@ -237,7 +237,7 @@ class Door:
             item.unset, item.increments = dropped, increments
         if expect_version is not None:
             item.asked = expect_version
-        return flows.Request(item, address, own_id, self.definition.available_events, expect_version, guard)
+        return flows.Request(item, address, own_id, self.definition, expect_version, guard)
 
 
 def _guards_by_event(

@@ -217,6 +217,14 @@ class AsyncStateCache:
         finally:
             self.leave()
 
+    async def take(self, work: Callable[[], Result], give_back: Callable[[Result], None]) -> Result:
+        """The same for what must not be left with nobody, if the caller is cancelled."""
+        self.enter()
+        try:
+            return await self.threads.take(work, give_back)
+        finally:
+            self.leave()
+
     # --- where it works ----------------------------------------------------------------------------------------------
 
     @property

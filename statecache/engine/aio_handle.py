@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from statecache.core import entry, errors, model
 from statecache.engine.aio_claims import AsyncClaim, Claiming
 from statecache.engine.calls import Start, as_ids, as_list, check_kind
-from statecache.engine.claims import TTL_SECONDS, Held
+from statecache.engine.claims import TTL_SECONDS, Claim, Held
 from statecache.engine.handle import MachineHandle
 
 if TYPE_CHECKING:
@@ -125,8 +126,8 @@ class AsyncMachineHandle:
         """As ``MachineHandle.claim``: ``await orders.claim("1001")``, or ``async with orders.claim("1001") as claim:``."""
 
         async def take() -> AsyncClaim:
-            taken = self._cache.briefly(self._sync.claim, id, ttl, worker=worker, renew=renew, timeout=timeout)
-            return AsyncClaim(self, await taken, self._cache.briefly)
+            ask = partial(self._sync.claim, id, ttl, worker=worker, renew=renew, timeout=timeout)
+            return AsyncClaim(self, await self._cache.take(ask, _end), self._cache.briefly)
 
         return Claiming(take)
 
@@ -141,9 +142,10 @@ class AsyncMachineHandle:
         timeout: float | None = None,
     ) -> AsyncClaim | None:
         """As ``MachineHandle.claim_next``."""
-        taken = await self._cache.briefly(
+        ask = partial(
             self._sync.claim_next, state, ttl, older_than=older_than, worker=worker, renew=renew, timeout=timeout
         )
+        taken = await self._cache.take(ask, _end)
         return None if taken is None else AsyncClaim(self, taken, self._cache.briefly)
 
     async def claims(self, limit: int = 1000) -> list[Held]:
@@ -191,3 +193,10 @@ class AsyncMachineHandle:
     async def counts(self) -> dict[str, int]:
         """As ``MachineHandle.counts``."""
         return await self._cache.blocking(self._sync.counts)
+
+
+def _end(claim: Claim | None) -> None:
+    """Of a caller that was cancelled while it claimed."""
+    if claim is not None:
+        with claim.ending():
+            claim.release()

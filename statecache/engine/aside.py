@@ -45,6 +45,24 @@ class Threads:
         """Run what tasks share, or want in the midst of a call, in a thread. Cancelled, it goes on to its end, unheard."""
         return await _in(self._shared, functools.partial(work, *arguments, **named))
 
+    async def take(self, work: Callable[[], Result], give_back: Callable[[Result], None]) -> Result:
+        """Run what takes something; if the caller is cancelled meanwhile, it is given back, in a thread too."""
+        taking = self._shared.submit(contextvars.copy_context().run, work)
+        try:
+            return await asyncio.wrap_future(taking)
+        except asyncio.CancelledError:
+
+            def untake(done: futures.Future[Result]) -> None:
+                if not done.cancelled() and done.exception() is None:
+                    give_back(done.result())
+
+            if taking.done():
+                with contextlib.suppress(RuntimeError):  # the client is closed
+                    self._shared.submit(untake, taking)
+            else:
+                taking.add_done_callback(untake)
+            raise
+
     async def run_whole(self, work: Callable[[], Result], latest: float | None = None) -> Result:
         """Run a whole call of the sync client in a thread. Cancelled, it goes on there to its end, unheard.
 

@@ -75,6 +75,8 @@ class Driver:
         self._batch_items_max = batch_items_max
         self._lane_items_max = min(batch_items_max, _LANE_ITEMS_MAX)
         self._batcher = Batcher(hot.apply, batch_items_max)
+        self._confirming = Batcher(hot.apply, batch_items_max)
+        """Of those that wait for a replica or a disk: the others do not wait for these."""
         self.closing = threading.Event()
 
     # --- one flow ----------------------------------------------------------------------------------------------------
@@ -84,7 +86,8 @@ class Driver:
         outcome: items.Outcome | None = None
         item = flows.opening(request)
         if item is not None:
-            outcome = self._batcher.apply(item, max(EXCHANGE_SECONDS_MIN, deadline - time.monotonic()))
+            batcher = self._batcher if item.confirm is None else self._confirming
+            outcome = batcher.apply(item, max(EXCHANGE_SECONDS_MIN, deadline - time.monotonic()))
             if outcome.code == "OK":
                 return flows.receipt(request, outcome)
         receipt: model.Receipt = self.run(flows.transition(request, outcome), deadline)
@@ -125,7 +128,8 @@ class Driver:
         """Do what one flow wants."""
         if type(wish) is items.Item:
             shorten_confirmation(wish, deadline)
-            return self._batcher.apply(wish, max(EXCHANGE_SECONDS_MIN, deadline - time.monotonic()))
+            batcher = self._batcher if wish.confirm is None else self._confirming
+            return batcher.apply(wish, max(EXCHANGE_SECONDS_MIN, deadline - time.monotonic()))
         if type(wish) is flows.Hydrate and wish.item is not None:
             shorten_confirmation(wish.item, deadline)
             return self._hydrate_and_apply(wish.found, wish.item, deadline)

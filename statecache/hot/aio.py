@@ -128,6 +128,9 @@ class AsyncHotStore:
         self._items: gather.Gatherer[items.Item, items.Outcome] = gather.Gatherer(
             pool, _Transitions(hot), on_lost=unchecked, **bounds
         )
+        self._confirming: gather.Gatherer[items.Item, items.Outcome] = gather.Gatherer(
+            pool, _Transitions(hot), on_lost=unchecked, turns_of=self._items, **bounds
+        )  # over a connection of its own, made when it is wanted: WAIT and WAITAOF block it
         self._hashes: gather.Gatherer[Address, dict[bytes, bytes] | Exception] = gather.Gatherer(
             pool, _Hashes(hot), on_lost=broken, **bounds
         )
@@ -136,8 +139,10 @@ class AsyncHotStore:
         self.leave = self._items.leave
         self.come_first = self._items.come_first
         """Wait until a write's turn has come, (turn, deadline); False if the deadline came first."""
-        self.apply = self._items.ask
-        """Apply an item, in company if there is any: (item, deadline, turn); a future of its outcome."""
+
+    def apply(self, item: items.Item, deadline: float, turn: Turn | None) -> asyncio.Future[items.Outcome]:
+        """Apply an item, in company if there is any; a future of its outcome."""
+        return (self._items if item.confirm is None else self._confirming).ask(item, deadline, turn)
 
     async def hash(self, address: Address, deadline: float) -> dict[bytes, bytes]:
         """The fields of one hash, read in company if there is any. Raises ``UnavailableError``."""
@@ -148,4 +153,4 @@ class AsyncHotStore:
 
     async def close(self) -> None:
         """Close the connections. Nothing may be under way."""
-        await asyncio.gather(self._items.close(), self._hashes.close())
+        await asyncio.gather(self._items.close(), self._confirming.close(), self._hashes.close())

@@ -9,7 +9,8 @@ through ONE connection, up to two of them at a time, so the server sees them in 
 has the other. If it left only when full, fifty callers would travel as one and forty-nine, and server and client take turns:
 half as many calls a second. ("Lately": at the last two replies, because two may come at once, before those whom the first one
 answered have called again.) None leaves behind one that waits for a replica or a disk: the server would begin with it only when
-that wait has ended, and its own time would run meanwhile.
+that wait has ended, and its own time would run meanwhile. So such calls have a gatherer, and a connection, of their own; the two
+share the turns of the instances, so that the order of calls holds over both.
 
 *Order.* The writes of one instance leave in the order in which they were called (``Turn``), and a call does not leave while an
 earlier one of its instance wants something else (looks SQL up, waits, asks for admission): it would overtake it. Two of them
@@ -84,9 +85,12 @@ class Turn:
 class _Call:
     """One attempt. ``exchange`` is set while it is in flight, ``held`` while its turn has not come."""
 
-    __slots__ = ("answer", "deadline", "exchange", "held", "turn", "wish")
+    __slots__ = ("answer", "deadline", "exchange", "gatherer", "held", "turn", "wish")
 
-    def __init__(self, wish: Any, deadline: float, turn: Turn | None, answer: asyncio.Future[Any]) -> None:
+    def __init__(
+        self, gatherer: Gatherer[Any, Any], wish: Any, deadline: float, turn: Turn | None, answer: asyncio.Future[Any]
+    ) -> None:
+        self.gatherer = gatherer
         self.wish = wish
         self.deadline = deadline
         self.turn = turn
@@ -118,6 +122,7 @@ class Gatherer(Generic[Sent, Received]):
         bytes_max: int,
         timeout_seconds: float,
         on_lost: Callable[[Exception], None] = lambda error: None,
+        turns_of: Gatherer[Sent, Received] | None = None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._pool = pool
@@ -129,7 +134,8 @@ class Gatherer(Generic[Sent, Received]):
         self._waiting: deque[_Call] = deque()
         self._in_flight: deque[_Exchange] = deque()
         self._held: set[_Call] = set()
-        self._last: dict[str, Turn] = {}
+        self._last: dict[str, Turn] = {} if turns_of is None else turns_of._last
+        """The last turn of each instance. Two may share them: then the order holds over the calls of both."""
         self._pipe: Pipe | None = None
         self._connecting: asyncio.Task[None] | None = None
         self._alarm: asyncio.TimerHandle | None = None
@@ -157,7 +163,7 @@ class Gatherer(Generic[Sent, Received]):
             if call.exchange is not None:
                 turn.leaving = True
                 return
-            self._held.discard(call)
+            call.gatherer._held.discard(call)
         ahead, behind = turn.ahead, turn.behind
         if ahead is not None:
             ahead.behind = behind
@@ -188,7 +194,7 @@ class Gatherer(Generic[Sent, Received]):
         """Send a wish when it may leave; the answer. ``deadline`` is a ``time.monotonic`` time. A lone call has left when
         this returns."""
         answer: asyncio.Future[Received] = self._loop.create_future()
-        call = _Call(wish, deadline, turn, answer)
+        call = _Call(self, wish, deadline, turn, answer)
         if deadline < self._alarm_at:
             self._set_alarm(deadline)
         if turn is not None:
@@ -220,6 +226,7 @@ class Gatherer(Generic[Sent, Received]):
         call = ahead.call
         return (
             call is not None
+            and call.gatherer is self
             and not call.held
             and call.exchange is None
             and not call.answer.done()
@@ -230,11 +237,16 @@ class Gatherer(Generic[Sent, Received]):
         """Queue the call that was held, and those held behind it, as far as they may leave now."""
         while turn is not None:
             call = turn.call
-            if call is None or not call.held or (turn.ahead is not None and not self._may_follow(turn.ahead)):
+            if call is None or not call.held:
+                return
+            owner = call.gatherer
+            if turn.ahead is not None and not owner._may_follow(turn.ahead):
                 return
             call.held = False
-            self._held.discard(call)
-            self._waiting.append(call)
+            owner._held.discard(call)
+            owner._waiting.append(call)
+            if owner is not self:
+                owner._send()
             turn = turn.behind
 
     def _hold(self, call: _Call) -> None:

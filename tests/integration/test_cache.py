@@ -176,6 +176,23 @@ def test_final_states_have_no_way_out(lite: World) -> None:
     with pytest.raises(errors.InvalidTransitionError, match="none, it is final"):
         lite.orders.transition("1", "cancel")
 
+    class Newer(StateMachine):
+        name = "order"
+        version = 2
+        placed = State(initial=True)
+        hanging = State()
+        closed = State(final=True)
+        hang = placed.to(hanging)
+        close = placed.to(closed)
+
+    newer = lite.cache.machine(Newer)
+    with pytest.raises(errors.InvalidTransitionError, match="none, version 2 of the machine has no such state"):
+        newer.transition("1", "close")
+    newer.start("2")
+    newer.transition("2", "hang")
+    with pytest.raises(errors.InvalidTransitionError, match=r"allowed: none$"):
+        newer.transition("2", "close")
+
 
 def test_machine_by_name_and_from_another_process_of_the_same_store(world: World) -> None:
     """A registered machine is found by its name; another definition under the same version is refused."""

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -16,6 +17,7 @@ from statecache import Move
 from statecache.aio import AsyncStateCache
 from statecache.core import errors, model
 from statecache.engine import warming
+from statecache.hot import claims as hot_claims
 from statecache.hot.store import HotStore
 from tests.support import refusing, waiting, worlds
 
@@ -512,6 +514,46 @@ def test_what_a_block_raised_matters_more_than_its_release(
 
     with pytest.raises(ValueError, match="of the block"):
         use_sync() if kind == "sync" else asyncio.run(use())
+
+
+@pytest.mark.parametrize("kind", ["claim", "claim_next"])
+def test_a_claim_whose_task_was_cancelled_meanwhile_is_given_back(world: worlds.World, kind: str) -> None:
+    """Redis has granted it, and the task that asked is gone: nobody could end it, and all others were refused for an hour."""
+    world.start("1")
+    world.flush()
+    granted, go_on = threading.Event(), threading.Event()
+    real = hot_claims.ask
+
+    def ask(*arguments: Any) -> Any:
+        answer = real(*arguments)
+        if not granted.is_set():
+            granted.set()
+            go_on.wait(30)
+        return answer
+
+    async def use() -> None:
+        async with AsyncStateCache.connect(
+            world.redis_url, world.database_url, world.namespace, partition_count=2
+        ) as cache:
+            orders = await cache.machine(worlds.Order)
+
+            async def take() -> Any:
+                if kind == "claim":
+                    return await orders.claim("1", ttl=3600)
+                return await orders.claim_next("placed", ttl=3600)
+
+            with mock.patch.object(hot_claims, "ask", ask):
+                task = asyncio.create_task(take())
+                await asyncio.to_thread(granted.wait, 30)
+                assert [held.id for held in world.orders.claims()] == ["1"]
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+                go_on.set()
+                await asyncio.to_thread(waiting.wait_until, lambda: not world.orders.claims(), "it is given back")
+
+    asyncio.run(use())
+    assert world.orders.transition("1", "pay").version == 2
 
 
 def test_claim_that_nobody_has_is_not_renewed(world: worlds.World) -> None:

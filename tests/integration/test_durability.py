@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,6 +11,7 @@ from unittest import mock
 import pytest
 
 from statecache import StateCacheError
+from statecache.aio import AsyncStateCache
 from statecache.core import errors, model
 from tests.support import proxy, servers, waiting, worlds
 
@@ -167,6 +169,58 @@ def test_a_repetition_of_long_ago_waits_for_a_write_of_its_own(
 
 
 @pytest.mark.parametrize("client", ["sync", "async"])
+def test_calls_that_wait_for_a_replica_hold_up_no_others(
+    private_redis: servers.ValkeyServer, replica: servers.ValkeyServer, sqlite_url: str, namespace: str, client: str
+) -> None:
+    """The replica stands still, and callers wait for it: those that want ``hot`` are answered meanwhile."""
+    with worlds.World(private_redis.url, sqlite_url, namespace, client=client, call_timeout_seconds=30.0) as world:
+        ids = [f"r{number}" for number in range(6)]
+        world.orders.start_many([*ids, "hot"])
+        world.orders.transition("r0", "note", durability="replica")  # the level is judged
+        replica.pause()
+        begun = threading.Barrier(len(ids) + 1)
+
+        def confirmed(id: str) -> Any:
+            begun.wait()
+            return world.orders.transition(id, "pay", durability="replica", timeout=3.0)
+
+        def hot() -> list[int]:
+            begun.wait()
+            return [world.orders.transition("hot", "note", timeout=2.0).version for _ in range(20)]
+
+        try:
+            *late, versions = worlds.together(*[lambda id=id: confirmed(id) for id in ids], hot)
+        finally:
+            replica.resume()
+        assert versions == list(range(2, 22))
+        kinds = {type(one).__name__ for one in late}
+        assert "DurabilityTimeout" in kinds
+        assert kinds <= {"DurabilityTimeout", "UnavailableError"}
+
+
+def test_order_of_tasks_holds_over_levels(
+    private_redis: servers.ValkeyServer, replica: servers.ValkeyServer, sqlite_url: str, namespace: str
+) -> None:
+    async def main(world: worlds.World) -> None:
+        async with AsyncStateCache.connect(private_redis.url, sqlite_url, namespace, **world.settings) as cache:
+            orders = await cache.machine(worlds.Order)
+            await orders.start_many([f"o{number}" for number in range(20)])
+            levels = ["hot", "replica", "hot", "hot", "replica", "replica", "hot"]
+            tasks = [
+                asyncio.create_task(orders.transition(f"o{number}", "note", {"place": place}, durability=level))
+                for place, level in enumerate(levels)
+                for number in range(20)
+            ]
+            receipts = await asyncio.gather(*tasks)
+            for number in range(20):
+                assert [one.version for one in receipts[number::20]] == list(range(2, 2 + len(levels)))
+                assert (await orders.get(f"o{number}")).data == {"place": len(levels) - 1}
+
+    with worlds.World(private_redis.url, sqlite_url, namespace) as world:
+        asyncio.run(main(world))
+
+
+@pytest.mark.parametrize("client", ["sync", "async"])
 def test_confirmation_of_a_second_attempt_takes_what_is_left_of_the_calls_time(
     private_redis: servers.ValkeyServer, replica: servers.ValkeyServer, sqlite_url: str, namespace: str, client: str
 ) -> None:
@@ -187,7 +241,9 @@ def test_confirmation_of_a_second_attempt_takes_what_is_left_of_the_calls_time(
         replica.pause()
         try:
             with mock.patch.object(world.hot, "packed_apply", noting):
-                world.orders.transition("hot", "note")
+                with pytest.raises(errors.DurabilityTimeout):  # a write on the same connection that the replica has not
+                    world.orders.transition("hot", "note", durability="replica", timeout=0.2)
+                waits.clear()
                 with pytest.raises(errors.DurabilityTimeout, match="stands") as late:
                     world.orders.transition("cold", "note", durability="replica", timeout=1.0)
         finally:

@@ -359,3 +359,40 @@ def test_history_while_letters_and_later_entries_exist(world: worlds.World) -> N
     assert [row.version for row in rows] == [1, 2, 3, 4, 5]
     assert [row.durable for row in rows] == [True, True, False, False, False]
     world.flush()
+
+
+def test_repetition_of_what_waits_as_a_letter_after_redis_was_lost(world: worlds.World) -> None:
+    """Its hash comes back from SQL, whose ring does not know the letters. A refusal without a receipt would mean that nothing
+    was written, and who repeats it under another id would have it twice after a retry."""
+    refusing.refuse(world.durable)
+    world.start("1")
+    told = [
+        world.orders.transition("1", "note", {"n": 1}, reason=refusing.REASON, transition_id="refused"),
+        world.orders.transition("1", "pay", transition_id="behind"),
+        world.orders.start("2", reason=refusing.REASON, transition_id="begun"),
+    ]
+    world.flush()
+    world.wipe()
+
+    def again(**options: Any) -> list[Any]:
+        return [
+            world.orders.transition("1", "note", {"n": 1}, reason=refusing.REASON, transition_id="refused", **options),
+            world.orders.transition("1", "pay", transition_id="behind", **options),
+            world.orders.start("2", reason=refusing.REASON, transition_id="begun", **options),
+        ]
+
+    found = again()
+    assert [(one.version, one.entry_id, one.duplicate) for one in found] == [
+        (one.version, one.entry_id, True) for one in told
+    ]
+    (bulk,) = world.orders.transition_many([Move("1", "pay", transition_id="behind")])
+    assert (bulk.version, bulk.duplicate) == (3, True)
+    with pytest.raises(errors.ParkedError) as parked:
+        again(durability="durable")
+    assert parked.value.receipt is not None
+    for id in ("other", None):
+        with pytest.raises(errors.ParkedError) as refused:
+            world.orders.transition("1", "note", transition_id=id)
+        assert refused.value.receipt is None
+    with pytest.raises(errors.InvalidDataError, match="it was used before, for the event"):
+        world.orders.transition("1", "pay", transition_id="refused")
