@@ -113,6 +113,35 @@ def meaning(schema: Any) -> Any:
     return result
 
 
+_DECIMAL_PATTERN = "^(?!^[-+.]*$)"
+"""How pydantic, up to 2.13, begins the pattern of a Decimal that is given as text. Later versions write none."""
+
+
+def alike(one: Any, two: Any) -> bool:
+    """Whether two meanings are the same, but for the patterns of Decimals in one of them that the other has none of."""
+    if one == two:
+        return True
+    (bare_one, patterns_one), (bare_two, patterns_two) = _without_decimals(one), _without_decimals(two)
+    return bare_one == bare_two and not (patterns_one and patterns_two)
+
+
+def _without_decimals(schema: Any) -> tuple[Any, int]:
+    """A schema without the patterns that pydantic wrote for Decimals, and how many there were."""
+    if isinstance(schema, list):
+        parts = [_without_decimals(part) for part in schema]
+        return [part for part, _ in parts], sum(count for _, count in parts)
+    if not isinstance(schema, dict):
+        return schema, 0
+    pattern = schema.get("pattern")
+    is_theirs = isinstance(pattern, str) and pattern.startswith(_DECIMAL_PATTERN)
+    named = {
+        keyword: _without_decimals(value) for keyword, value in schema.items() if keyword != "pattern" or not is_theirs
+    }
+    return {keyword: part for keyword, (part, _) in named.items()}, is_theirs + sum(
+        count for _, count in named.values()
+    )
+
+
 def for_patch(schema: dict[str, Any]) -> dict[str, Any]:
     """Return the rules that apply to each field by itself."""
     fields = _object(schema)

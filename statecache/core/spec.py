@@ -101,6 +101,16 @@ class MachineSpec(_Part):
         version: titles and other annotations, the order of declaration, durability and hot_ttl_seconds (how it is run,
         not what it is).
         """
+        canonical = json.dumps(self._meaning(), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def means_the_same(self, other: MachineSpec) -> bool:
+        """Whether two declarations differ in nothing but what different versions of pydantic write for one class: then each has
+        a fingerprint of its own, though nobody has changed anything."""
+        one, two = self._meaning(), other._meaning()
+        return schema.alike(one.pop("data"), two.pop("data")) and one == two
+
+    def _meaning(self) -> dict[str, Any]:
         meaning: dict[str, Any] = {
             "name": self.name,
             "version": self.version,
@@ -119,8 +129,7 @@ class MachineSpec(_Part):
         )
         if timeouts:
             meaning["timeouts"] = timeouts
-        canonical = json.dumps(meaning, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-        return hashlib.sha256(canonical.encode()).hexdigest()
+        return meaning
 
 
 class Problem(NamedTuple):

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 
 import sqlalchemy as sa
 
-from statecache.core import entry, errors, model
+from statecache.core import entry, errors, model, spec
 from statecache.durable import bulk, cold, connecting, engine, faults, flush, forms, letters, queries, schema
 from statecache.durable.rows import (
     Committed,
@@ -94,7 +94,7 @@ class DurableStore:
         """Store a machine's definition. Repeating it changes nothing.
 
         What a fingerprint does not count (titles, durability, hot_ttl) is that of the last registration. Raises
-        ``DefinitionError`` if this version is registered with another fingerprint.
+        ``DefinitionError`` if this version is registered with another fingerprint, unless the two mean the same.
         """
         found = self._registered(name, version)
         if found is None:
@@ -106,7 +106,7 @@ class DurableStore:
                 found = self._registered(name, version)
             else:
                 return
-        if found is None or found[0] != fingerprint:
+        if found is None or (found[0] != fingerprint and not _mean_the_same(found[1], spec_json)):
             raise errors.DefinitionError(
                 f"machine {name!r} version {version} is registered with another definition (fingerprint "
                 f"{found and found[0]}, this one is {fingerprint}): raise the machine's version when its definition changes"
@@ -325,3 +325,8 @@ class DurableStore:
         """
         with flush.transaction(self.database, self.forms, self.queries, limit_seconds) as tx:
             yield tx
+
+
+def _mean_the_same(one: str, other: str) -> bool:
+    kept, given = spec.readable(one), spec.readable(other)
+    return kept is not None and given is not None and kept.means_the_same(given)

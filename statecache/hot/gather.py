@@ -9,8 +9,8 @@ through ONE connection, up to two of them at a time, so the server sees them in 
 has the other. If it left only when full, fifty callers would travel as one and forty-nine, and server and client take turns:
 half as many calls a second. ("Lately": at the last two replies, because two may come at once, before those whom the first one
 answered have called again.) None leaves behind one that waits for a replica or a disk: the server would begin with it only when
-that wait has ended, and its own time would run meanwhile. So such calls have a gatherer, and a connection, of their own; the two
-share the turns of the instances, so that the order of calls holds over both.
+that wait has ended, and its own time would run meanwhile. So such calls have a gatherer, and a connection, of their own; both
+share the turns of the instances, so that the order of calls holds over the two.
 
 *Order.* The writes of one instance leave in the order in which they were called (``Turn``), and a call does not leave while an
 earlier one of its instance wants something else (looks SQL up, waits, asks for admission): it would overtake it. Two of them

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from statecache.core import codec, entry, errors, model
+from statecache.core import codec, entry, errors, model, spec
 from statecache.durable.rows import Advance, Idle
 from statecache.durable.store import DurableStore
 from tests.support import batches, plans, proxy, servers
 from tests.support.batches import NOW_MS, Log, flushed, ids, partition_of
 from tests.support.interruptions import Interrupt, JobTimeoutError, interrupted_when
+from tests.support.worlds import Order
 
 
 @pytest.fixture
@@ -220,6 +221,26 @@ def test_machines(store: DurableStore) -> None:
         errors.DefinitionError, match=r"'order' version 2 is registered with another.*raise the machine's"
     ):
         store.register_machine("order", 2, "else", "two", 5)
+
+
+def test_a_machine_that_another_pydantic_has_registered(store: DurableStore) -> None:
+    """Its fingerprint is another one, though nobody has changed the class: it is the same machine, in turn for both."""
+
+    def declared(**text: str) -> spec.MachineSpec:
+        branches = [{"type": "number"}, {"type": "string", **text}]
+        schema = {"type": "object", "properties": {"amount": {"anyOf": branches}}}
+        return Order.spec.model_copy(update={"data_schema": schema})
+
+    older, newer = declared(pattern=r"^(?!^[-+.]*$)[+-]?0*\d*\.?\d*$"), declared()
+    assert older.fingerprint != newer.fingerprint
+    for one in (older, newer, older, newer):
+        store.register_machine("order", 1, one.fingerprint, one.model_dump_json(), 5)
+    kept = store.machine("order")
+    assert kept is not None
+    assert kept[1:] == (older.fingerprint, newer.model_dump_json())
+    changed = declared(format="date")
+    with pytest.raises(errors.DefinitionError, match="registered with another definition"):
+        store.register_machine("order", 1, changed.fingerprint, changed.model_dump_json(), 5)
 
 
 def test_two_register_the_same_machine_at_once(store: DurableStore, monkeypatch: pytest.MonkeyPatch) -> None:

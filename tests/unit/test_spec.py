@@ -227,3 +227,27 @@ def test_a_property_may_be_named_like_a_keyword() -> None:
     named = {"properties": {"a": {"properties": {"$ref": {"type": "string"}, "$id": True}, "const": {"$ref": 1}}}}
     assert schema.problems(named) == []
     assert schema.problems({"$defs": {"b": True}, "$ref": "#/$defs/b"}) == []
+
+
+_DECIMAL = r"^(?!^[-+.]*$)[+-]?0*\d*\.?\d*$"
+
+
+def _amount(**text: str) -> dict[str, Any]:
+    branches = [{"type": "number"}, {"type": "string", **text}, {"type": "null"}]
+    return {"type": "object", "properties": {"amount": {"anyOf": branches, "default": None}}}
+
+
+def test_what_another_pydantic_writes_for_a_decimal_is_no_other_definition() -> None:
+    """Up to 2.13 it writes a pattern for Decimals, later none. What people write counts, and so does a pattern that changes."""
+    older, newer = machine(data_schema=_amount(pattern=_DECIMAL)), machine(data_schema=_amount())
+    assert older.fingerprint != newer.fingerprint
+    assert older.means_the_same(newer)
+    assert newer.means_the_same(older)
+    digits = machine(data_schema=_amount(pattern=_DECIMAL + "(?!0)"))
+    assert digits.means_the_same(newer)
+    assert not digits.means_the_same(older)
+    assert not machine(data_schema=_amount(pattern="^[0-9]+$")).means_the_same(newer)
+    assert not machine(data_schema=_amount(format="date")).means_the_same(newer)
+    assert not machine("a! c.", "go: a c").means_the_same(machine())
+    assert machine().means_the_same(machine())
+    assert not machine().means_the_same(newer)
