@@ -272,7 +272,9 @@ def test_refused_hydration_forgets_what_was_read() -> None:
 def test_letters_without_a_checkpoint_park_a_start() -> None:
     call = start()
     call.answer("MISS 1 1-9")
-    assert isinstance(call.error(model.Lookup(W, None, ("AAAAAAAA",))), errors.ParkedError)
+    letters_only = model.Lookup(W, None, ("AAAAAAAA",))
+    assert isinstance(call.answer(letters_only), flows.Lookup)
+    assert isinstance(call.error(letters_only), errors.ParkedError)
 
 
 def test_hash_of_a_checkpoint_with_letters_is_parked() -> None:
