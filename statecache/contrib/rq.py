@@ -93,6 +93,7 @@ _STATES = {
     "stopped": "stopped", "canceled": "canceled",
 }  # fmt: skip
 _OVER = {"failed", "stopped", "canceled"}
+_ENDED = {"finished", "forgotten"}
 _FIELDS = (
     "status", "origin", "description", "worker_name", "enqueued_at", "started_at", "ended_at", "retries_left",
     "number_of_retries", "repeats_left",
@@ -124,10 +125,13 @@ class Move(NamedTuple):
 
 
 def moves(state: str, seen: Mapping[str, Any], facts: Facts) -> Iterator[Move]:
-    """The moves from what is recorded (``state``, with the data ``seen``) to what RQ says."""
+    """The moves from what is recorded (``state``, with the data ``seen``) to what RQ says. None from where a job ended, also
+    if its id is used again."""
+    if state in _ENDED:
+        return
     target = _STATES.get(facts.status)
     if target is None:
-        if not facts.status and state not in ("finished", "forgotten"):
+        if not facts.status:
             yield Move("forget", "", "")
         return
     run = str(seen.get("run", ""))
@@ -211,6 +215,18 @@ def _way(state: str, target: str) -> tuple[str, ...]:
     return ways.get(target, ())
 
 
+class OvertakenError(errors.UnavailableError):
+    """Others who follow the job, too, were quicker at every attempt: it is looked at again with the next sweep."""
+
+
+_MEANWHILE = (errors.StaleVersionError, errors.InvalidTransitionError, errors.AlreadyExistsError)
+_OF_ONE_JOB = (
+    errors.NotFoundError, errors.ParkedError, errors.InvalidDataError, errors.InvalidTransitionError, errors.IntegrityError,
+    errors.FencedError, OvertakenError,
+)  # fmt: skip
+"""What is the matter with one job: the sweep goes on with the others."""
+
+
 class Tracker:
     """Follows the jobs of one queue. Thread-safe, and safe in a work-horse."""
 
@@ -235,15 +251,20 @@ class Tracker:
     def follow(self, job_id: str, facts: Facts | None = None) -> Snapshot:
         """Record what became of a job since it was looked at last (``facts``: as told by who has it in hand).
 
-        Idempotent. Raises ``NotFoundError`` for a job that neither RQ nor the store knows, and what a transition raises.
+        Idempotent. An instance that is ``finished`` or ``forgotten`` stays so: where RQ has a job of its id again, that one is
+        not followed, and a warning says so. Raises ``NotFoundError`` for a job that neither RQ nor the store knows,
+        ``OvertakenError``, and what a transition raises.
         """
+        error: errors.StateCacheError | None = None
         for _ in range(_ATTEMPTS):
             known = facts or self._facts([job_id])[0]
             try:
                 return self._record(job_id, known)
-            except (errors.StaleVersionError, errors.InvalidTransitionError, errors.AlreadyExistsError):
-                continue  # somebody else follows it, too
-        raise errors.UnavailableError(f"job {job_id} moves faster than it can be followed")
+            except _MEANWHILE as met:  # somebody else follows it, too
+                error = met
+        if isinstance(error, errors.InvalidTransitionError):  # no: a machine of the user's has not this event there
+            raise error
+        raise OvertakenError(f"job {job_id} moves faster than it can be followed") from error
 
     def _record(self, job_id: str, facts: Facts) -> Snapshot:
         try:
@@ -257,6 +278,11 @@ class Tracker:
                     first[name] = getattr(facts, name)
             self.machine.start(job_id, first, transition_id="rq:created")
             snapshot = self.machine.get(job_id)
+        if snapshot.state in _ENDED and facts.status and facts.enqueued_at != snapshot.data.get("run", ""):
+            _log.warning(
+                "job %s is %s here: its id is used again in RQ, and what becomes of it now is not recorded; give each job an "
+                "id of its own", job_id, snapshot.state,
+            )  # fmt: skip
         version = snapshot.version
         for move in moves(snapshot.state, snapshot.data, facts):
             receipt = self.machine.transition(
@@ -294,7 +320,7 @@ class Tracker:
     def _look_if_there(self, job_id: str) -> None:
         try:
             self.follow(job_id)
-        except (errors.NotFoundError, errors.ParkedError, errors.InvalidDataError) as error:
+        except _OF_ONE_JOB as error:
             _log.warning("job %s is passed over: %s", job_id, error)
 
     def _ids(self) -> Iterator[str]:

@@ -10,10 +10,14 @@ older copy of Redis may bring those entries back, and their hash with them, whic
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from statecache.core import entry, errors, failpoints, fold, keys
+from statecache.durable import faults
+from statecache.durable.flush import FlushTransaction
 from statecache.durable.rows import PartitionRow
 from statecache.hot import scripts
 
@@ -25,11 +29,11 @@ def retry(cache: StateCache, machine: str, id: str) -> int:
     """Move all letters of an instance into history and its checkpoint; returns how many.
 
     Raises ``NotFoundError`` without letters, ``IntegrityError`` when they do not continue SQL's history (then they can only be
-    discarded), and the error of SQL when it still refuses them: nothing was changed.
+    discarded), ``RecoveringError`` when a recovery came between, and the error of SQL when it still refuses them: nothing was
+    changed.
     """
     row = _quiet(cache, machine, id)
-    with cache.durable.flush_transaction() as transaction:
-        transaction.hold(row.partition, row.epoch, row.owner)
+    with _held(cache, row, f"{machine}:{id}") as transaction:
         records = [fold.entry_of_row(found) for found in transaction.take_letters(machine, id)]
         _require(records, machine, id)
         kept = transaction.checkpoints([(machine, id)]).get((machine, id))
@@ -60,7 +64,7 @@ def retry(cache: StateCache, machine: str, id: str) -> int:
 def discard(cache: StateCache, machine: str, id: str) -> int:
     """Delete all letters of an instance: these transitions are lost, and the instance goes on from its checkpoint.
 
-    Returns how many. Raises ``NotFoundError`` without letters.
+    Returns how many. Raises ``NotFoundError`` without letters, and ``RecoveringError`` when a recovery came between.
     """
     if machine == entry.FOREIGN:
         with cache.durable.flush_transaction() as transaction:
@@ -69,14 +73,26 @@ def discard(cache: StateCache, machine: str, id: str) -> int:
             transaction.note_discards(found, int(time.time() * 1000))
         return len(found)
     row = _quiet(cache, machine, id)
-    with cache.durable.flush_transaction() as transaction:
-        transaction.hold(row.partition, row.epoch, row.owner)
+    with _held(cache, row, f"{machine}:{id}") as transaction:
         found = transaction.take_letters(machine, id)
         _require(found, machine, id)
         transaction.note_discards(found, int(time.time() * 1000))
     failpoints.hit("letters.moved")
     _drop_hash(cache, machine, id, row.partition)
     return len(found)
+
+
+@contextlib.contextmanager
+def _held(cache: StateCache, row: PartitionRow, address: str) -> Iterator[FlushTransaction]:
+    """The transaction, which no flush and no recovery comes between. Raises ``RecoveringError`` where one came before it."""
+    try:
+        with cache.durable.flush_transaction() as transaction:
+            transaction.hold(row.partition, row.epoch, row.owner)
+            yield transaction
+    except faults.Overtaken as error:
+        raise errors.RecoveringError(
+            f"the dead letters of {address}: a recovery went ahead, nothing was changed; do the same again"
+        ) from error
 
 
 def _require(found: list[tuple[object, ...]] | list[entry.Entry], machine: str, id: str) -> None:

@@ -171,7 +171,10 @@ def _read(cache: StateCache, kept: model.Checkpoint) -> archive.Archived | str:
         version = row.version
     if version < kept.version:
         return f"{kept.machine}:{kept.id}"
-    if version > kept.version:
+    if version > kept.version:  # one of both was read later: has it moved, or does the checkpoint stand behind?
+        rows, now = cache.durable.story(kept.machine, kept.id)
+        if now is None or (rows and rows[-1].version) != now.version:
+            return f"{kept.machine}:{kept.id}"
         raise faults.Overtaken(f"{kept.machine}:{kept.id} has moved")
     return archive.Archived(
         kept.machine, kept.id, kept.state, kept.version, kept.created_ms, kept.updated_ms, data, rows,

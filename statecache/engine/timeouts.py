@@ -18,8 +18,9 @@ id made of it. So
 A timeout is that of the machine version which made the instance's last transition, and its event is fired under that version:
 another version changes it for instances that it moves. A transition from the state to itself begins it anew.
 
-What cannot be fired now waits and is looked at again: a claimed instance until its claim ends, a parked one a minute. These
-and those without an event for their timeout are *stuck*: reported, from SQL, as of the watermark.
+What cannot be fired now waits and is looked at again: a claimed instance until its claim ends, a parked one a minute, and so
+one whose machine version a newer statecache has registered in words that this one cannot read. These and those without an
+event for their timeout are *stuck*: reported, from SQL, as of the watermark.
 """
 
 from __future__ import annotations
@@ -119,7 +120,14 @@ class Timeouts:
         """Fire the events of those that are due indeed; tell the index of the others."""
         reminders: list[Remind] = []
         wanted: dict[tuple[str, int], list[tuple[deadlines.Due, model.Move]]] = {}
+        unreadable: dict[tuple[str, int], bool] = {}
         for one, seen in self._seen(found, now_ms):
+            key = seen.machine, seen.machine_version
+            if key not in unreadable:
+                unreadable[key] = self._is_unreadable(*key)
+            if unreadable[key]:
+                reminders.append(_reminder(one, now_ms + RETRY_MS))
+                continue
             move, reminder = self._judged(one, seen, now_ms)
             if move is not None:
                 wanted.setdefault((seen.machine, seen.machine_version), []).append((one, move))
@@ -151,8 +159,9 @@ class Timeouts:
         for machine in dict.fromkeys(one.machine for one in found):
             mine = [one for one in found if one.machine == machine]
             handle = self._latest(machine)
-            if handle is None:  # nobody has registered it here: SQL went back to before it
-                gone += [_reminder(one, None) for one in mine]
+            if handle is None:  # put off, or nobody has registered it here: SQL went back to before it
+                again_ms = now_ms + RETRY_MS if self._cache.durable.machine(machine) else None
+                gone += [_reminder(one, again_ms) for one in mine]
                 continue
             for one, seen in zip(mine, handle.get_many([one.id for one in mine]), strict=True):
                 if isinstance(seen, model.Snapshot):
@@ -282,8 +291,19 @@ class Timeouts:
         return handle
 
     def _latest(self, machine: str) -> MachineHandle | None:
-        found = self._cache.durable.machine(machine)
-        return None if found is None else self._handle(machine, found[0])
+        """The handle of the newest version that can be read: a newer statecache may have registered others."""
+        versions = self._cache.durable.machine_versions(machine)
+        return next(filter(None, (self._handle(*one) for one in reversed(versions))), None)
+
+    def _is_unreadable(self, machine: str, version: int) -> bool:
+        """Whether it is registered, by a newer statecache: what to do about its instances is not known here."""
+        if self._handle(machine, version) is not None or self._cache.durable.machine(machine, version) is None:
+            return False
+        _log.warning(
+            "timeouts of machine %s, version %d, wait for a newer statecache, trying again in %d s: its definition cannot "
+            "be read by this version", machine, version, RETRY_MS // 1000, extra={"machine": machine},
+        )  # fmt: skip
+        return True
 
 
 def _reminder(one: deadlines.Due, deadline_ms: int | None) -> Remind:

@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 
 from statecache import Move
+from statecache.cli import exits
 from statecache.core import errors
 from statecache.durable import recoveries
 from statecache.engine import letters
 from tests.support import refusing, servers, worlds
 from tests.support.worlds import before_call
+from workers import jobs
 
 
 @pytest.fixture
@@ -171,6 +173,34 @@ def test_a_recovery_begins_between_the_flag_and_the_letters(world: worlds.World,
     assert waiting_ones(world) == [(3, False), (4, True), (5, True)]
     world.cache.recover()
     assert act(world.cache, "order", "bad") == 3
+
+
+@pytest.mark.parametrize("act", [letters.discard, letters.retry])
+def test_a_recovery_goes_ahead_between_the_look_and_the_transaction(
+    world: worlds.World, act: Callable[..., int]
+) -> None:
+    """It has ended when the partition's row is held: a public error says so, nothing was changed, the next try works."""
+    refused(world)
+    refusing.accept(world.durable)
+    other = world.more()
+    with (
+        before_call(world.durable, "flush_transaction", other.recover),
+        pytest.raises(errors.RecoveringError, match="order:bad: a recovery went ahead, nothing was changed") as told,
+    ):
+        act(world.cache, "order", "bad")
+    assert exits.code_of(told.value) == exits.UNAVAILABLE
+    assert waiting_ones(world) == [(3, False), (4, True), (5, True)]
+    assert act(world.cache, "order", "bad") == 3
+
+
+def test_the_job_is_tried_again_where_a_recovery_goes_ahead(world: worlds.World) -> None:
+    """The letters' instance is not counted among those that SQL still refuses."""
+    refused(world)
+    refusing.accept(world.durable)
+    other = world.more()
+    with before_call(world.durable, "flush_transaction", other.recover), pytest.raises(errors.RecoveringError):
+        jobs._retry_one(world.cache, "order", "bad")
+    assert jobs._retry_one(world.cache, "order", "bad") == (3, 0)
 
 
 def test_a_start_that_sql_refuses(world: worlds.World) -> None:

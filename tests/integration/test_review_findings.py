@@ -12,6 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 from unittest import mock
 
+import msgspec
 import pytest
 import sqlalchemy as sa
 
@@ -525,3 +526,33 @@ def test_retention_leaves_a_damaged_history_out(world: worlds.World, caplog: pyt
     assert (step.instances, set(step.damaged)) == (2, {"order:r0", "order:r1"})
     assert "order:r0" in caplog.text
     assert [world.versions(f"r{number}") for number in range(4)] == [[1, 3, 4, 5], [1, 2, 3, 4], [4, 5], [4, 5]]
+
+
+@ONLY_SYNC
+def test_retention_leaves_a_checkpoint_behind_its_history_out(world: worlds.World) -> None:
+    """It is damaged at every look, and not one that moves: the others' history leaves all the same."""
+    for number in range(3):
+        world.start(f"r{number}", ["pay", "ship", "deliver"])
+    world.flush()
+    column = schema.transitions.c
+    with world.durable.database.writer.begin() as connection:
+        asked = sa.select(schema.transitions).where(column.id == "r1", column.version == 4)
+        row = dict(connection.execute(asked).mappings().one())
+        connection.execute(sa.insert(schema.transitions), [{**row, "version": 5, "transition_id": "too much"}])
+    later_ms = int(time.time() * 1000) + 1000
+    (step,) = retention.run(world.cache, timedelta(0), None, now_ms=later_ms)
+    assert (step.instances, step.damaged) == (2, ("order:r1",))
+    assert [world.versions(f"r{number}") for number in range(3)] == [[3, 4], [1, 2, 3, 4, 5], [3, 4]]
+
+
+@ONLY_SYNC
+def test_retention_begins_a_chunk_anew_where_an_instance_moves_between_its_looks(world: worlds.World) -> None:
+    """Its checkpoint, then a flush, then its history: it has moved, and is not damaged."""
+    world.start("r0", ["pay", "ship", "deliver"])
+    world.flush()
+    now = world.durable.checkpoints([("order", "r0")])
+    before = {address: msgspec.structs.replace(kept, version=3) for address, kept in now.items()}
+    later_ms = int(time.time() * 1000) + 1000
+    with mock.patch.object(world.durable, "checkpoints", side_effect=[before, now]):
+        (step,) = retention.run(world.cache, timedelta(0), None, now_ms=later_ms)
+    assert (step.instances, step.damaged) == (1, ())

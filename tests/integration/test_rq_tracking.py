@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import redis
@@ -168,6 +169,58 @@ def test_forgotten_by_rq(user: User) -> None:
     assert user.events(job) == ["@start", "enqueue", "forget"]
     with pytest.raises(errors.NotFoundError, match="neither RQ nor the store"):
         user.jobs.follow("never-heard-of")
+
+
+def test_an_id_that_is_used_again_stops_nobody_elses_sweep(user: User, caplog: pytest.LogCaptureFixture) -> None:
+    """The first job of that id stays what it was; what stands behind it in the sweep is told."""
+
+    def run() -> None:
+        rq.SimpleWorker([user.queue], connection=user.connection).work(burst=True, logging_level="ERROR")
+
+    nightly = user.jobs.enqueue(tracked.fine, job_id="nightly")
+    dropped = user.jobs.enqueue(tracked.fine, job_id="dropped")
+    run()
+    user.jobs.sweep()
+    assert user.state(nightly) == user.state(dropped) == "finished"
+    lost = user.jobs.enqueue(tracked.fine)
+    lost.delete()
+    user.jobs.enqueue(tracked.fine, job_id="nightly")
+    dropped.delete()
+    run()
+    user.world.flush()
+    assert user.jobs.sweep() == 2
+    assert "job nightly is finished here: its id is used again" in caplog.text
+    assert user.state(lost) == "forgotten"
+    assert user.events(nightly) == ["@start", "enqueue", "start_run", "finish"]
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (errors.IntegrityError, errors.IntegrityError),
+        (errors.InvalidTransitionError, errors.InvalidTransitionError),
+        (errors.StaleVersionError, contrib.OvertakenError),
+    ],
+)
+def test_a_job_that_cannot_be_followed_stops_nobody_elses_sweep(
+    user: User, error: type[errors.StateCacheError], told: type[errors.StateCacheError]
+) -> None:
+    """Its data is damaged, a machine of the user's has not that event, or others are quicker at every attempt."""
+    first, second = user.queue.enqueue(tracked.fine), user.queue.enqueue(tracked.fine)
+    record = user.jobs._record
+
+    def failing(job_id: str, facts: contrib.Facts) -> Any:
+        if job_id == first.id:
+            raise error("as asked")
+        return record(job_id, facts)
+
+    with mock.patch.object(user.jobs, "_record", failing):
+        assert user.jobs.sweep() == 2
+        with pytest.raises(told):
+            user.jobs.follow(first.id)
+    assert user.state(second) == "queued"
+    user.jobs.sweep()
+    assert user.state(first) == "queued"
 
 
 @pytest.mark.parametrize("family", [True, False], ids=["worker-and-horse", "horse"])

@@ -5,6 +5,7 @@ Time is not waited for: a test makes an instance older in Redis and SQL, as if i
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -392,6 +393,58 @@ def test_a_newer_version_without_the_timeout_leaves_a_member_that_does_nothing(
     assert fire(world) == 0
     assert due(world, "1") is None
     assert parcels.state("1") == "stored"
+
+
+def _registered_by_a_newer_statecache(world: worlds.World, version: int) -> str:
+    """A version's definition gets a word that nobody here knows; returns what it was."""
+    (before,) = [row.spec for row in world.durable.machines() if (row.name, row.version) == ("parcel", version)]
+    after = json.dumps({**json.loads(before), "unheard_of": True})
+    assert spec.readable(after) is None
+    _define(world, version, after)
+    return before
+
+
+def _define(world: worlds.World, version: int, text: str) -> None:
+    column = schema.machines.c
+    with world.durable.database.writer.begin() as connection:
+        connection.execute(
+            sa.update(schema.machines).where(column.name == "parcel", column.version == version).values(spec=text)
+        )
+
+
+def test_a_newer_version_that_cannot_be_read_stops_no_timeout_of_the_others(
+    world: worlds.World, parcels: MachineHandle
+) -> None:
+    """A rolling upgrade: what version 1 stored is fired; what version 2 has touched stays in the index until it can be."""
+    stored(parcels, "old", "touched")
+    world.cache.machine(_second(HOUR)).transition("touched", "look")
+    before = _registered_by_a_newer_statecache(world, 2)
+    for id in ("old", "touched"):
+        let_pass(world, id)
+    passed = due(world, "touched")
+    assert fire(world) == 1
+    assert (parcels.state("old"), parcels.state("touched")) == ("back", "stored")
+    put_off = due(world, "touched")
+    assert put_off is not None
+    assert passed is not None
+    assert put_off >= passed + timeouts.RETRY_MS
+    _define(world, 2, before)
+    let_pass(world, "touched")
+    assert fire(world) == 1
+    assert parcels.history("touched")[-1].machine_version == 2
+
+
+def test_a_machine_of_which_no_version_can_be_read_keeps_its_deadlines(
+    world: worlds.World, parcels: MachineHandle
+) -> None:
+    stored(parcels, "1")
+    before = _registered_by_a_newer_statecache(world, 1)
+    let_pass(world, "1")
+    assert fire(world) == 0
+    assert due(world, "1") is not None
+    _define(world, 1, before)
+    let_pass(world, "1")
+    assert fire(world) == 1
 
 
 def test_timeouts_are_part_of_what_a_machine_means(world: worlds.World, parcels: MachineHandle) -> None:
