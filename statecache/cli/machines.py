@@ -133,7 +133,7 @@ def show(
 def _spec(store: options.Store, machine: str) -> MachineSpec:
     if imports.is_file(machine):
         return imports.load(machine).spec
-    with store.open() as cache:
+    with store.look() as cache:
         return cache.machine(machine).machine.spec
 
 
@@ -190,7 +190,7 @@ def register_(store: options.Store, file: MachineFile) -> None:
 
 def list_(store: options.Store) -> None:
     """List the registered machines. With --json one list of objects."""
-    with store.open() as cache:
+    with store.look() as cache:
         rows = cache.durable.machines()
         counts = {name: sum(cache.durable.counts(name).values()) for name in {row.name for row in rows}}
     if store.as_json:
