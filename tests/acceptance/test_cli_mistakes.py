@@ -211,3 +211,24 @@ def test_output_that_is_closed(nowhere: list[str], redis_url: str, database_url:
     finally:
         os.close(writer)
     assert (gone.returncode, gone.stderr) == (128 + signal.SIGPIPE, b"")
+
+
+@pytest.mark.parametrize(("place", "command"), [
+    ("workers/__init__.py", "flusher --once"), ("workers/__init__.py", "worker --burst"), ("workers/__init__.py", "jobs list"),
+    ("workers/__init__.py", "serve"), ("workers.py", "up"),
+])  # fmt: skip
+def test_a_projects_own_package_of_the_name_workers(tmp_path: Path, place: str, command: str) -> None:
+    """It is found before ours, from the folder that the command is started in: the error says whose it is and what to do."""
+    own = tmp_path / place
+    own.parent.mkdir(exist_ok=True)
+    own.touch()
+    (own.parent / "flusher.py").touch()
+    done = subprocess.run(
+        words(*command.split(), "--data-dir", tmp_path / "data", "--json"), cwd=tmp_path, capture_output=True, text=True,
+        env=environment(PYTHONPATH=os.pathsep.join((str(tmp_path), str(REPOSITORY)))), check=False, timeout=60,
+    )  # fmt: skip
+    told = json.loads(done.stderr.splitlines()[-1])["error"]
+    assert (done.returncode, told["type"]) == (exits.USAGE, "ConfigurationError"), done.stderr
+    assert f"another package 'workers' hides that of statecache: {own} is found before" in told["message"]
+    assert "PYTHONPATH" in told["message"]
+    assert not (tmp_path / "data").exists()
