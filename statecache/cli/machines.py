@@ -138,6 +138,7 @@ def _spec(store: options.Store, machine: str) -> MachineSpec:
 
 
 def _print(spec: MachineSpec) -> None:
+    from statecache.core import diagram
     from statecache.core import spec as specs
 
     head = [("machine", f"{spec.name}, version {spec.version}"), ("title", spec.title), ("durability", spec.durability)]
@@ -145,10 +146,13 @@ def _print(spec: MachineSpec) -> None:
     out = output.console()
     out.print(output.facts([*head, ("main line", " -> ".join(line) if line else None)]))
     states = [
-        (state.name, state.title, "initial" if state.initial else "final" if state.final else "")
+        (
+            state.name, state.title, "initial" if state.initial else "final" if state.final else "",
+            None if state.timeout_seconds is None else f"{diagram.span(state.timeout_seconds)}: {state.on_timeout or 'stuck'}",
+        )
         for state in spec.states
-    ]
-    out.print(output.table(["state", "title", ""], states))
+    ]  # fmt: skip
+    out.print(output.table(["state", "title", "", "after"], states))
     moves = []
     for event in spec.events:
         targets: dict[tuple[str, str | None], list[str]] = {}
