@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import _thread
 import contextlib
+import importlib.util
 import logging
 import os
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, TextIO
 
 import typer
@@ -76,9 +78,25 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if sys.flags.dev_mode:
             raise
-        output.error(error, as_json=as_json)
-        return exits.code_of(error)
+        problem = _hidden_package(error) or error
+        output.error(problem, as_json=as_json)
+        return exits.code_of(problem)
     return code if isinstance(code, int) else exits.DONE
+
+
+def _hidden_package(error: Exception) -> errors.ConfigurationError | None:
+    """What is really wrong where an error comes of somebody's own package (or module) ``workers``, found before ours."""
+    if exits.code_of(error) != exits.BUG:
+        return None
+    ours = Path(__file__).resolve().parents[2] / "workers" / "__init__.py"
+    with contextlib.suppress(ImportError, ValueError):
+        found = importlib.util.find_spec("workers")
+        if found is not None and found.origin is not None and Path(found.origin).resolve() != ours:
+            return errors.ConfigurationError(
+                f"another package 'workers' hides that of statecache: {found.origin} is found before {ours}. Rename it, or "
+                "start statecache where it is not found: from another folder, without its folder in PYTHONPATH"
+            )
+    return None
 
 
 def _unraisable(raised: sys.UnraisableHookArgs) -> None:

@@ -30,10 +30,10 @@ def register(app: typer.Typer) -> None:
 
 
 def doctor(store: options.Store) -> int:
-    """Check servers, database and what stands open against the promises. Exit code 1 if a check fails."""
+    """Check servers, database and what stands open against the promises. Changes nothing. Exit code 1 if a check fails."""
     from statecache.engine import doctor as engine_doctor
 
-    with store.open() as cache:
+    with store.look() as cache:
         checks = engine_doctor.examine(cache)
     if store.as_json:
         import msgspec
@@ -49,7 +49,7 @@ def advise(store: options.Store) -> int:
     """Which settings would fit the load that is there, with the figures that say so. Changes nothing."""
     from statecache.engine import advise as engine_advise
 
-    with store.open() as cache:
+    with store.look(redis=True) as cache:
         found = engine_advise.advise(cache)
     if store.as_json:
         import msgspec
@@ -69,7 +69,7 @@ def list_letters(
     limit: Annotated[int, typer.Option("--limit", metavar="N", help="How many instances.", min=1)] = 100,
 ) -> int:
     """The parked instances and their letters, oldest first. Exit code 1 if there are any."""
-    with store.open() as cache:
+    with store.look() as cache:
         found = _letters(cache, [arguments.address(address)] if address else cache.durable.parked_instances(limit))
     if store.as_json:
         output.emit({"letters": [_document(one) for one in found]})
@@ -107,7 +107,7 @@ def _act(store: options.Store, address: str, dry_run: bool, verb: str) -> int:
     from statecache.engine import letters as engine_letters
 
     machine, id = arguments.address(address)
-    with store.open() as cache:
+    with store.look() if dry_run else store.open() as cache:
         found = _letters(cache, [(machine, id)])
         if not found:
             raise errors.NotFoundError(f"{address} has no dead letters")

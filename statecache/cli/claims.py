@@ -24,7 +24,7 @@ def claims(
     """
     from statecache.engine.claims import listed
 
-    with store.open() as cache:
+    with store.look(redis=True) as cache:
         if machine is not None:
             cache.machine(machine)  # a misspelt name is refused
         found = listed(cache, machine, limit)

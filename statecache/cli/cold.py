@@ -38,7 +38,7 @@ def evict(
     from statecache.engine import eviction
 
     age = None if older_than is None else arguments.duration("--older-than", older_than)
-    with store.open() as cache:
+    with store.look(redis=True) if dry_run else store.open() as cache:
         if machine is not None:
             cache.machine(machine)
         idle_seconds = None if age is None else age.total_seconds()
@@ -83,7 +83,7 @@ def warm(
     """
     from statecache.engine import warming
 
-    with store.open() as cache:
+    with store.look() if dry_run else store.open() as cache:
         if machine is not None:
             cache.machine(machine)
         with output.progress("warming", limit) as update:

@@ -100,7 +100,7 @@ def _check(store: options.Store, log: LogFile, survey: Survey, machine: str, ref
     if is_file(machine):
         definition = load(machine)
     else:
-        with store.open() as cache:
+        with store.look() as cache:
             definition = cache.machine(machine).machine
     side_file = replay.RefusedFile(refused, dry_run=True)
     steps = replay.Replay(log, survey, definition, side_file, settings.limits)

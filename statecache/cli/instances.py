@@ -41,7 +41,7 @@ def where(store: options.Store, address: Address) -> None:
     from statecache.engine.claims import holder
 
     machine, id = arguments.address(address)
-    with store.open() as cache:
+    with store.look(redis=True) as cache:
         handle = cache.machine(machine)
         found = handle.get(id)
         held = holder(handle, id)
@@ -73,7 +73,7 @@ def history(store: options.Store, address: Address) -> None:
     With --json one list of objects.
     """
     machine, id = arguments.address(address)
-    with store.open() as cache:
+    with store.look(redis=True) as cache:
         rows = cache.machine(machine).history(id)
     if store.as_json:
         output.emit([output.transition_document(row) for row in rows])
@@ -118,7 +118,7 @@ def ls(
     age = None if older_than is None else arguments.duration("--older-than", older_than)
     if machine is None and not (stuck and state is None):
         raise errors.InvalidDataError("MACHINE is missing: only --stuck without --state tells of all machines")
-    with store.open() as cache:
+    with store.look() as cache:
         if machine is not None:
             found = cache.machine(machine).find(state, older_than=age, stuck=stuck, limit=limit)
         else:

@@ -133,11 +133,12 @@ def show(
 def _spec(store: options.Store, machine: str) -> MachineSpec:
     if imports.is_file(machine):
         return imports.load(machine).spec
-    with store.open() as cache:
+    with store.look() as cache:
         return cache.machine(machine).machine.spec
 
 
 def _print(spec: MachineSpec) -> None:
+    from statecache.core import diagram
     from statecache.core import spec as specs
 
     head = [("machine", f"{spec.name}, version {spec.version}"), ("title", spec.title), ("durability", spec.durability)]
@@ -145,10 +146,13 @@ def _print(spec: MachineSpec) -> None:
     out = output.console()
     out.print(output.facts([*head, ("main line", " -> ".join(line) if line else None)]))
     states = [
-        (state.name, state.title, "initial" if state.initial else "final" if state.final else "")
+        (
+            state.name, state.title, "initial" if state.initial else "final" if state.final else "",
+            None if state.timeout_seconds is None else f"{diagram.span(state.timeout_seconds)}: {state.on_timeout or 'stuck'}",
+        )
         for state in spec.states
-    ]
-    out.print(output.table(["state", "title", ""], states))
+    ]  # fmt: skip
+    out.print(output.table(["state", "title", "", "after"], states))
     moves = []
     for event in spec.events:
         targets: dict[tuple[str, str | None], list[str]] = {}
@@ -190,7 +194,7 @@ def register_(store: options.Store, file: MachineFile) -> None:
 
 def list_(store: options.Store) -> None:
     """List the registered machines. With --json one list of objects."""
-    with store.open() as cache:
+    with store.look() as cache:
         rows = cache.durable.machines()
         counts = {name: sum(cache.durable.counts(name).values()) for name in {row.name for row in rows}}
     if store.as_json:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,8 +19,6 @@ if TYPE_CHECKING:
     from statecache.engine.status import Status
 
 _PARTITIONS_SHOWN_MAX = 20
-_LOOK_SECONDS = 0.5
-"""How long a command that only looks waits for a Redis that is not ready."""
 
 
 def register(app: typer.Typer) -> None:
@@ -49,7 +46,8 @@ def status(
 ) -> int:
     """How the store is doing: epoch, backlog and lag, flushers and what they hold, machines and counts, the last recoveries.
 
-    It recovers no server: exit code 1 when Redis waits for that, 3 when it is away.
+    It recovers no server: exit code 1 when Redis waits for that, 3 when it is away. Only a data folder's own server that
+    nobody runs is started for the look, and each of its starts is a recovery.
     """
     from statecache.engine import status as engine_status
 
@@ -69,12 +67,10 @@ def _open_to_look(store: options.Store, *, start: bool = True) -> StateCache:
     With ``start`` an embedded one is recovered all the same, as every start of its server needs that: nobody else may have
     been running it.
     """
-    logging.getLogger("statecache.engine.cache").setLevel(
-        logging.ERROR
-    )  # a Redis that is not ready is part of the answer
+    options.quiet_about_admission()
     if start and options.is_embedded(store.settings()):
         return store.open()
-    return store.open(auto_recover=False, call_timeout_seconds=_LOOK_SECONDS)
+    return store.open(auto_recover=False, call_timeout_seconds=options.LOOK_SECONDS)
 
 
 def _watch(store: options.Store, cache: StateCache, interval: float, recoveries: int) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -45,6 +46,9 @@ _COMMON: dict[str, Any] = {
     ],
 }
 
+
+LOOK_SECONDS = 0.5
+"""How long a command that only looks waits for a Redis that is not ready."""
 
 MetricsPort = Annotated[
     int | None,
@@ -96,6 +100,7 @@ class Store:
         *,
         create: bool = False,
         flusher: bool = False,
+        admit_seconds: float | None = None,
         on_recovering: Callable[[], None] = lambda: None,
         **more: Any,
     ) -> StateCache:
@@ -108,16 +113,62 @@ class Store:
         settings = self.settings().model_copy(update=more)
         if is_embedded(settings):  # every start of its server is a recovery: no news
             logging.getLogger("statecache.engine.admission").setLevel(logging.ERROR)
-        if is_embedded(settings) and not create and not (settings.data_dir / "statecache.db").exists():
-            raise errors.ConfigurationError(
-                f"there is no store in the folder {settings.data_dir}: name another one (--data-dir), a server "
-                "(--redis-url and --database-url), or begin one with 'statecache up', 'machine register' or 'import'"
-            )
-        return StateCache.open(settings, flusher=flusher, create=create, on_recovering=on_recovering)
+        if not create:
+            _check_there(settings)
+        return StateCache.open(
+            settings, flusher=flusher, create=create, admit_seconds=admit_seconds, on_recovering=on_recovering
+        )
+
+    def look(self, *, redis: bool = False) -> StateCache:
+        """Open the store for a command that only looks: a Redis that is not the one that SQL knows is left as it is.
+
+        SQL is there to be read all the same. With ``redis`` the answer needs Redis too: raises ``RecoveringError``, which says
+        what to do. A data folder's own server is recovered by every start, whoever starts it: nobody else may have been running
+        it, and nobody can have named a wrong one.
+        """
+        if is_embedded(self.settings()):
+            return self.open()
+        quiet_about_admission()
+        cache = self.open(auto_recover=False, admit_seconds=LOOK_SECONDS)
+        try:
+            if redis:
+                cache.admission.ensure("EPOCH", time.monotonic() + LOOK_SECONDS)
+        except BaseException:
+            cache.close()
+            raise
+        return cache
 
     def open_for_writing(self, *, create: bool = False) -> StateCache:
         """Open the store for a command that writes: an embedded one is flushed by the command itself, before it ends."""
         return self.open(create=create, flusher=is_embedded(self.settings()))
+
+
+def _check_there(settings: Settings) -> None:
+    """Refuse a data folder that lacks what it is to give: the whole store, or the half for which no URL is set."""
+    folder = settings.data_dir.expanduser()
+    halves = (
+        ("redis_url", "database_url", "statecache.db", "database"),
+        ("database_url", "redis_url", "redis", "server's data"),
+    )
+    for given, missing, file, what in halves:
+        if getattr(settings, missing) is not None or (folder / file).exists():
+            continue
+        if getattr(settings, given) is not None:
+            raise errors.ConfigurationError(
+                f"{given} is set and {missing} is not, so that half of the store would be in the folder {folder}, which has no "
+                f"{what} ({folder / file}): name it with --{missing.replace('_', '-')} or STATECACHE_{missing.upper()}, or "
+                "another folder with --data-dir"
+            )
+        if missing == "database_url":
+            raise errors.ConfigurationError(
+                f"there is no store in the folder {folder}: name another one (--data-dir), a server "
+                "(--redis-url and --database-url), or begin one with 'statecache up', 'machine register' or 'import'"
+            )
+
+
+def quiet_about_admission() -> None:
+    """A Redis that is not ready is part of what is told, or does not matter for it: no log line beside that."""
+    logging.getLogger("statecache.engine.cache").setLevel(logging.ERROR)
 
 
 def is_embedded(settings: Settings) -> bool:

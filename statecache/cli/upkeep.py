@@ -44,7 +44,7 @@ def retention(
         )
     age = arguments.duration("--older-than", older_than, unit_wanted=True)
     steps: list[engine_retention.Step] = []
-    with store.open() as cache, output.progress("retention") as update:
+    with store.look() if dry_run else store.open() as cache, output.progress("retention") as update:
         for step in engine_retention.run(cache, age, archive, machine=machine, dry_run=dry_run):
             steps.append(step)
             update(sum(one.instances for one in steps))
@@ -85,7 +85,7 @@ def export(
 
     if file.exists() and not force:
         raise errors.InvalidDataError(f"{file} is there already: choose another file, or say --force")
-    with store.open() as cache, output.progress("export") as update:
+    with store.look() as cache, output.progress("export") as update:
         step = exporting.Step(0, 0, None)
         for step in exporting.run(cache, machine, file):
             update(step.transitions)

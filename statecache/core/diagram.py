@@ -75,10 +75,10 @@ def _label(machine: MachineSpec, event: EventSpec, move: TransitionSpec) -> str:
     source = next(state for state in machine.states if state.name == move.source)
     if source.timeout_seconds is None or source.on_timeout != event.name:
         return label
-    return f"{label} (after {_span(source.timeout_seconds)})"
+    return f"{label} (after {span(source.timeout_seconds)})"
 
 
-def _span(seconds: float) -> str:
+def span(seconds: float) -> str:
     """A time in the largest unit that it is a whole number of."""
     for unit, unit_seconds in (("d", 86_400), ("h", 3600), ("min", 60)):
         if seconds % unit_seconds == 0:

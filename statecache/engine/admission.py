@@ -115,8 +115,9 @@ class Admission:
                 )
         if not self._auto_recover and row.epoch:
             return errors.RecoveringError(
-                "Redis is not what it was (it restarted, failed over or lost data) and auto_recover is off: "
-                "run 'statecache recover'"
+                "Redis is not what SQL knows: it restarted, failed over or lost data, or redis_url leads to another one. It "
+                "is not recovered here (auto_recover is off, or this only looks): if it is the right one, run "
+                "'statecache recover', which tells with --dry-run what it would find"
             )
         level = logging.WARNING if row.epoch else logging.INFO  # a store that was just made has nothing to lose
         _log.log(level, "Redis is not what SQL knows: recovering", extra={"epoch": row.epoch})

@@ -161,14 +161,23 @@ class StateCache:
         *,
         flusher: bool = False,
         create: bool = True,
+        admit_seconds: float | None = None,
         metrics: metering.Metrics | CollectorRegistry | None = None,
         on_recovering: Callable[[], None] = lambda: None,
     ) -> Self:
-        """Open what the settings name: see ``connect``. Without ``create`` there must be a store in the database already."""
+        """Open what the settings name: see ``connect``. Without ``create`` there must be a store in the database already.
+
+        ``admit_seconds`` is how long a Redis that is not true is waited for; without it, as long as for a call.
+        """
         failpoints.arm(failpoint_variable())
         server = None
         if settings.redis_url is None or settings.database_url is None:
             server = EmbeddedServer(settings.data_dir)
+            if settings.redis_url is not None and not server.folder.is_dir():
+                raise errors.ConfigurationError(
+                    "redis_url is set and database_url is not, so the database would be a SQLite file in the folder "
+                    f"{server.folder}, which does not exist: set database_url (STATECACHE_DATABASE_URL), or make the folder"
+                )
         durable = None
         try:
             if server is not None and settings.redis_url is None:
@@ -197,7 +206,7 @@ class StateCache:
             )
             servers.check(hot.server_facts())
             cache = cls(settings, hot, durable, server=server, metrics=metrics, on_recovering=on_recovering)
-            cache._admit_at_connect(row.namespace)
+            cache._admit_at_connect(row.namespace, admit_seconds)
             if settings.durability in CONFIRMED:
                 cache.confirmation(settings.durability, cache.deadline(None))
         except BaseException:
@@ -210,9 +219,9 @@ class StateCache:
             cache.start_flusher()
         return cache
 
-    def _admit_at_connect(self, noted_namespace: str) -> None:
+    def _admit_at_connect(self, noted_namespace: str, seconds: float | None) -> None:
         try:
-            self.admission.ensure("EPOCH", self.deadline(None))
+            self.admission.ensure("EPOCH", self.deadline(seconds))
             if not noted_namespace:
                 self.durable.adopt(self.settings.namespace)
         except errors.RecoveringError as error:

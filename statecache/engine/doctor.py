@@ -146,5 +146,16 @@ def _open_ends(cache: StateCache) -> Iterator[Check]:
     last = recoveries.recovery(cache.durable, row.epoch, row.owner)
     if last is not None and last.finished_ms is None:
         yield Check("recovery", FAIL, f"that of epoch {row.epoch} has not ended", "wait, or run 'statecache recover'")
+    elif problem := _not_admitted(cache):
+        yield Check("recovery", FAIL, f"Redis is not ready, SQL is at epoch {row.epoch}", problem)
     else:
         yield Check("recovery", OK, f"epoch {row.epoch}, {last.classes if last else 'never recovered'}")
+
+
+def _not_admitted(cache: StateCache) -> str:
+    """Why Redis is not the one that SQL knows; empty if it is."""
+    try:
+        cache.admission.ensure("EPOCH", time.monotonic())
+    except errors.RecoveringError as error:
+        return str(error)
+    return ""

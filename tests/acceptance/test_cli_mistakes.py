@@ -56,6 +56,90 @@ def test_tables_without_a_store(nowhere: list[str]) -> None:
     assert run_here("status", *nowhere).code == 0
 
 
+LOOKS = {
+    "where order:1": exits.UNAVAILABLE, "history order:1": exits.UNAVAILABLE, "claims": exits.UNAVAILABLE,
+    "advise": exits.UNAVAILABLE, "evict --older-than 0s --dry-run": exits.UNAVAILABLE, "verify": exits.UNAVAILABLE,
+    "doctor": exits.FOUND, "status": exits.FOUND, "recover --dry-run": exits.FOUND, "warm --dry-run": exits.FOUND,
+    "ls order": exits.DONE, "ls --stuck": exits.DONE, "machine list": exits.DONE, "machine show order": exits.DONE,
+    "dead-letters list": exits.DONE, "export order FOLDER/out.jsonl": exits.DONE,
+    "retention --older-than 1d --delete --dry-run": exits.DONE,
+    "import FOLDER/log.csv --machine order --id case --event event --at at --dry-run": exits.DONE,
+}  # fmt: skip
+"""Commands that only look, and how they end where Redis is not the one that SQL knows: SQL alone answers some of them."""
+
+
+@pytest.mark.parametrize("command", LOOKS)
+def test_a_look_at_the_wrong_redis_changes_nothing(
+    redis_url: str, sqlite_url: str, namespace: str, tmp_path: Path, command: str
+) -> None:
+    """The number of the Redis database is mistyped: what is found there is an empty one. Production goes on as it was."""
+    (tmp_path / "log.csv").write_text(LOG, encoding="utf-8")
+    wrong = redis_url.removesuffix("/0") + "/2"
+    given = ["--redis-url", wrong, "--database-url", sqlite_url, "--namespace", namespace]
+    with StateCache.connect(redis_url, sqlite_url, namespace) as cache:
+        orders = cache.machine(StateMachine.load(ORDER))
+        orders.start("1")
+        cache.flush()
+        orders.start("2")
+        before = cache.durable.identity()
+        told = run_here(*command.replace("FOLDER", str(tmp_path)).split(), *given, "--json")
+        with contextlib.closing(redis.Redis.from_url(wrong)) as client:
+            assert client.dbsize() == 0
+        assert cache.durable.identity() == before
+        assert orders.transition("2", "pay").version == 2
+    assert told.code == LOOKS[command], (told.out, told.err)
+    if told.code == exits.UNAVAILABLE:
+        assert told.error["type"] == "RecoveringError"
+        assert "redis_url leads to another one" in told.error["message"]
+        assert "run 'statecache recover'" in told.error["message"]
+    else:
+        assert (json.loads(told.out) is not None, told.err) == (True, "")
+
+
+def test_doctor_tells_that_redis_waits_for_a_recovery(redis_url: str, sqlite_url: str, namespace: str) -> None:
+    given = ["--redis-url", redis_url, "--database-url", sqlite_url, "--namespace", namespace, "--json"]
+    made = StateCache.connect(redis_url, sqlite_url, namespace)
+    with made, contextlib.closing(redis.Redis.from_url(redis_url)) as client:
+        assert _recovery_check(given) == ("ok", "epoch 1, new")
+        client.flushdb()
+        assert _recovery_check(given) == ("fail", "Redis is not ready, SQL is at epoch 1")
+        assert run_here("recover", *given).code == 0
+        assert _recovery_check(given)[0] == "ok"
+
+
+def _recovery_check(given: list[str]) -> tuple[str, str]:
+    checks = run_here("doctor", *given).document["checks"]
+    return next((one["verdict"], one["found"]) for one in checks if one["name"] == "recovery")
+
+
+@pytest.mark.parametrize("command", ["where order:1", "ls order", "doctor", "transition order:1 pay"])
+def test_one_of_the_two_urls_is_missing(
+    redis_url: str, sqlite_url: str, namespace: str, tmp_path: Path, command: str
+) -> None:
+    """Neither is a server started, nor a file made, in a folder that nobody named; the error names what is missing."""
+    folder = tmp_path / "data"
+    with StateCache.connect(redis_url, sqlite_url, namespace) as cache:
+        cache.machine(StateMachine.load(ORDER)).start("1")
+        before = cache.durable.identity()
+        for given, missing in (("--redis-url", "database_url"), ("--database-url", "redis_url")):
+            url = redis_url if given == "--redis-url" else sqlite_url
+            place = ["--data-dir", folder, "--namespace", namespace]
+            told = run_here(*command.split(), given, url, *place, "--json")
+            assert (told.code, told.error["type"]) == (exits.USAGE, "ConfigurationError"), told.err
+            assert f"{missing} is not" in told.error["message"]
+            assert f"STATECACHE_{missing.upper()}" in told.error["message"]
+            assert str(folder) in told.error["message"]
+            assert "db upgrade" not in told.error["message"]
+            assert not folder.exists()
+        assert cache.durable.identity() == before
+
+
+def test_what_makes_a_store_wants_a_folder_for_its_file(redis_url: str, tmp_path: Path) -> None:
+    told = run_here("flusher", "--once", "--redis-url", redis_url, "--data-dir", tmp_path / "data")
+    assert told.code == exits.USAGE
+    assert "redis_url is set and database_url is not" in told.err
+
+
 def _import(folder: Path, refused: Path | None, *more: str) -> Any:
     log = folder / "log.csv"
     log.write_text(LOG, encoding="utf-8")
@@ -127,3 +211,24 @@ def test_output_that_is_closed(nowhere: list[str], redis_url: str, database_url:
     finally:
         os.close(writer)
     assert (gone.returncode, gone.stderr) == (128 + signal.SIGPIPE, b"")
+
+
+@pytest.mark.parametrize(("place", "command"), [
+    ("workers/__init__.py", "flusher --once"), ("workers/__init__.py", "worker --burst"), ("workers/__init__.py", "jobs list"),
+    ("workers/__init__.py", "serve"), ("workers.py", "up"),
+])  # fmt: skip
+def test_a_projects_own_package_of_the_name_workers(tmp_path: Path, place: str, command: str) -> None:
+    """It is found before ours, from the folder that the command is started in: the error says whose it is and what to do."""
+    own = tmp_path / place
+    own.parent.mkdir(exist_ok=True)
+    own.touch()
+    (own.parent / "flusher.py").touch()
+    done = subprocess.run(
+        words(*command.split(), "--data-dir", tmp_path / "data", "--json"), cwd=tmp_path, capture_output=True, text=True,
+        env=environment(PYTHONPATH=os.pathsep.join((str(tmp_path), str(REPOSITORY)))), check=False, timeout=60,
+    )  # fmt: skip
+    told = json.loads(done.stderr.splitlines()[-1])["error"]
+    assert (done.returncode, told["type"]) == (exits.USAGE, "ConfigurationError"), done.stderr
+    assert f"another package 'workers' hides that of statecache: {own} is found before" in told["message"]
+    assert "PYTHONPATH" in told["message"]
+    assert not (tmp_path / "data").exists()

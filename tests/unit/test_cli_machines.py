@@ -179,3 +179,20 @@ def test_settings_that_are_wrong_are_code_2(command: Callable[..., Result], tmp_
     assert "did you mean partition_count?" in result.err
     assert command("demo", "--redis-url", "redis://localhost").code == 2
     assert command("where", "order").code == 2
+
+
+def test_show_tells_what_happens_after_a_states_timeout(command: Callable[..., Result], tmp_path: Path) -> None:
+    path = tmp_path / "parcel.yaml"
+    path.write_text(
+        "name: parcel\nstates:\n  received: {initial: true, timeout_seconds: 1800, on_timeout: drop}\n"
+        "  packed: {timeout_seconds: 20}\n  gone: {final: true}\n"
+        "events:\n  pack: {from: received, to: packed}\n  drop: {from: [received, packed], to: gone}\n"
+    )
+    shown = {line.split()[0]: line for line in command("machine", "show", path).out.splitlines() if line.split()}
+    assert "30 min: drop" in shown["received"]
+    assert "20 s: stuck" in shown["packed"]
+    assert ":" not in shown["gone"]
+    states = json.loads(command("machine", "show", path, "--json").out)["states"]
+    assert [(one["name"], one.get("timeout_seconds")) for one in states] == [
+        ("received", 1800.0), ("packed", 20.0), ("gone", None),
+    ]  # fmt: skip
