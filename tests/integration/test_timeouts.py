@@ -241,9 +241,15 @@ def test_a_cold_instance_is_brought_back_when_it_is_due(world: worlds.World, par
 def test_a_claimed_instance_waits_for_the_end_of_its_claim(world: worlds.World, parcels: MachineHandle) -> None:
     stored(parcels, "1")
     let_pass(world, "1")
-    claim = parcels.claim("1", ttl=600)
+    claim = parcels.claim("1", ttl=20)
     assert fire(world) == 0
     assert due(world, "1") == claim.expires_ms, "looked at again when the claim ends, not every second"
+    claim.renew(3600)
+    let_pass(world, "1")
+    assert fire(world) == 0
+    again_ms, now_ms = due(world, "1"), world.hot.time_ms()
+    assert again_ms is not None
+    assert now_ms < again_ms < now_ms + 120_000, "it may be released long before"
     claim.release()
     let_pass(world, "1")
     assert fire(world) == 1
