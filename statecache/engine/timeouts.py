@@ -313,7 +313,9 @@ def _reminder(one: deadlines.Due, deadline_ms: int | None) -> Remind:
 def _postponed(one: deadlines.Due, what: str, error: errors.StateCacheError, now_ms: int) -> Remind:
     """When to look again at an instance whose event was refused."""
     if isinstance(error, errors.FencedError) and error.expires_ms > now_ms:
-        return _reminder(one, min(error.expires_ms, now_ms + RETRY_MS))  # a claim may be released before its time is over
+        return _reminder(
+            one, min(error.expires_ms, now_ms + RETRY_MS)
+        )  # a claim may be released before its time is over
     _log.warning(
         "the timeout of %s:%s could not be fired (%s), trying again in %d s: %s", one.machine, one.id, what,
         RETRY_MS // 1000, error, extra={"machine": one.machine, "id": one.id},
