@@ -171,6 +171,14 @@ class _Taken(Superseded):
         self.last = last
 
 
+class _Moved(Superseded):
+    """A flusher has moved a partition while a dry run looked at it."""
+
+    def __init__(self, row: PartitionRow) -> None:
+        super().__init__(f"partition {row.partition}: it was flushed to {row.watermark} while it was looked at")
+        self.row = row
+
+
 def _log_end(report: Report) -> None:
     kinds = {name.replace(" ", "_"): count for name, count in report.kinds.items()}
     _log.log(
@@ -182,6 +190,7 @@ def _log_end(report: Report) -> None:
 
 
 _ATTEMPTS = 5
+_LOOKS = 100
 _BEAT_SECONDS = 1.0
 _DROP_PAGE = 1000
 _EPOCH_MAX = 2**53 - 1
@@ -229,7 +238,7 @@ class _Attempt:
         fences = [self._fence(row.partition) for row in rows]
         parts = []
         for row, fenced in zip(rows, fences, strict=True):
-            parts.append(self._mend(row, fenced, new))
+            parts.append(self._looked_at(row, fenced, new) if self.dry_run else self._mend(row, fenced, new))
             failpoints.hit("recovery.mended")
             self._beat()
         report = self._report(parts)
@@ -297,12 +306,26 @@ class _Attempt:
 
     # --- step 3 ------------------------------------------------------------------------------------------------------
 
+    def _looked_at(self, row: PartitionRow, fenced: Fenced, new: bool) -> PartitionReport:
+        """``_mend`` for a dry run, beside flushers that no fence holds: what they moved and trimmed between the look at SQL and
+        that at the log is no hole in it. So SQL's watermark is read until it is the same before and after."""
+        for _ in range(_LOOKS):
+            try:
+                return self._mend(row, fenced, new)
+            except _Moved as moved:
+                row = moved.row
+        return self._mend(row, fenced, new)
+
     def _mend(self, row: PartitionRow, fenced: Fenced, new: bool) -> PartitionReport:
         identity = _UNFENCED if self.dry_run else fenced.identity
         probed = self._probe(row, identity)
         if probed.last >= entry.EntryId(self.stamp.epoch, 0):
             raise self._taken(row.partition, probed.last)
         kind, last = self._classify(row, probed, new and not fenced.existed, identity)
+        if self.dry_run and kind != INTACT:
+            (now,) = self.durable.partitions([row.partition])
+            if (now.epoch, now.owner, now.watermark) != (row.epoch, row.owner, row.watermark):
+                raise _Moved(now)
         watermark, mend = row.watermark, mending.Mend([], [], [], [], [], 0, 0, [])
         dropped = 0
         if probed.last == entry.ZERO:
