@@ -7,6 +7,7 @@ PostgreSQL as it is.
 
 from __future__ import annotations
 
+import hashlib
 from sys import intern
 
 import msgspec
@@ -41,7 +42,8 @@ PARTS = (
 
 
 FOREIGN = "@foreign"
-"""The machine under which a record that statecache did not write is kept as a letter; its id is partition and entry id."""
+"""The machine under which a record that statecache did not write is kept as a letter; its id is partition and entry id. So is
+an entry of ours that cannot be kept under its own name (``apart``): its id tells its text too."""
 _NAME_LENGTH_MAX = 1100
 
 
@@ -151,8 +153,17 @@ def fits(record: Entry) -> bool:
 
 
 def apart(partition: int, record: Entry) -> Entry:
-    """An entry as ``foreign`` keeps it: under its own id, where another has its version."""
-    return foreign(partition, record.entry_id, SEPARATOR.join(str(getattr(record, name)) for name in PARTS))
+    """An entry as ``foreign`` keeps it, where another has its version. The id names the text too: an entry id may have been
+    given twice, and whoever meets this entry again has to know it again."""
+    kept = foreign(partition, record.entry_id, SEPARATOR.join(str(getattr(record, name)) for name in PARTS))
+    digest = hashlib.blake2b(kept.patch.encode(errors="backslashreplace"), digest_size=6).hexdigest()
+    return msgspec.structs.replace(kept, id=f"{kept.id}:{digest}")
+
+
+def place_apart(id: str) -> EntryId | None:
+    """Where the entry stood in the log that ``apart`` gave this id; None for a stranger's record."""
+    _, place, *digest = id.split(":")
+    return EntryId.parse(place) if digest else None
 
 
 def follows(entry_id: EntryId, cursor: EntryId, prev: EntryId | None) -> bool:

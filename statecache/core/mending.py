@@ -12,7 +12,7 @@ letters.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import msgspec
@@ -171,16 +171,17 @@ def diverged(
     entries: Mapping[fold.Instance, Sequence[entry.Entry]],
     hashes: Mapping[fold.Instance, Hash],
     known: Mapping[fold.Instance, Known],
-    in_sql: Iterable[tuple[str, str, int, str]],
+    held: Set[entry.EntryId],
 ) -> Mend:
-    """Keep as letters what the log has and SQL has not; ``in_sql`` are the (machine, id, version, transition id) of the
-    log's entries that SQL holds, in history or as letters."""
+    """Keep as letters what the log has and SQL has not; ``held`` are the log's entries that SQL knows: in history, as letters,
+    or discarded."""
     mend = Mend([], [], [], [], [], 0, 0, [])
-    held = set(in_sql)
+    parted = set()
     for instance, records in sorted(entries.items()):
-        strange = [one for one in records if (*instance, one.version, one.transition_id) not in held]
+        strange = [one for one in records if one.entry_id not in held]
         if not strange:
             continue
+        parted.add(instance)
         taken = {version for version, _ in known.get(instance, Known()).letters}
         for one in strange:
             # Letters are told apart by their versions: the second of a version is kept as a stranger's, as the flusher does.
@@ -193,13 +194,18 @@ def diverged(
         )
         mend.drops.append(":".join(instance))
     for instance, hot in sorted(hashes.items()):
-        if ":".join(instance) in mend.drops:
+        if instance in parted:
             continue
-        kept = known.get(instance, Known()).checkpoint
-        same = kept is not None and (kept.version, kept.recent) == (hot.version, hot.ring)
-        if not same:
+        sql = known.get(instance, Known())
+        kept = sql.checkpoint
+        # A call that was lost and came again has the same transition id in another entry, and perhaps other data.
+        here = (hot.version, hot.ring, hot.entry_id)
+        same = kept is not None and (kept.version, kept.recent, kept.entry_id) == here
+        if not same or sql.letters:
             mend.drops.append(":".join(instance))
+        if not same:
             mend.findings.append(
-                f"{':'.join(instance)}: Redis has version {hot.version}, SQL {kept.version if kept else 'none'}"
+                f"{':'.join(instance)}: Redis has version {hot.version} ({hot.entry_id}), SQL "
+                + (f"{kept.version} ({kept.entry_id})" if kept else "none")
             )
     return mend

@@ -26,6 +26,7 @@ _OF_INSTANCE = (
     .order_by(_letters.version)
 )
 _ENTRY = [schema.dead_letters.c[name] for name in schema.ENTRY_COLUMNS]
+_NAMES_MAX = 1000
 
 
 def _storable(value: object) -> object:
@@ -36,13 +37,23 @@ def _storable(value: object) -> object:
 
 
 def insert(connection: sa.Connection, rows: Sequence[Row], error: str, waiting: bool, noted_ms: int) -> None:
-    """Insert entries as letters."""
+    """Insert entries as letters. What is kept under its entry id (``entry.FOREIGN``) may be there already, and is not written
+    twice: the same log was read again."""
     values = [
         dict(zip(schema.ENTRY_COLUMNS, map(_storable, row), strict=True))
         | {"error": _storable(error), "waiting": waiting, "noted_ms": noted_ms}
         for row in rows
     ]
-    connection.execute(sa.insert(schema.dead_letters), values)
+    names = [value["id"] for value in values if value["machine"] == entry.FOREIGN]
+    there: set[object] = set()
+    for start in range(0, len(names), _NAMES_MAX):
+        wanted = _letters.id.in_(names[start : start + _NAMES_MAX])
+        there.update(
+            connection.execute(sa.select(_letters.id).where(_letters.machine == entry.FOREIGN, wanted)).scalars()
+        )
+    values = [value for value in values if value["machine"] != entry.FOREIGN or value["id"] not in there]
+    if values:
+        connection.execute(sa.insert(schema.dead_letters), values)
 
 
 def take(connection: sa.Connection, machine: str, id: str) -> list[Row]:
@@ -54,13 +65,26 @@ def take(connection: sa.Connection, machine: str, id: str) -> list[Row]:
 
 
 def note_discards(connection: sa.Connection, rows: Sequence[Row], discarded_ms: int) -> None:
-    """Remember entries as discarded."""
-    values = []
+    """Remember entries as discarded. Where another one of an instance had the same entry id (an old primary's log) the last one
+    is remembered: of the other recovery would make a letter again."""
+    values: dict[tuple[object, ...], dict[str, object]] = {}
     for row in rows:
         found = dict(zip(schema.ENTRY_COLUMNS, row, strict=True))
         names = ("machine", "id", "epoch", "seq", "partition", "version", "transition_id")
-        values.append({name: found[name] for name in names} | {"discarded_ms": discarded_ms})
-    connection.execute(sa.insert(schema.discards), values)
+        values[tuple(found[name] for name in names[:4])] = {name: found[name] for name in names} | {
+            "discarded_ms": discarded_ms
+        }
+    c = schema.discards.c
+    connection.execute(
+        sa.delete(schema.discards).where(
+            c.machine == sa.bindparam("m"),
+            c.id == sa.bindparam("i"),
+            c.epoch == sa.bindparam("e"),
+            c.seq == sa.bindparam("s"),
+        ),
+        [dict(zip("mies", key, strict=True)) for key in values],
+    )
+    connection.execute(sa.insert(schema.discards), list(values.values()))
 
 
 def discards(connection: sa.Connection) -> list[Discard]:

@@ -50,12 +50,8 @@ class Batch(msgspec.Struct, frozen=True):
         return {"partition": self.row.partition, "epoch": self.row.epoch}
 
     def estranged(self) -> Batch:
-        """The same with all records as what statecache did not write: each kept under its own entry id."""
-        texts = [line.split(entry.SEPARATOR, 3)[3] for line in self.lines]
-        foreign = [
-            entry.foreign(self.row.partition, record.entry_id, text)
-            for record, text in zip(self.records, texts, strict=True)
-        ]
+        """The same with all records kept apart: each under its own entry id."""
+        foreign = [entry.apart(self.row.partition, record) for record in self.records]
         return msgspec.structs.replace(self, lines=[], records=[], foreign=[*self.foreign, *foreign])
 
     def halves(self) -> tuple[Batch, Batch]:

@@ -32,7 +32,7 @@ import itertools
 import logging
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 
 import msgspec
@@ -171,6 +171,14 @@ class _Taken(Superseded):
         self.last = last
 
 
+class _Moved(Superseded):
+    """A flusher has moved a partition while a dry run looked at it."""
+
+    def __init__(self, row: PartitionRow) -> None:
+        super().__init__(f"partition {row.partition}: it was flushed to {row.watermark} while it was looked at")
+        self.row = row
+
+
 def _log_end(report: Report) -> None:
     kinds = {name.replace(" ", "_"): count for name, count in report.kinds.items()}
     _log.log(
@@ -182,6 +190,7 @@ def _log_end(report: Report) -> None:
 
 
 _ATTEMPTS = 5
+_LOOKS = 100
 _BEAT_SECONDS = 1.0
 _DROP_PAGE = 1000
 _EPOCH_MAX = 2**53 - 1
@@ -229,7 +238,7 @@ class _Attempt:
         fences = [self._fence(row.partition) for row in rows]
         parts = []
         for row, fenced in zip(rows, fences, strict=True):
-            parts.append(self._mend(row, fenced, new))
+            parts.append(self._looked_at(row, fenced, new) if self.dry_run else self._mend(row, fenced, new))
             failpoints.hit("recovery.mended")
             self._beat()
         report = self._report(parts)
@@ -297,12 +306,26 @@ class _Attempt:
 
     # --- step 3 ------------------------------------------------------------------------------------------------------
 
+    def _looked_at(self, row: PartitionRow, fenced: Fenced, new: bool) -> PartitionReport:
+        """``_mend`` for a dry run, beside flushers that no fence holds: what they moved and trimmed between the look at SQL and
+        that at the log is no hole in it. So SQL's watermark is read until it is the same before and after."""
+        for _ in range(_LOOKS):
+            try:
+                return self._mend(row, fenced, new)
+            except _Moved as moved:
+                row = moved.row
+        return self._mend(row, fenced, new)
+
     def _mend(self, row: PartitionRow, fenced: Fenced, new: bool) -> PartitionReport:
         identity = _UNFENCED if self.dry_run else fenced.identity
         probed = self._probe(row, identity)
         if probed.last >= entry.EntryId(self.stamp.epoch, 0):
             raise self._taken(row.partition, probed.last)
         kind, last = self._classify(row, probed, new and not fenced.existed, identity)
+        if self.dry_run and kind != INTACT:
+            (now,) = self.durable.partitions([row.partition])
+            if (now.epoch, now.owner, now.watermark) != (row.epoch, row.owner, row.watermark):
+                raise _Moved(now)
         watermark, mend = row.watermark, mending.Mend([], [], [], [], [], 0, 0, [])
         dropped = 0
         if probed.last == entry.ZERO:
@@ -330,7 +353,8 @@ class _Attempt:
         code, probed = self.hot.probe(row.partition, self.stamp, identity, row.watermark)
         if probed is None:
             raise Superseded(f"partition {row.partition}: {code} while it was looked at")
-        return probed
+        at_watermark, behind = (one and _fitting(row.partition, one) for one in (probed.at_watermark, probed.behind))
+        return msgspec.structs.replace(probed, at_watermark=at_watermark, behind=behind)
 
     def _taken(self, partition: int, last: entry.EntryId) -> errors.StateCacheError:
         if last.epoch < _EPOCH_MAX:
@@ -346,25 +370,31 @@ class _Attempt:
         watermark, behind = row.watermark, probed.behind
         if new and probed.last == entry.ZERO and watermark == entry.ZERO:
             return NEW, entry.ZERO
-        if probed.at_watermark is not None and not self._same(probed.at_watermark):
+        if probed.at_watermark is not None and not self._same(row.partition, probed.at_watermark):
             return DIVERGED, probed.last
         if probed.last == entry.ZERO:
             return WIPED, entry.ZERO
         if behind is None:
             if probed.last >= watermark:  # above it: what stood at the log's end was deleted by a stranger
                 return (INTACT if probed.last == watermark else SQL_BEHIND), probed.last
-            return (TAIL_LOST if self._is_known(row.partition, probed.last, identity) else DIVERGED), probed.last
+            return (
+                TAIL_LOST if self._is_known(row.partition, probed, probed.last, identity) else DIVERGED
+            ), probed.last
         if behind.is_mark and behind.prev < watermark:
-            if self._same(behind):  # the mark of a recovery that found the tail lost, and has dealt with it
+            if self._same(
+                row.partition, behind
+            ):  # the mark of a recovery that found the tail lost, and has dealt with it
                 return INTACT, probed.last
-            if self._written_since(row, behind, identity) or not self._is_known(row.partition, behind.prev, identity):
+            if self._written_since(row, behind, identity) or not self._is_known(
+                row.partition, probed, behind.prev, identity
+            ):
                 return DIVERGED, probed.last
             return (WIPED if behind.prev == entry.ZERO else TAIL_LOST), behind.prev
         if entry.follows(behind.entry_id, watermark, behind.prev if behind.is_mark else None):
             return INTACT, probed.last
         hidden = self._end_behind_strangers(row, probed, identity)
         if hidden is not None:
-            return (TAIL_LOST if self._is_known(row.partition, hidden, identity) else DIVERGED), hidden
+            return (TAIL_LOST if self._is_known(row.partition, probed, hidden, identity) else DIVERGED), hidden
         return SQL_BEHIND, probed.last
 
     def _end_behind_strangers(self, row: PartitionRow, probed: Probed, identity: str) -> entry.EntryId | None:
@@ -382,42 +412,122 @@ class _Attempt:
         last = ours[-1] if ours else entry.ZERO
         return last if last < row.watermark else None
 
-    def _same(self, record: entry.Entry) -> bool:
-        """Does SQL hold this very entry? Ids alone are no proof: a lost tail's ids are given again (H13)."""
+    def _same(self, partition: int, record: entry.Entry) -> bool:
+        """Does SQL hold this very entry? Ids alone are no proof: a lost tail's ids are given again (H13). What *diverged* takes
+        for held is so here too: else what is written behind it would become letters if another recovery came before a flush."""
         if record.is_mark:
             return recoveries.recovery(self.durable, record.entry_id.epoch, record.transition_id) is not None
-        if record.machine == entry.FOREIGN:
-            instance = (record.machine, record.id)  # it has nothing else to tell it by, and may be discarded meanwhile
-            return bool(self._letters(instance)) or instance in self._discards(self._partition_of(instance), fresh=True)
-        return (record.machine, record.id, record.version, record.transition_id) in set(
-            self._in_sql([(record.machine, record.id)])
-        )
+        return record.entry_id in self._held(partition, {(record.machine, record.id): [record]})
 
-    def _is_known(self, partition: int, last: entry.EntryId, identity: str) -> bool:
+    def _is_known(self, partition: int, probed: Probed, last: entry.EntryId, identity: str) -> bool:
         """Does SQL hold the newest transition of the log up to ``last``, and so all of them?
 
         If not, this log brings back a tail that SQL went on without: it is an older snapshot, or the old primary of a split
         brain, with entries that an earlier recovery found lost. Their hashes are ahead of SQL, though below its watermark.
+        The same where such an entry was kept apart: its hash is not what SQL says, and no id tells so. A newest entry in whose
+        place one row stands for many says nothing; SQL is ahead of its instance, and what is before it is asked.
         """
+        if any((probed.first or entry.ZERO) <= place <= last for place in self._apart(partition)):
+            return False
+        top = last
         while last > entry.ZERO:
+            self._beat()
             before = entry.EntryId(last.epoch, last.seq - 1) if last.seq else entry.EntryId(last.epoch - 1, 2**53)
             reply = self.hot.read(
                 [(partition, before)], entries=1, bytes_max=1, fenced_identity=identity, stamp=self.stamp
             )[0]
             if reply.code != "OK":
                 raise Superseded(f"partition {partition}: {reply.code} while its log was read")
-            record = parse_any(partition, reply.lines[0]) if reply.lines else None
+            record = _fitting(partition, parse_any(partition, reply.lines[0])) if reply.lines else None
             if record is None or record.entry_id != last:
                 return True  # trimmed, so it is in SQL
             if record.is_mark:
                 last = record.prev
-            elif record.machine == entry.FOREIGN:
+            elif record.machine == entry.FOREIGN or self._is_covered(record, top):
                 if not last.seq:
                     return True
                 last = before
             else:
-                return self._same(record)
+                return self._is_of_sql(record)
         return True
+
+    def _is_of_sql(self, record: entry.Entry) -> bool:
+        """Did a flush bring this very entry, id and all, into SQL? A repeated call has its transition id in two entries: that
+        SQL has the one says nothing of what stands before the other."""
+        instance = (record.machine, record.id)
+        very = (record.entry_id, record.version, record.transition_id)
+        (stands,) = self.durable.standing([(*instance, record.version, self._partition_of(instance))])
+        if (stands.entry_id, stands.transition_id) == (record.entry_id, record.transition_id):
+            return True
+        kept = [letter.entry for letter in self.durable.letters(*instance)]
+        gone = self._discards(self._partition_of(instance)).get(instance, ())
+        return very in {(one.entry_id, one.version, one.transition_id) for one in [*kept, *gone]}
+
+    def _is_covered(self, record: entry.Entry, last: entry.EntryId) -> bool:
+        """Does one row stand for this version and others, so that nothing tells which entry it was? Only where the instance's
+        checkpoint is above ``last``: then its hash is dropped in any case."""
+        row = self.durable.covering(record.machine, record.id, record.version)
+        if row is None or row[1:] == (record.version, entry.EVENT_ARCHIVED):  # that one has its entry's id
+            return False
+        kept = self.durable.checkpoint(record.machine, record.id)
+        return kept is not None and kept.entry_id > last
+
+    def _apart(self, partition: int) -> set[entry.EntryId]:
+        """Where the entries of a partition stood that were kept apart, be it until an operator discarded them."""
+        prefix = f"{partition}:"
+        page = [(entry.FOREIGN, prefix)]
+        names: list[str] = []
+        while page and page[-1][0] == entry.FOREIGN and page[-1][1].startswith(prefix):
+            page = self.durable.parked_instances(_DROP_PAGE, page[-1])
+            names += [id for machine, id in page if machine == entry.FOREIGN and id.startswith(prefix)]
+        # Only now: what was no letter any more is discarded.
+        names += [id for machine, id in self._discards(partition, fresh=True) if machine == entry.FOREIGN]
+        return {place for place in map(entry.place_apart, names) if place is not None}
+
+    def _held(self, partition: int, groups: Mapping[fold.Instance, Sequence[entry.Entry]]) -> set[entry.EntryId]:
+        """The entries that SQL knows: in history or as letters under their transition ids, gone with an ended instance's
+        history, discarded (that very entry: the same call may have come again since), or kept under their entry ids."""
+        held: set[entry.EntryId] = set()
+        unsure: list[entry.Entry] = []
+        for instance, records in groups.items():
+            if instance[0] == entry.FOREIGN:
+                unsure += records
+                continue
+            known = {*self.durable.transition_ids(*instance), *self._letters(instance)}
+            gone = self._discards(self._partition_of(instance)).get(instance, ())
+            very = {(one.entry_id, one.version, one.transition_id) for one in gone}
+            left = [
+                one for one in records
+                if (one.version, one.transition_id) not in known
+                and (one.entry_id, one.version, one.transition_id) not in very
+            ]  # fmt: skip
+            archived = self._archived(instance) if left else 0
+            left = [one for one in left if one.version >= archived]
+            held |= {one.entry_id for one in records} - {one.entry_id for one in left}
+            unsure += left
+            self._beat()
+        return held | self._kept_apart(partition, unsure)
+
+    def _archived(self, instance: fold.Instance) -> int:
+        """Below which version an instance, which has ended, has no history any more: no letter could ever go back there."""
+        row = self.durable.covering(*instance, 1)
+        return row[1] if row is not None and row[2] == entry.EVENT_ARCHIVED else 0
+
+    def _kept_apart(self, partition: int, records: Sequence[entry.Entry]) -> set[entry.EntryId]:
+        """Those that are letters under their entry ids, strangers' and our own, or were until an operator discarded them."""
+        names = {
+            (one if one.machine == entry.FOREIGN else entry.apart(partition, one)).id: one.entry_id for one in records
+        }
+        wanted = list(names)
+        kept = set()
+        for start in range(0, len(wanted), _DROP_PAGE):
+            page = wanted[start : start + _DROP_PAGE]
+            found = self.durable.lookup([(entry.FOREIGN, id, 0) for id in page])
+            kept |= {names[id] for id, one in zip(page, found, strict=True) if one.letters}
+            self._beat()
+        # Only now: what was no letter any more is discarded.
+        gone = self._discards(partition, fresh=True) if wanted else {}
+        return kept | {names[id] for machine, id in gone if machine == entry.FOREIGN and id in names}
 
     def _letters(self, instance: fold.Instance) -> tuple[tuple[int, str], ...]:
         found = self.durable.letters(*instance)
@@ -525,7 +635,10 @@ class _Attempt:
         hashes = self._hashes(row.partition)
         known = self._known([*groups, *hashes])
         if not behind:
-            return probed.last, mending.diverged(row.partition, groups, hashes, known, self._in_sql(groups))
+            # SQL's watermark never goes back: it would lead to an entry of this log, and the same log, back once more, would
+            # pass for *intact*, with all that SQL has above it.
+            mend = mending.diverged(row.partition, groups, hashes, known, self._held(row.partition, groups))
+            return max(row.watermark, probed.last), mend
         # Strangers' records have any number. They are passed over: the flusher would stop at each that follows nothing.
         foreign = list(itertools.takewhile(lambda one: one.machine == entry.FOREIGN, entries))
         ours = entries[len(foreign) :]
@@ -579,7 +692,7 @@ class _Attempt:
         )  # fmt: skip
 
     def _entries(self, partition: int, cursor: entry.EntryId, identity: str) -> list[entry.Entry]:
-        """All entries behind a cursor, read under the fence. What no column takes is a stranger's."""
+        """All entries behind a cursor, read under the fence."""
         found: list[entry.Entry] = []
         while True:
             reply = self.hot.read(
@@ -594,7 +707,7 @@ class _Attempt:
             if not reply.lines:
                 return found
             records = [parse_any(partition, line) for line in reply.lines]
-            found += [one if entry.fits(one) else entry.apart(partition, one) for one in records]
+            found += [_fitting(partition, one) for one in records]
             cursor = found[-1].entry_id
             self._beat()
 
@@ -626,17 +739,6 @@ class _Attempt:
             self._beat()
         return known
 
-    def _in_sql(self, instances: Iterable[fold.Instance]) -> Iterator[tuple[str, str, int, str]]:
-        """The (machine, id, version, transition id) that SQL holds of some instances, or held until they were discarded."""
-        for instance in instances:
-            for gone in self._discards(self._partition_of(instance)).get(instance, ()):
-                yield *instance, gone.version, gone.transition_id
-            for version, transition_id in self.durable.transition_ids(*instance):
-                yield *instance, version, transition_id
-            for version, transition_id in self._letters(instance):
-                yield *instance, version, transition_id
-            self._beat()
-
     # --- step 5 ------------------------------------------------------------------------------------------------------
 
     def _ready(self, part: PartitionReport, fenced: Fenced) -> None:
@@ -661,6 +763,11 @@ def _entries_between(low: entry.EntryId, high: entry.EntryId) -> int:
     if high <= low:
         return 0
     return high.seq - low.seq if high.epoch == low.epoch else high.seq
+
+
+def _fitting(partition: int, record: entry.Entry) -> entry.Entry:
+    """What no column takes is a stranger's."""
+    return record if entry.fits(record) else entry.apart(partition, record)
 
 
 def _now_ms() -> int:

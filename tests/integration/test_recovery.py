@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
+from unittest import mock
 
 import msgspec
 import pytest
@@ -189,6 +190,33 @@ def test_report_is_that_of_the_dry_run_and_of_the_damage(world: World, name: str
         assert kept == part
     assert [str(found.tail) for found in world.durable.partitions()] == [part.last for part in report.partitions]
     _check_afterwards(world, damage)
+
+
+@pytest.mark.parametrize("calls", [1, 3])
+def test_dry_run_beside_a_flusher(lite: World, calls: int) -> None:
+    """Nothing holds the flushers back: between a dry run's look at SQL and that at the log all is flushed, and trimmed. That is
+    no hole in the log, and nothing is lost; also where it happens at each of some looks."""
+    _base(lite)
+    flusher = lite.flusher()
+    probe = lite.hot.probe
+    probed = 0
+
+    def after_a_flush(*arguments: Any) -> Any:
+        nonlocal probed
+        probed += 1
+        if probed <= calls:
+            for id in IDS:
+                lite.orders.transition(id, "note")
+            while flusher.step().more:
+                pass
+        return probe(*arguments)
+
+    with mock.patch.object(lite.hot, "probe", after_a_flush):
+        report = lite.cache.recover(dry_run=True)
+    assert probed > calls
+    assert report.kinds == {"intact": 2}
+    assert (report.lost_at_least, report.loss_possible) == (0, False)
+    assert [part.findings for part in report.partitions] == [(), ()]
 
 
 @pytest.mark.parametrize("name", DAMAGES)

@@ -17,9 +17,9 @@ import pytest
 import sqlalchemy as sa
 
 from statecache import Move, State, StateMachine
-from statecache.core import codec, entry, errors, mending, model
+from statecache.core import codec, entry, errors, failpoints, mending, model
 from statecache.durable import recoveries, schema
-from statecache.engine import admission, letters, retention, timeouts, verify
+from statecache.engine import admission, letters, recovery, retention, timeouts, verify
 from tests.integration.test_holes import _spoil
 from tests.support import refusing, worlds
 from tests.support.interruptions import interrupted_at
@@ -65,6 +65,10 @@ def refused(world: worlds.World, id: str, transition_id: str | None = None) -> m
     refusing.accept(world.durable)
     assert world.durable.letters("order", id)
     return receipt
+
+
+def _identity(world: worlds.World) -> str:
+    return world.hot.admit(world.hot.stamp, load=False).identity
 
 
 # --- repetitions -----------------------------------------------------------------------------------------------------
@@ -244,6 +248,230 @@ def test_split_brain_that_fails_back_to_a_version_with_a_letter(world: worlds.Wo
     (letter,) = world.durable.letters(entry.FOREIGN, kept)
     assert "B" in letter.entry.patch.split(entry.SEPARATOR)
     assert world.orders.start(world.id(1 - world.partition_of("bad")), timeout=5.0).version == 1
+
+
+def kind_of(report: recovery.Report, world: worlds.World, id: str) -> str:
+    return report.partitions[world.partition_of(id)].kind
+
+
+def apart(world: worlds.World) -> list[str]:
+    """The texts of what is kept under its entry id."""
+    names = [id for machine, id in world.durable.parked_instances() if machine == entry.FOREIGN]
+    return [letter.entry.patch for id in names for letter in world.durable.letters(entry.FOREIGN, id)]
+
+
+def discarded(world: worlds.World, id: str, transition_id: str) -> None:
+    """A transition that SQL refused and an operator discarded."""
+    refused(world, id, transition_id)
+    letters.discard(world.cache, "order", id)
+
+
+@ONLY_SYNC
+def test_repetition_of_what_was_discarded_is_kept_when_the_log_diverges(world: worlds.World) -> None:
+    """A call is discarded and comes again under its id: accepted, not yet flushed. Then SQL and the log are found to hold
+    different entries at the watermark. The second entry is not the discarded one: it is kept as a letter."""
+    mine = world.partition_of("a")
+    other = world.id(mine, "w")
+    world.start(other)
+    world.start("a")
+    discarded(world, "a", "evt_42")
+    world.orders.transition(other, "pay")
+    world.flush()
+    with world.durable.database.writer.begin() as connection:
+        theirs = (schema.transitions.c.id == other, schema.transitions.c.version == 2)
+        connection.execute(sa.update(schema.transitions).where(*theirs).values(transition_id="theirs"))
+    again = world.orders.transition("a", "note", transition_id="evt_42")
+    assert not again.duplicate
+    world.disown()
+    assert kind_of(world.cache.recover(), world, "a") == "diverged"
+    (letter,) = world.durable.letters("order", "a")
+    assert (str(letter.entry.entry_id), letter.entry.transition_id) == (again.entry_id, "evt_42")
+    world.flush_through()
+    with pytest.raises(errors.ParkedError):
+        world.cache.wait_durable(again)
+
+
+@pytest.mark.parametrize("first", ["discarded", "repeated"])
+@ONLY_SYNC
+def test_old_primary_whose_newest_entry_looks_known(world: worlds.World, first: str) -> None:
+    """An old primary is back. SQL knows its newest entry's version and transition id, but of another entry: one that was
+    discarded before, or the same call's repetition at the new primary. What stands before it is in SQL nowhere."""
+    mine = world.partition_of("a")
+    other = world.id(mine, "w")
+    world.start(other)
+    world.start("a")
+    world.flush()
+    if first == "discarded":
+        discarded(world, "a", "evt_42")
+        world.orders.get("a")
+    true = world.redis_copy()
+    lost = world.orders.transition(other, "pay")
+    world.orders.transition("a", "note", {"x": "old"}, transition_id="evt_42")
+    old = world.redis_copy()
+    world.redis_back(true)
+    world.cache.recover()
+    if first == "discarded":
+        world.orders.transition("a", "cancel")
+    else:
+        world.orders.transition("a", "note", {"x": "new"}, transition_id="evt_42")
+    world.flush()
+    world.redis_back(old)
+    assert kind_of(world.cache.recover(), world, "a") == "diverged"
+    (letter,) = world.durable.letters("order", other)
+    assert letter.entry.transition_id == lost.transition_id
+    with pytest.raises(errors.ParkedError):
+        world.orders.transition(other, "ship")
+    assert world.orders.get(other).version == 1
+    assert world.orders.get("a").data.get("x") == (None if first == "discarded" else "new")
+    world.verify()
+
+
+def two_of_one_version(world: worlds.World, *, and_another: bool = False) -> worlds.Dump:
+    """Version 2 of "a" is a dead letter; returns the old primary's data, which have another version 2, and behind it one of
+    another instance if wanted."""
+    other = world.id(world.partition_of("a"), "w")
+    world.start("a")
+    world.start(other)
+    world.flush()
+    replica = world.redis_copy()
+    world.orders.transition("a", "pay", transition_id="M")
+    if and_another:
+        world.orders.transition(other, "pay")
+    primary = world.redis_copy()
+    world.redis_back(replica)
+    world.cache.recover()
+    refused(world, "a", "L")
+    return primary
+
+
+@pytest.mark.parametrize("step", ["recovery.reconciled", "recovery.mended", "recovery.reported"])
+@ONLY_SYNC
+def test_recovery_that_kept_an_entry_apart_dies(world: worlds.World, step: str) -> None:
+    """Killed behind its SQL transaction: the next one knows the entry again, and does not write it a second time."""
+    world.redis_back(two_of_one_version(world))
+
+    class Died(BaseException):
+        pass
+
+    def hit(name: str) -> None:
+        if name == step:
+            raise Died
+
+    with mock.patch.object(failpoints, "hit", hit), pytest.raises(Died):
+        world.cache.recover()
+    world.cache.recover()
+    assert kind_of(world.cache.recover(), world, "a") == "intact"
+    assert len(apart(world)) == 1
+    assert world.orders.transition(world.id(world.partition_of("a"), "w"), "pay").version == 2
+    world.flush_through()
+    world.verify()
+
+
+@pytest.mark.parametrize("decided", [False, True], ids=["open", "discarded"])
+@pytest.mark.parametrize("newest", [False, True], ids=["something behind it", "the newest"])
+@ONLY_SYNC
+def test_log_with_an_entry_kept_apart_comes_back(world: worlds.World, decided: bool, newest: bool) -> None:
+    """The same old data come back again and again, also when the letters were discarded: each time the store serves again,
+    nothing is kept twice, and no hash of the old primary's stays."""
+    other = world.id(world.partition_of("a"), "w")
+    primary = two_of_one_version(world, and_another=not newest)
+    for count in range(3):
+        world.redis_back(primary)
+        assert kind_of(world.cache.recover(), world, "a") == "diverged"
+        assert len(apart(world)) == (0 if decided and count else 1)
+        if decided and not count:
+            for machine, id in world.durable.parked_instances():
+                letters.discard(world.cache, machine, id)
+        for id in ("a", other):
+            kept = world.durable.checkpoint("order", id)
+            assert kept is not None
+            assert world.orders.get(id).version == kept.version
+        assert world.orders.start(f"fresh{count}").version == 1
+        world.flush_through()
+        world.verify()
+
+
+@ONLY_SYNC
+def test_two_entries_with_one_id_are_discarded(world: worlds.World) -> None:
+    """An old primary's log has another entry under the id of one that was discarded: it can be discarded too."""
+    world.start("a")
+    world.flush()
+    replica = world.redis_copy()
+    lost = world.orders.transition("a", "note", transition_id="M")
+    primary = world.redis_copy()
+    world.redis_back(replica, detour=True)
+    world.client.hset(world.keyspace.meta(world.partition_of("a")), "identity", _identity(world))
+    refused(world, "a", "L")
+    (letter,) = world.durable.letters("order", "a")
+    assert str(letter.entry.entry_id) == lost.entry_id
+    letters.discard(world.cache, "order", "a")
+    world.redis_back(primary)
+    assert kind_of(world.cache.recover(), world, "a") == "diverged"
+    assert letters.discard(world.cache, "order", "a") == 1
+    world.redis_back(primary)
+    assert kind_of(world.cache.recover(), world, "a") == "tail lost"
+    assert world.orders.get("a").version == 1
+    world.verify()
+
+
+@ONLY_SYNC
+def test_older_redis_that_ends_within_an_archived_history(world: worlds.World) -> None:
+    """Redis comes back from a copy whose last entry retention has taken out of SQL: its tail is lost, nothing has diverged. But
+    where an entry that SQL has not stands before it, something has."""
+    other = world.id(world.partition_of("a"), "w")
+    world.start(other)
+    world.start("a", ["pay"])
+    world.flush()
+    saved = world.redis_copy()
+    world.orders.transition(other, "pay", transition_id="lost")
+    world.orders.transition("a", "note")
+    strange = world.redis_copy()
+    world.redis_back(saved)
+    world.cache.recover()
+    for event in ("note", "ship", "deliver"):
+        world.orders.transition("a", event)
+    world.flush()
+    later_ms = int(time.time() * 1000) + 1000
+    assert [step.instances for step in retention.run(world.cache, timedelta(0), None, now_ms=later_ms)] == [1]
+    world.redis_back(saved)
+    assert kind_of(world.cache.recover(), world, "a") == "tail lost"
+    assert not world.durable.parked_instances()
+    assert (world.orders.get("a").state, world.orders.get("a").version) == ("delivered", 5)
+    world.redis_back(strange)
+    assert kind_of(world.cache.recover(), world, "a") == "diverged"
+    assert world.durable.parked_instances() == [("order", other)]
+    world.flush_through()
+    world.verify()
+
+
+@ONLY_SYNC
+def test_diverged_log_that_comes_back_before_the_next_flush(world: worlds.World) -> None:
+    """*Diverged* leaves SQL's watermark where it is. Else it would lead to an entry of the old log, and Redis, back from the
+    same data once more, would pass for *intact*: cold instances would be started again, others moved from an older version."""
+    mine = world.partition_of("a")
+    cold, moved = world.id(mine, "c"), world.id(mine, "m")
+    world.start("a")
+    world.start(moved)
+    replica = world.redis_copy()
+    world.orders.transition("a", "pay", transition_id="M")
+    primary = world.redis_copy()
+    world.redis_back(replica)
+    world.cache.recover()
+    world.orders.transition("a", "cancel")
+    world.start(cold)
+    world.orders.transition(moved, "pay")
+    world.flush()
+    before = world.watermark(mine)
+    world.redis_back(primary)
+    assert kind_of(world.cache.recover(), world, "a") == "diverged"
+    assert world.watermark(mine) == before
+    world.redis_back(primary)
+    assert kind_of(world.cache.recover(), world, "a") == "tail lost"
+    with pytest.raises(errors.AlreadyExistsError):
+        world.orders.start(cold)
+    assert world.orders.transition(moved, "ship").version == 3
+    world.flush_through()
+    world.verify()
 
 
 @ONLY_SYNC

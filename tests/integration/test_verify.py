@@ -11,9 +11,11 @@ from unittest import mock
 import pytest
 import sqlalchemy as sa
 
+from statecache.core import entry, errors
 from statecache.durable import queries, schema
-from statecache.engine import verify
-from tests.support.worlds import World, forged
+from statecache.engine import letters, verify
+from tests.support import refusing
+from tests.support.worlds import World, before_call, forged
 
 
 @pytest.fixture
@@ -53,7 +55,7 @@ def begin_one_by_one(*actions: Callable[[], None]) -> Callable[[], None]:
 
 
 _HOT = ("read", "hashes", "find")
-_SQL = ("partitions", "checkpoint", "checkpoints", "history", "letters")
+_SQL = ("partitions", "lookup", "checkpoints", "history", "letters")
 
 
 def _moves(world: World, id: str, *, flush: bool) -> Callable[[], None]:
@@ -205,6 +207,81 @@ def test_a_hole_in_the_log_is_found(world: World) -> None:
     world.start(id, ["note", "note"])
     world.client.xdel(world.keyspace.log(0), world.log()[1])
     assert {each.kind for each in verify.verify(world.cache).findings} == {"log"}
+
+
+def test_an_entry_below_the_watermark_that_sql_has_not_is_found(world: World) -> None:
+    """A flusher has passed it over: it will never be flushed, however well it fits behind the checkpoint. What is under way (an
+    entry that is flushed between the look at the log and that at SQL) is no finding, nor is SQL that went back."""
+    id = world.id()
+    world.start(id)
+    world.flush()
+    saved = world.sql_copy()
+    world.orders.transition(id, "note")
+    with before_call(world.durable, "lookup", world.flush):
+        assert not verify.verify(world.cache).findings
+    lost = world.orders.transition(id, "note")
+    passed = world.sql_copy()
+    with world.durable.database.writer.begin() as connection:
+        row = schema.partitions.c
+        seq = int(lost.entry_id.split("-")[1])
+        connection.execute(sa.update(schema.partitions).where(row.partition == 0).values(watermark_seq=seq))
+    (found,) = verify.verify(world.cache).findings
+    assert (found.kind, found.address) == ("log", f"order:{id}")
+    assert lost.entry_id in found.detail
+    world.sql_back(passed)
+    assert not verify.verify(world.cache).findings
+    world.sql_back(saved)
+    assert lost.entry_id not in str(verify.verify(world.cache).findings)
+
+
+def test_a_letter_that_stands_for_a_range_is_no_finding(redis_url: str, sqlite_url: str, namespace: str) -> None:
+    """SQL went back below an instance that was parked and hot: what it lost is a letter, whose data are not known."""
+    with World(redis_url, sqlite_url, namespace, partition_count=1) as world:
+        world.start("a")
+        world.flush()
+        saved = world.sql_copy()
+        world.orders.transition("a", "note", {"amount": 1})
+        world.flush()
+        refusing.refuse(world.durable)
+        world.orders.transition("a", "pay", reason=refusing.REASON)
+        world.start("b")
+        world.flush()
+        refusing.accept(world.durable)
+        world.sql_back(saved)
+        world.cache.recover()
+        world.flush_through()
+        (letter,) = world.durable.letters("order", "a")
+        assert (letter.entry.event, letter.entry.version) == (entry.EVENT_RECONCILED, 3)
+        assert world.is_hot("a")
+        assert not verify.verify(world.cache).findings
+        world.client.hset(world.keyspace.instance(0, "order", "a"), "@", "shipped 3 1-4 1 1 1 p")
+        assert [one.kind for one in verify.verify(world.cache).findings] == ["hot"]
+
+
+def test_an_entry_kept_apart_is_no_finding(redis_url: str, sqlite_url: str, namespace: str) -> None:
+    """The log still has an entry in whose place another has its version; it is a letter under its entry id, or was one."""
+    with World(redis_url, sqlite_url, namespace, partition_count=1, log_keep_seconds=3600.0) as world:
+        world.start("a")
+        world.flush()
+        replica = world.redis_copy()
+        world.orders.transition("a", "note", transition_id="M")
+        primary = world.redis_copy()
+        world.redis_back(replica)
+        world.cache.recover()
+        refusing.refuse(world.durable)
+        world.orders.transition("a", "pay", transition_id="L", reason=refusing.REASON)
+        world.flush()
+        refusing.accept(world.durable)
+        world.redis_back(primary)
+        world.cache.recover()
+        with pytest.raises(errors.ParkedError):  # it is hot again
+            world.orders.transition("a", "note")
+        for machine, id in world.durable.parked_instances():
+            world.client.hset(world.keyspace.instance(0, "order", "a"), "x", "1")  # so that it is looked at
+            assert "is not in SQL" not in str(verify.verify(world.cache).findings)
+            letters.discard(world.cache, machine, id)
+        assert world.orders.transition("a", "note").version == 2
+        assert not verify.verify(world.cache).findings
 
 
 def test_a_hole_behind_large_entries_is_found(start_redis: Any, sqlite_url: str, namespace: str) -> None:

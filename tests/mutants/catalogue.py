@@ -824,7 +824,7 @@ MUTANTS = [
         (
             Patch(
                 "statecache/engine/recovery.py",
-                "        if probed.at_watermark is not None and not self._same(probed.at_watermark):\n",
+                "        if probed.at_watermark is not None and not self._same(row.partition, probed.at_watermark):\n",
                 "        if False:\n",
             ),
         ),

@@ -30,7 +30,9 @@ def record(version: int, *, seq: int = 0, id: str = "1", **parts: Any) -> Entry:
 
 def checkpoint(version: int, data: str = "{}") -> model.Checkpoint:
     recent = tokens(*range(1, version + 1))
-    return model.Checkpoint("order", "1", 0, f"s{version}", version, EntryId(1, version), 1, 2, 1, False, recent, data)
+    return model.Checkpoint(
+        "order", "1", 0, f"s{version}", version, EntryId(1, version + 8), 1, 2, 1, False, recent, data
+    )
 
 
 def hot(version: int, ring: str = "", **data: str) -> mending.Hash:
@@ -126,7 +128,7 @@ def test_parked_instance_stays_parked() -> None:
 def split(
     entries: list[Entry], hashes: dict[fold.Instance, mending.Hash], known: mending.Known, held: list[tuple[int, str]]
 ) -> mending.Mend:
-    in_sql = [("order", "1", version, id) for version, id in held]
+    in_sql = {one.entry_id for one in entries if (one.version, one.transition_id) in held}
     return mending.diverged(0, fold.by_instance(entries), hashes, {HERE: known}, in_sql)
 
 
@@ -151,12 +153,32 @@ def test_entries_that_sql_has_not_become_letters_and_the_hash_goes() -> None:
         (hot(1, tokens(1)), mending.Known(checkpoint(2))),
         (hot(2, tokens(1, 9)), mending.Known(checkpoint(2))),
         (hot(1), mending.Known()),
+        (msgspec.structs.replace(hot(2, tokens(1, 2)), entry_id=EntryId(1, 5)), mending.Known(checkpoint(2))),
     ],
-    ids=["ahead", "behind", "other transitions", "unknown to SQL"],
+    ids=["ahead", "behind", "other transitions", "unknown to SQL", "another entry of the same transition"],
 )
 def test_hash_that_is_not_sqls_is_dropped(here: mending.Hash, known: mending.Known) -> None:
     mend = split([], {HERE: here}, known, [])
     assert (mend.drops, mend.letters) == (["order:1"], [])
+
+
+def test_hash_of_a_parked_instance_is_dropped() -> None:
+    """It equals the checkpoint, but is not parked: it comes back from SQL as a parked one."""
+    ring = tokens(1, 2)
+    mend = split([record(2)], {HERE: hot(2, ring)}, mending.Known(checkpoint(2), ((3, "t3"),)), [(2, "t2")])
+    assert (mend.drops, mend.letters, mend.findings) == (["order:1"], [], [])
+
+
+def test_entry_whose_version_has_a_letter_is_kept_apart() -> None:
+    """Under its entry id, and what it says: another one there is another letter."""
+    here, other = (record(3, transition_id=name, seq=20) for name in ("here", "other"))
+    known = mending.Known(checkpoint(2), ((3, "t3"),))
+    kept = [fold.entry_of_row(row) for one in (here, other) for row in split([one], {}, known, []).letters]
+    assert [one.machine for one in kept] == [entry.FOREIGN] * 2
+    assert len({one.id for one in kept}) == 2
+    assert {entry.place_apart(one.id) for one in kept} == {EntryId(1, 20)}
+    assert entry.parse(EntryId(1, 20), kept[0].patch) == here
+    assert entry.place_apart(entry.foreign(0, EntryId(1, 20), "?").id) is None
 
 
 # --- hashes ------------------------------------------------------------------------------------------------------------------
