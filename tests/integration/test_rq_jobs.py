@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import gzip
+import json
 import os
 import re
 import signal
@@ -15,9 +16,11 @@ from typing import Any
 
 import pytest
 import rq
+import sqlalchemy as sa
 from rq.exceptions import StopRequested
 
 from statecache.core import errors
+from statecache.durable import schema
 from statecache.engine import exporting
 from statecache.engine import verify as verification
 from tests.acceptance.test_metrics_process import values
@@ -99,6 +102,31 @@ def test_verify_finds_what_is_wrong(world: worlds.World, background: Background)
         assert [found["address"] for found in view["progress"]["first_findings"]] == ["order:bad"]
     finally:
         world.client.hset(key, "@", kept)
+
+
+def test_verify_of_many_large_differences_ends(world: worlds.World, background: Background) -> None:
+    """Each is told with the whole data of both sides, in letters that JSON makes six times as long: the log has it all, the
+    job's notes stay so small that its worker believes them and that they are shown."""
+    ids = [f"o{number}" for number in range(120)]
+    world.orders.start_many([(id, {"text": "\u00e4" * 2000}) for id in ids])
+    world.flush()
+    column = schema.checkpoints.c
+    before = world.sql_copy()
+    with world.durable.database.writer.begin() as connection:
+        data = json.dumps({"text": "\u00f6" * 2000}, ensure_ascii=False)
+        connection.execute(sa.update(schema.checkpoints).where(column.id.in_(ids)).values(data=data))
+    try:
+        job_id = background.start("verify")
+        worker = background.burst(environment={"STATECACHE_JOB_PART_SECONDS": "0.000001"})
+        view = background.show(job_id)
+        assert view["status"] == "finished", view
+        assert view["result"]["findings"] == 240, "each of them beside history, and beside Redis"
+        told = view["progress"]["first_findings"]
+        assert 10 <= len(told) <= 100
+        assert all(found["detail"].endswith("(all of it is in the worker's log)") for found in told)
+        assert worker.printed.count("\u00e4" * 2000) >= 120
+    finally:
+        world.sql_back(before)
 
 
 def test_slices_go_on_from_any_cursor(world: worlds.World) -> None:
