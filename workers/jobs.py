@@ -10,6 +10,7 @@ A job's arguments come from Redis, hence from anyone who can write there: they a
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 import logging
@@ -244,9 +245,10 @@ def export(run: Run, *, machine: str, file: str) -> Result:
         raise errors.InvalidDataError(f"file {file!r} is refused: a plain name of letters, digits, '.', '_' and '-'")
     folder.mkdir(parents=True, exist_ok=True)
     notes = run.notes
-    begun = exporting.Step(*notes["step"]) if "step" in notes and exporting.can_go_on(folder / file) else None
+    mark = hashlib.sha256(str(run.job.id).encode()).hexdigest()[:12]
+    begun = exporting.Step(*notes["step"]) if "step" in notes and exporting.can_go_on(folder / file, mark) else None
     transitions = begun.transitions if begun else 0
-    for step in exporting.run(run.cache, machine, folder / file, begun):
+    for step in exporting.run(run.cache, machine, folder / file, begun, mark=mark):
         transitions = step.transitions
         if step.after is not None:
             run.note(step=[step.transitions, step.bytes, step.after], transitions=step.transitions)

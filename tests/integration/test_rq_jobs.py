@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import fcntl
 import gzip
 import json
 import os
@@ -463,6 +464,54 @@ def test_export_begins_anew_where_its_file_is_shorter_than_its_note(
             file.truncate(seen.bytes - 1)
         assert list(exporting.run(world.cache, "order", path, seen))[-1].transitions == 20
         assert path.read_bytes() == whole.read_bytes()
+
+
+def test_two_exports_into_one_file(world: worlds.World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second, begun while the first is under way, is refused and leaves its file alone; so is one that opened the file
+    before the first ended. Those with marks of their own each write a whole file."""
+    monkeypatch.setattr(exporting, "_STEP_INSTANCES", 3)
+    for number in range(10):
+        world.start(f"o{number}", ["pay"])
+    world.flush()
+    folder = tmp_path / "out"
+    folder.mkdir()
+    whole, path = folder / "whole.jsonl", folder / "orders.jsonl"
+    list(exporting.run(world.cache, "order", whole))
+    first = exporting.run(world.cache, "order", path)
+    next(first)
+    with pytest.raises(errors.UnavailableError, match="another export is writing"):
+        next(exporting.run(world.cache, "order", path))
+    with (
+        worlds.before_call(fcntl, "flock", lambda: list(first)),
+        pytest.raises(errors.UnavailableError, match="has just ended"),
+    ):
+        next(exporting.run(world.cache, "order", path))
+    assert path.read_bytes() == whole.read_bytes()
+    one, two = (exporting.run(world.cache, "order", path, mark=mark) for mark in ("one", "two"))
+    seen = next(one)
+    one.close()
+    next(two)
+    world.start("a-new-one")
+    world.flush()
+    assert list(exporting.run(world.cache, "order", path, seen, mark="one"))[-1].after is None
+    assert path.read_bytes() == whole.read_bytes()
+    list(two)
+    assert path.read_bytes() == whole.read_bytes()
+    assert sorted(folder.iterdir()) == [path, whole]
+
+
+def test_export_removes_what_was_left_long_ago(world: worlds.World, tmp_path: Path) -> None:
+    world.start("o1")
+    world.flush()
+    folder = tmp_path / "out"
+    folder.mkdir()
+    old, new, other = (folder / f".{name}.part" for name in ("orders.jsonl.1", "orders.jsonl.2", "others.jsonl.1"))
+    for part in (old, new, other):
+        part.write_text("left")
+    for part in (old, other):
+        os.utime(part, (time.time() - 90_000,) * 2)
+    list(exporting.run(world.cache, "order", folder / "orders.jsonl"))
+    assert sorted(folder.iterdir()) == sorted([new, other, folder / "orders.jsonl"])
 
 
 def test_export_is_on_the_disk_before_a_step_is_told(
