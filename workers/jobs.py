@@ -10,11 +10,13 @@ A job's arguments come from Redis, hence from anyone who can write there: they a
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import json
 import logging
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -38,6 +40,9 @@ _LETTERS_PAGE = 500
 _FILES_KEPT = 20
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 _FINDINGS_KEPT = 100
+_FINDINGS_BYTES_MAX = 32 * 1024
+"""In a job's notes: up to twice as many are shown, and a job with far more is not believed any more (``queues.py``)."""
+_DETAIL_LENGTH = 300
 _OVER = ["over"]
 """A cursor behind the end: a job that is killed after its last slice has nothing left to do."""
 
@@ -88,16 +93,34 @@ def verify(run: Run, *, machine: str = "") -> Result:
             transitions=notes.get("transitions", 0) + one.transitions,
             hot=notes.get("hot", 0) + one.hot,
             findings=notes.get("findings", 0) + len(one.findings),
-            first_findings=[
-                *notes.get("first_findings", []),
-                *({"kind": found.kind, "address": found.address, "detail": found.detail} for found in one.findings),
-            ][:_FINDINGS_KEPT],
+            first_findings=_first([*notes.get("first_findings", []), *map(_shown, one.findings)]),
         )
         for found in one.findings:
             _log.error("verify: %s %s: %s", found.kind, found.address, found.detail)
         if one.cursor is not None and run.time_is_over:
             return run.again()
     return {name: notes.get(name, 0) for name in ("instances", "transitions", "hot", "findings")}
+
+
+def _shown(found: engine_verify.Finding) -> dict[str, str]:
+    """A finding as it is noted. What differs may be an instance's whole data, twice: the worker's log has all of it."""
+    cut = len(found.detail) > _DETAIL_LENGTH
+    return {
+        "kind": found.kind, "address": found.address,
+        "detail": f"{found.detail[:_DETAIL_LENGTH]}... (all of it is in the worker's log)" if cut else found.detail,
+    }  # fmt: skip
+
+
+def _first(findings: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    """The first that there is room for in a job's notes."""
+    kept: list[dict[str, str]] = []
+    size = 0
+    for one in findings[:_FINDINGS_KEPT]:
+        size += len(json.dumps(one))
+        if size > _FINDINGS_BYTES_MAX:
+            break
+        kept.append(one)
+    return kept
 
 
 def retry_letters(run: Run) -> Result:
@@ -222,9 +245,10 @@ def export(run: Run, *, machine: str, file: str) -> Result:
         raise errors.InvalidDataError(f"file {file!r} is refused: a plain name of letters, digits, '.', '_' and '-'")
     folder.mkdir(parents=True, exist_ok=True)
     notes = run.notes
-    begun = exporting.Step(*notes["step"]) if "step" in notes and exporting.can_go_on(folder / file) else None
+    mark = hashlib.sha256(str(run.job.id).encode()).hexdigest()[:12]
+    begun = exporting.Step(*notes["step"]) if "step" in notes and exporting.can_go_on(folder / file, mark) else None
     transitions = begun.transitions if begun else 0
-    for step in exporting.run(run.cache, machine, folder / file, begun):
+    for step in exporting.run(run.cache, machine, folder / file, begun, mark=mark):
         transitions = step.transitions
         if step.after is not None:
             run.note(step=[step.transitions, step.bytes, step.after], transitions=step.transitions)

@@ -3,18 +3,27 @@
 It is written under another name, step by step; each step's ``Step`` says how long the file on the disk is then, so that
 whoever goes on after a death cuts off what was written behind it, and begins anew where the file is shorter. At the end
 it gets its name.
+
+Whoever goes on in several parts (a job) has a ``mark`` of its own in that other name: nobody else writes there in between. And
+whoever writes has a lock on the file, which the kernel drops with its process: of two that write under one name, the second is
+refused. What was left behind a day ago is removed by the next export into the same file.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import errno
+import fcntl
+import glob
 import gzip
 import io
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import msgspec
 
@@ -24,6 +33,7 @@ if TYPE_CHECKING:
     from statecache.engine.cache import StateCache
 
 _STEP_INSTANCES = 1000
+_LEFT_SECONDS = 86_400
 COLUMNS = (
     "machine", "id", "version", "event", "from_state", "to_state", "at", "occurred_at", "transition_id", "actor", "reason",
     "patch", "unset", "increments", "machine_version", "entry_id", "covers_from", "complete",
@@ -38,19 +48,21 @@ class Step(msgspec.Struct, frozen=True):
     after: str | None
 
 
-def run(cache: StateCache, machine: str, path: Path, step: Step | None = None) -> Iterator[Step]:
-    """Export the history that is in SQL, from the start or from a ``step`` on; the last step has no ``after``.
+def run(cache: StateCache, machine: str, path: Path, step: Step | None = None, *, mark: str = "") -> Iterator[Step]:
+    """Export the history that is in SQL, from the start or from a ``step`` on (with the same ``mark``); the last step has no
+    ``after``.
 
     Raises ``NotFoundError`` for a machine that nobody registered, ``InvalidDataError`` for a kind of file that is none,
-    ``OSError``, ``UnavailableError``.
+    ``OSError``, ``UnavailableError``: also while another export writes under this name.
     """
     if cache.durable.machine(machine) is None:
         raise errors.NotFoundError(f"no machine {machine!r} is registered here")
     form, packed = _form(path)
-    part = _part(path)
-    if step is None or not part.exists() or part.stat().st_size < step.bytes:  # gone, or cut: another disk, perhaps
-        step = Step(0, 0, "")
-    with part.open("r+b" if step.bytes else "wb") as file:
+    part = _part(path, mark)
+    _sweep(path)
+    with _locked(part) as file:
+        if step is None or os.fstat(file.fileno()).st_size < step.bytes:  # new, or cut: another disk, perhaps
+            step = Step(0, 0, "")
         file.truncate(step.bytes)
         file.seek(step.bytes)
         if not step.bytes and form is _csv:
@@ -67,17 +79,43 @@ def run(cache: StateCache, machine: str, path: Path, step: Step | None = None) -
                     yield step
             rows.append(row)
         step = _written(file, step, packed(b"".join(map(form, rows))), rows)
-    part.rename(path)
+        part.rename(path)
     yield Step(step.transitions, step.bytes, None)
 
 
-def can_go_on(path: Path) -> bool:
+def can_go_on(path: Path, mark: str = "") -> bool:
     """Whether there is what an export that did not end has left."""
-    return _part(path).is_file()
+    return _part(path, mark).is_file()
 
 
-def _part(path: Path) -> Path:
-    return path.with_name(f".{path.name}.part")
+def _part(path: Path, mark: str) -> Path:
+    return path.with_name(f".{path.name}.{mark}.part" if mark else f".{path.name}.part")
+
+
+def _sweep(path: Path) -> None:
+    """Remove what exports that nobody goes on with have left. One that does so all the same begins anew."""
+    for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - part.stat().st_mtime > _LEFT_SECONDS:
+                part.unlink()
+
+
+@contextlib.contextmanager
+def _locked(part: Path) -> Iterator[BinaryIO]:
+    """The unfinished file, for this process alone; made if there is none."""
+    with os.fdopen(os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise errors.UnavailableError(
+                f"another export is writing {part}: let it end, or take another file"
+            ) from error
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):  # a file system without locks
+                raise
+        if not part.exists() or not os.path.samestat(part.stat(), os.fstat(file.fileno())):
+            raise errors.UnavailableError(f"another export that wrote {part} has just ended: do the same again")
+        yield file
 
 
 def _written(file: Any, step: Step, text: bytes, rows: Sequence[model.Transition]) -> Step:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import fcntl
 import gzip
+import json
 import os
 import re
 import signal
@@ -15,9 +17,11 @@ from typing import Any
 
 import pytest
 import rq
+import sqlalchemy as sa
 from rq.exceptions import StopRequested
 
 from statecache.core import errors
+from statecache.durable import schema
 from statecache.engine import exporting
 from statecache.engine import verify as verification
 from tests.acceptance.test_metrics_process import values
@@ -99,6 +103,31 @@ def test_verify_finds_what_is_wrong(world: worlds.World, background: Background)
         assert [found["address"] for found in view["progress"]["first_findings"]] == ["order:bad"]
     finally:
         world.client.hset(key, "@", kept)
+
+
+def test_verify_of_many_large_differences_ends(world: worlds.World, background: Background) -> None:
+    """Each is told with the whole data of both sides, in letters that JSON makes six times as long: the log has it all, the
+    job's notes stay so small that its worker believes them and that they are shown."""
+    ids = [f"o{number}" for number in range(120)]
+    world.orders.start_many([(id, {"text": "\u00e4" * 2000}) for id in ids])
+    world.flush()
+    column = schema.checkpoints.c
+    before = world.sql_copy()
+    with world.durable.database.writer.begin() as connection:
+        data = json.dumps({"text": "\u00f6" * 2000}, ensure_ascii=False)
+        connection.execute(sa.update(schema.checkpoints).where(column.id.in_(ids)).values(data=data))
+    try:
+        job_id = background.start("verify")
+        worker = background.burst(environment={"STATECACHE_JOB_PART_SECONDS": "0.000001"})
+        view = background.show(job_id)
+        assert view["status"] == "finished", view
+        assert view["result"]["findings"] == 240, "each of them beside history, and beside Redis"
+        told = view["progress"]["first_findings"]
+        assert 10 <= len(told) <= 100
+        assert all(found["detail"].endswith("(all of it is in the worker's log)") for found in told)
+        assert worker.printed.count("\u00e4" * 2000) >= 120
+    finally:
+        world.sql_back(before)
 
 
 def test_slices_go_on_from_any_cursor(world: worlds.World) -> None:
@@ -435,6 +464,54 @@ def test_export_begins_anew_where_its_file_is_shorter_than_its_note(
             file.truncate(seen.bytes - 1)
         assert list(exporting.run(world.cache, "order", path, seen))[-1].transitions == 20
         assert path.read_bytes() == whole.read_bytes()
+
+
+def test_two_exports_into_one_file(world: worlds.World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second, begun while the first is under way, is refused and leaves its file alone; so is one that opened the file
+    before the first ended. Those with marks of their own each write a whole file."""
+    monkeypatch.setattr(exporting, "_STEP_INSTANCES", 3)
+    for number in range(10):
+        world.start(f"o{number}", ["pay"])
+    world.flush()
+    folder = tmp_path / "out"
+    folder.mkdir()
+    whole, path = folder / "whole.jsonl", folder / "orders.jsonl"
+    list(exporting.run(world.cache, "order", whole))
+    first = exporting.run(world.cache, "order", path)
+    next(first)
+    with pytest.raises(errors.UnavailableError, match="another export is writing"):
+        next(exporting.run(world.cache, "order", path))
+    with (
+        worlds.before_call(fcntl, "flock", lambda: list(first)),
+        pytest.raises(errors.UnavailableError, match="has just ended"),
+    ):
+        next(exporting.run(world.cache, "order", path))
+    assert path.read_bytes() == whole.read_bytes()
+    one, two = (exporting.run(world.cache, "order", path, mark=mark) for mark in ("one", "two"))
+    seen = next(one)
+    one.close()
+    next(two)
+    world.start("a-new-one")
+    world.flush()
+    assert list(exporting.run(world.cache, "order", path, seen, mark="one"))[-1].after is None
+    assert path.read_bytes() == whole.read_bytes()
+    list(two)
+    assert path.read_bytes() == whole.read_bytes()
+    assert sorted(folder.iterdir()) == [path, whole]
+
+
+def test_export_removes_what_was_left_long_ago(world: worlds.World, tmp_path: Path) -> None:
+    world.start("o1")
+    world.flush()
+    folder = tmp_path / "out"
+    folder.mkdir()
+    old, new, other = (folder / f".{name}.part" for name in ("orders.jsonl.1", "orders.jsonl.2", "others.jsonl.1"))
+    for part in (old, new, other):
+        part.write_text("left")
+    for part in (old, other):
+        os.utime(part, (time.time() - 90_000,) * 2)
+    list(exporting.run(world.cache, "order", folder / "orders.jsonl"))
+    assert sorted(folder.iterdir()) == sorted([new, other, folder / "orders.jsonl"])
 
 
 def test_export_is_on_the_disk_before_a_step_is_told(
