@@ -79,6 +79,8 @@ _REFUSED_LOGINS = (
     "does not exist",
     "is not permitted to log in",
     "permission denied for database",
+)
+_REFUSED_OPTIONS = (
     "invalid connection option",
     "invalid integer value",
     "invalid sslmode value",
@@ -88,13 +90,24 @@ _MESSAGES: dict[type[errors.StateCacheError], str] = {
     Transient: "SQL gave way to another transaction; run it again",
     KeyHit: "SQL already holds a row with this key",
     Refused: "SQL refuses this data",
-    errors.ConfigurationError: (
-        "SQL refuses to work with this configuration (if tables or columns are missing, run 'statecache db upgrade')"
-    ),
     errors.IntegrityError: "the database is damaged",
     errors.UnavailableError: "SQL could not be reached or gave up",
 }
 
+_LOGIN = "SQL refuses the login: check the user, the password and the database's name in database_url"
+_CONFIGURATIONS = (
+    (("28", "3D"), _LOGIN),
+    (("42501",), "SQL does not give this user a right that it needs: check the user in database_url, and its grants"),
+    (
+        ("SQLITE_CANTOPEN", "SQLITE_NOTADB", "SQLITE_PERM", "SQLITE_READONLY"),
+        "SQLite cannot use this file: check its path (database_url, data_dir), and whether this user may write there",
+    ),
+    (
+        ("",),
+        "SQL refuses to work with this configuration (if tables or columns are missing, run 'statecache db upgrade')",
+    ),
+)
+"""What to do about a ``ConfigurationError``, by how the driver's code begins."""
 
 _OF_PREPARED_STATEMENTS = ("26000", "42P05")
 _POOLER = (
@@ -124,13 +137,26 @@ def _kind_by_class(original: BaseException) -> type[errors.StateCacheError] | No
     """By the class names of PEP 249, for errors that carry no code and for other drivers."""
     names = {ancestor.__name__ for ancestor in type(original).__mro__}
     if names & {"OperationalError", "InterfaceError"}:
-        refused = any(text in str(original) for text in _REFUSED_LOGINS)
+        refused = any(text in str(original) for text in (*_REFUSED_LOGINS, *_REFUSED_OPTIONS))
         return errors.ConfigurationError if refused else errors.UnavailableError
     if "ProgrammingError" in names and "connection option" in str(original):  # psycopg: the URL has one that is none
         return errors.ConfigurationError
     if "IntegrityError" in names:
         return KeyHit
     return Refused if "DataError" in names else None
+
+
+def _message(kind: type[errors.StateCacheError], error: BaseException) -> str:
+    """What is wrong, and for a wrong configuration what to look at."""
+    if kind is not errors.ConfigurationError:
+        return _MESSAGES.get(kind, _MESSAGES[errors.UnavailableError])
+    original = getattr(error, "orig", None) or error
+    code = getattr(original, "sqlstate", None) or getattr(original, "sqlite_errorname", None)
+    if code:
+        return next(advice for begins, advice in _CONFIGURATIONS if code.startswith(begins))
+    if "connection option" in str(original) or any(text in str(original) for text in _REFUSED_OPTIONS):
+        return "SQL's driver refuses database_url: check its host, its port and the options at its end"
+    return _LOGIN
 
 
 def _detail(kind: type[errors.StateCacheError], error: BaseException) -> str:
@@ -157,5 +183,4 @@ def translated(dialect: sa.Dialect) -> Iterator[None]:
             if original is None:
                 raise
             raise original from error  # a signal's handler raised it while SQLAlchemy prepared the statement
-        message = _MESSAGES.get(kind, _MESSAGES[errors.UnavailableError])
-        raise kind(f"{message} ({_detail(kind, error)})") from (getattr(error, "orig", None) or error)
+        raise kind(f"{_message(kind, error)} ({_detail(kind, error)})") from (getattr(error, "orig", None) or error)

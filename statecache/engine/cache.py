@@ -219,7 +219,7 @@ class StateCache:
             cache.start_flusher()
         return cache
 
-    def _admit_at_connect(self, noted_namespace: str, seconds: float | None) -> None:
+    def _admit_at_connect(self, noted_namespace: str, seconds: float | None = None) -> None:
         try:
             self.admission.ensure("EPOCH", self.deadline(seconds))
             if not noted_namespace:

@@ -19,6 +19,7 @@ _UNREADY = (
     "MOVED",
     "ASK",
 )
+_NO_SUCH_DATABASE = ("DB index is out of range", "invalid DB index", "SELECT is not allowed")
 # The server takes no entry of this epoch behind one of somebody else's with a higher id. The script may have written before.
 _PASSED = "equal or smaller than the target stream top item"
 
@@ -56,9 +57,19 @@ def translated(error: redis.RedisError | OSError, what: str) -> errors.StateCach
     result: errors.StateCacheError
     if code == "OOM":
         result = errors.BackpressureError(f"Redis has no memory left ({what}): {error}")
+    elif isinstance(error, redis.AuthenticationError):
+        told = str(error).rstrip(".")
+        result = errors.ConfigurationError(
+            f"Redis refuses the login ({what}): check the user and the password in redis_url ({told})"
+        )
     elif _is_denial(error):
         result = errors.ConfigurationError(
-            f"Redis refuses this user ({what}): {error}; config/redis lists the rights needed"
+            f"Redis does not give this user a right that it needs ({what}): {error}; the rights of each role are in "
+            "config/redis/users.acl of statecache's repository"
+        )
+    elif any(text in str(error) for text in _NO_SUCH_DATABASE):
+        result = errors.ConfigurationError(
+            f"Redis has no such database ({what}): check the number at the end of redis_url ({error})"
         )
     elif code == "ERROR" and "WRONGTYPE" in str(error):
         result = errors.IntegrityError(f"a key of this namespace holds what statecache did not write ({what}): {error}")

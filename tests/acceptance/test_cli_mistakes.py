@@ -19,6 +19,7 @@ import sqlalchemy as sa
 from statecache import StateCache, StateMachine
 from statecache.cli import exits
 from tests.acceptance.command import REPOSITORY, environment, run_here, words
+from tests.support import servers
 
 ORDER = REPOSITORY / "config" / "machines" / "order.yaml"
 LOG = "case,event,at\n1,pay,2026-01-01T00:00:00Z\n"
@@ -211,6 +212,42 @@ def test_output_that_is_closed(nowhere: list[str], redis_url: str, database_url:
     finally:
         os.close(writer)
     assert (gone.returncode, gone.stderr) == (128 + signal.SIGPIPE, b"")
+
+
+def test_a_login_that_is_refused(private_redis: servers.ValkeyServer, sqlite_url: str, postgres_url: str) -> None:
+    """The advice is for the login, not for rights or for missing tables; all of it is a wrong configuration."""
+    url = sa.make_url(postgres_url)
+    for other, told in (
+        (url.set(database="nosuch"), "the database's name"),
+        (url.set(password="wrong"), "check the user, the password"),
+        (url.set(username="nobody"), "check the user, the password"),
+    ):
+        given = ["--redis-url", private_redis.url, "--database-url", other.render_as_string(hide_password=False)]
+        for command in (["flusher", "--once"], ["status"], ["db", "check"]):
+            _is_refused([*command, *given], told)
+    beyond = private_redis.url.removesuffix("/0") + "/99"
+    _is_refused(
+        ["flusher", "--once", "--redis-url", beyond, "--database-url", sqlite_url], "number at the end of redis_url"
+    )
+    with private_redis.client() as client:
+        client.config_set("requirepass", "secret")
+    for login in ("", ":wrong@", "nobody:wrong@"):
+        redis_url = private_redis.url.replace("//", f"//{login}")
+        given = ["--redis-url", redis_url, "--database-url", sqlite_url]
+        _is_refused(["flusher", "--once", *given], "check the user and the password in redis_url")
+    with private_redis.client(password="secret") as client:
+        client.acl_setuser("weak", enabled=True, passwords=["+weak"], keys=["*"], commands=["+ping", "+info"])
+    weak = private_redis.url.replace("//", "//weak:weak@")
+    _is_refused(["flusher", "--once", "--redis-url", weak, "--database-url", sqlite_url], "config/redis/users.acl")
+
+
+def _is_refused(words: list[str], told: str) -> None:
+    done = run_here(*words, "--json")
+    assert (done.code, done.error["type"]) == (exits.USAGE, "ConfigurationError"), (words, done.err)
+    message = done.error["message"]
+    assert told in message
+    assert "db upgrade" not in message
+    assert ("users.acl" in message) == ("users.acl" in told)
 
 
 @pytest.mark.parametrize(("place", "command"), [

@@ -187,7 +187,7 @@ def test_a_reader_that_tries_to_recover_does_no_lasting_harm(store: Store) -> No
     _fill(store.by("client"))
     store.server.kill()
     store.server.start()
-    with pytest.raises(errors.ConfigurationError, match="refuses this user"):
+    with pytest.raises(errors.ConfigurationError, match="does not give this user a right"):
         store.by("reader").machine("order").history("o1")
     assert store.server.refusals()
     store.by("flusher").flush_alone(30)

@@ -80,6 +80,43 @@ def test_errors_without_a_code() -> None:
     assert faults.kind_of(sa.exc.ArgumentError("a mistake of ours")) is None
 
 
+def _sqlite(name: str) -> sqlite3.OperationalError:
+    original = sqlite3.OperationalError("no")
+    original.sqlite_errorname = name
+    return original
+
+
+@pytest.mark.parametrize(
+    ("original", "advice"),
+    [
+        (
+            psycopg.OperationalError('FATAL: password authentication failed for user "x"'),
+            "check the user, the password",
+        ),
+        (psycopg.OperationalError('FATAL: database "x" does not exist'), "the database's name in database_url"),
+        (psycopg.errors.lookup("28P01")("no"), "check the user, the password"),
+        (psycopg.errors.lookup("3D000")("no"), "the database's name in database_url"),
+        (psycopg.errors.lookup("42501")("no"), "its grants"),
+        (psycopg.OperationalError('invalid sslmode value: "sometimes"'), "the options at its end"),
+        (psycopg.ProgrammingError('invalid connection option "x"'), "the options at its end"),
+        (psycopg.errors.lookup("42P01")("no"), "run 'statecache db upgrade'"),
+        (psycopg.errors.lookup("42703")("no"), "run 'statecache db upgrade'"),
+        (_sqlite("SQLITE_CANTOPEN"), "check its path"),
+        (_sqlite("SQLITE_READONLY_DIRECTORY"), "may write there"),
+        (_sqlite("SQLITE_ERROR"), "run 'statecache db upgrade'"),
+    ],
+)
+def test_the_advice_is_for_what_is_wrong(original: Exception, advice: str) -> None:
+    """Only missing tables are a matter of 'db upgrade': elsewhere it would make a second, empty store."""
+    with (
+        pytest.raises(errors.ConfigurationError) as told,
+        faults.translated(pysqlite.dialect(dbapi=sqlite3)),
+    ):
+        raise _wrapped(original)
+    assert advice in str(told.value)
+    assert ("db upgrade" in str(told.value)) == ("db upgrade" in advice)
+
+
 @pytest.mark.parametrize("kind", [psycopg.errors.InvalidSqlStatementName, psycopg.errors.DuplicatePreparedStatement])
 def test_a_pooler_without_prepared_statements_is_told_of(kind: type[psycopg.Error]) -> None:
     """What PgBouncer 1.18 answers in transaction mode."""
