@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import hashlib
+import itertools
 import os
 import secrets
 import socket
@@ -66,7 +67,7 @@ def write(folder: Path, deployment: str, machine: str, instances: Sequence[Archi
             file.flush()
             os.fsync(file.fileno())
         failpoints.hit("retention.written")
-        if list(read(part)) != list(instances):
+        if not all(one == other for one, other in itertools.zip_longest(read(part), instances)):
             raise errors.IntegrityError(f"archive {part} does not read as it was written: nothing is deleted")
         part.rename(path)
     finally:

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from statecache.engine.cache import StateCache
 
 _STEP_INSTANCES = 1000
+_STEP_BYTES_MAX = 16 * 1024 * 1024
+_WAITING_BYTES_MAX = 4 * 1024 * 1024
+"""Lines that are in memory, not in the file yet."""
 _LEFT_SECONDS = 86_400
 COLUMNS = (
     "machine", "id", "version", "event", "from_state", "to_state", "at", "occurred_at", "transition_id", "actor", "reason",
@@ -67,18 +70,25 @@ def run(cache: StateCache, machine: str, path: Path, step: Step | None = None, *
         file.seek(step.bytes)
         if not step.bytes and form is _csv:
             file.write(packed(_csv_line(COLUMNS)))
-        rows: list[model.Transition] = []
-        instances = 0
-        after = (machine, step.after) if step.after else None
-        for row in cache.durable.iterate_transitions(machine, after=after):
-            if rows and row.id != rows[-1].id:
+        lines: list[bytes] = []
+        transitions, last = step.transitions, step.after
+        instances = size = waiting = 0
+        for row in cache.durable.iterate_transitions(machine, after=(machine, last) if last else None):
+            if transitions > step.transitions and row.id != last:
                 instances += 1
-                if instances % _STEP_INSTANCES == 0:
-                    step = _written(file, step, packed(b"".join(map(form, rows))), rows)
-                    rows = []
+                if instances == _STEP_INSTANCES or size > _STEP_BYTES_MAX:
+                    _put(file, packed, lines)
+                    step = _written(file, transitions, last)
+                    instances = size = waiting = 0
                     yield step
-            rows.append(row)
-        step = _written(file, step, packed(b"".join(map(form, rows))), rows)
+            lines.append(form(row))
+            size, waiting = size + len(lines[-1]), waiting + len(lines[-1])
+            if waiting > _WAITING_BYTES_MAX:  # of one instance with a long history, too
+                _put(file, packed, lines)
+                waiting = 0
+            transitions, last = transitions + 1, row.id
+        _put(file, packed, lines)
+        step = _written(file, transitions, last)
         part.rename(path)
     yield Step(step.transitions, step.bytes, None)
 
@@ -118,11 +128,15 @@ def _locked(part: Path) -> Iterator[BinaryIO]:
         yield file
 
 
-def _written(file: Any, step: Step, text: bytes, rows: Sequence[model.Transition]) -> Step:
-    file.write(text)
+def _put(file: BinaryIO, packed: Callable[[bytes], bytes], lines: list[bytes]) -> None:
+    file.write(packed(b"".join(lines)))
+    lines.clear()
+
+
+def _written(file: BinaryIO, transitions: int, last: str | None) -> Step:
     file.flush()
     os.fsync(file.fileno())  # a step is noted elsewhere, where it may outlive a power loss
-    return Step(step.transitions + len(rows), file.tell(), rows[-1].id if rows else step.after)
+    return Step(transitions, file.tell(), last)
 
 
 def _form(path: Path) -> tuple[Callable[[model.Transition], bytes], Callable[[bytes], bytes]]:

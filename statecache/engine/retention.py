@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 CHUNK_INSTANCES = 500
+CHUNK_BYTES_MAX = 16 * 1024 * 1024
+"""Of an archive's text, after which a chunk takes no further instance: it is in memory some times over."""
 _ATTEMPTS = 5
 _CLOCKS_DIFFER_MS = 3_600_000
 
@@ -127,23 +129,30 @@ def _state(
                 raise errors.UnavailableError(f"retention of {machine} finds no quiet moment: {error}") from error
             continue
         attempts = 0
-        after = found[-1].updated_ms, found[-1].id
+        after = int(step.cursor[2]), str(step.cursor[3])
         yield step
 
 
 def _chunk(cache: StateCache, machine: str, state: str, found: list[Ended], folder: Path | None, dry_run: bool) -> Step:
     partitions = {row.partition: (row.partition, row.epoch, row.owner) for row in cache.durable.partitions()}
     checkpoints = cache.durable.checkpoints([(one.machine, one.id) for one in found])
-    read = [_read(cache, checkpoints[one.machine, one.id]) for one in found if (one.machine, one.id) in checkpoints]
-    kept = [one for one in read if isinstance(one, archive.Archived)]
-    damaged = tuple(one for one in read if isinstance(one, str))
-    for address in damaged:
-        _log.error("retention leaves %s out: its history is damaged; run 'statecache verify'", address)
-    last = found[-1]
+    kept: list[archive.Archived] = []
+    damaged: list[str] = []
+    last, size = found[0], 0
+    for last in found:
+        one = _read(cache, checkpoints[last.machine, last.id]) if (last.machine, last.id) in checkpoints else None
+        if isinstance(one, str):
+            damaged.append(one)
+            _log.error("retention leaves %s out: its history is damaged; run 'statecache verify'", one)
+        elif one is not None:
+            kept.append(one)
+            size += len(msgspec.json.encode(one))
+            if size > CHUNK_BYTES_MAX:
+                break
     cursor: Cursor = [machine, state, last.updated_ms, last.id]
     gone = sum(len(one.transitions) - 1 for one in kept)
     if dry_run or not kept:
-        return Step(cursor, len(kept), gone, None, damaged)
+        return Step(cursor, len(kept), gone, None, tuple(damaged))
     path = None
     if folder is not None:
         path = archive.write(folder, cache.durable.identity().deployment, machine, kept)
@@ -155,7 +164,7 @@ def _chunk(cache: StateCache, machine: str, state: str, found: list[Ended], fold
         cache.durable, [partitions[number] for number in held], [_collapsed(one, reason) for one in kept]
     )
     failpoints.hit("retention.deleted")
-    return Step(cursor, len(kept), gone, None if path is None else str(path), damaged)
+    return Step(cursor, len(kept), gone, None if path is None else str(path), tuple(damaged))
 
 
 def _read(cache: StateCache, kept: model.Checkpoint) -> archive.Archived | str:

@@ -144,6 +144,25 @@ def test_goes_on_from_any_step(world: worlds.World, folder: Path, monkeypatch: p
     assert set(_archived(folder)) == set(ids)
 
 
+def test_a_chunk_ends_where_its_bytes_are_enough(
+    world: worlds.World, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Long histories: a chunk takes instances until it has so many bytes, at least one, and goes on behind the last."""
+    world.start("long", ["pay", *["note"] * 50, "ship", "deliver"])
+    world.flush()
+    ids = _fill(world, 4)
+    sizes = [len(msgspec.json.encode(world.orders.history(id))) for id in ("long", ids[0])]
+    monkeypatch.setattr(retention, "CHUNK_BYTES_MAX", sizes[0] - 1)
+    monkeypatch.setattr(retention, "CHUNK_INSTANCES", 3)
+    first = next(iter(retention.run(world.cache, NOW, folder)))
+    assert (first.instances, first.cursor[3]) == (1, "long")
+    monkeypatch.setattr(retention, "CHUNK_BYTES_MAX", sizes[1] * 3 // 2)
+    rest = list(retention.run(world.cache, NOW, folder, cursor=first.cursor))
+    assert [step.instances for step in rest] == [2, 2]
+    assert set(_archived(folder)) == {"long", *ids}
+    assert list(retention.run(world.cache, NOW, folder)) == []
+
+
 def test_folder_that_is_none(world: worlds.World, folder: Path) -> None:
     _fill(world)
     folder.write_text("a file")

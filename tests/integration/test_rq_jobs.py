@@ -446,6 +446,32 @@ def test_export_goes_on_from_any_step(world: worlds.World, tmp_path: Path, monke
     assert b"'=1+1" not in (tmp_path / "whole.jsonl").read_bytes()
 
 
+def test_export_steps_end_where_their_bytes_are_enough(
+    world: worlds.World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a history that is longer than what may wait in memory some is in the file before its instance's step; killed there,
+    it is cut off."""
+    for id in ("a", "b", "c"):
+        world.start(id, ["pay", *["note"] * 8])
+    world.flush()
+    whole = {kind: tmp_path / f"whole.{kind}" for kind in ("jsonl", "csv.gz")}
+    for path in whole.values():
+        assert len(list(exporting.run(world.cache, "order", path))) == 1
+    monkeypatch.setattr(exporting, "_STEP_BYTES_MAX", 500)
+    monkeypatch.setattr(exporting, "_WAITING_BYTES_MAX", 300)
+    for kind, told in whole.items():
+        read = gzip.decompress if kind.endswith(".gz") else bytes
+        path = tmp_path / f"steps.{kind}"
+        run = exporting.run(world.cache, "order", path)
+        first = next(run)
+        assert (first.transitions, first.after) == (10, "a")
+        next(run)
+        run.close()
+        rest = [(step.transitions, step.after) for step in exporting.run(world.cache, "order", path, first)]
+        assert rest == [(20, "b"), (30, None)]
+        assert read(path.read_bytes()) == read(told.read_bytes())
+
+
 def test_export_begins_anew_where_its_file_is_shorter_than_its_note(
     world: worlds.World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
