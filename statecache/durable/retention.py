@@ -69,9 +69,17 @@ _ARCHIVE = (
 
 
 def ended(
-    store: DurableStore, machine: str, state: str, until_ms: int, after: tuple[int, str], limit: int
+    store: DurableStore,
+    machine: str,
+    state: str,
+    versions: Sequence[int],
+    until_ms: int,
+    after: tuple[int, str],
+    limit: int,
 ) -> list[Ended]:
-    """Return instances that are in the final ``state`` since ``until_ms`` or longer and have history to spare, oldest first.
+    """Return instances that are in ``state`` since ``until_ms`` or longer and have history to spare, oldest first. ``versions``
+    are those of the machine in which it is final. (Not by the flag of a checkpoint, which is false where its flusher did not
+    know the definition.)
 
     ``after`` is the ``(updated_ms, id)`` of the last one of the page before. Served by the index of checkpoints on state and
     age, and one step into history for each: those that were collapsed already cost that step again.
@@ -89,7 +97,7 @@ def ended(
         .where(
             _checkpoints.machine == machine,
             _checkpoints.state == state,
-            _checkpoints.final,
+            _checkpoints.machine_version.in_(versions),
             _checkpoints.updated_ms <= until_ms,
             sa.tuple_(_checkpoints.updated_ms, _checkpoints.id) > sa.tuple_(*after),
             _checkpoints.version >= 3,

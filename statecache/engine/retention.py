@@ -14,7 +14,7 @@ one of them is wrong, and what was deleted does not come back.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -75,7 +75,7 @@ def run(
     until_ms = (_now_ms(cache) if now_ms is None else now_ms) - int(older_than.total_seconds() * 1000)
     if folder is not None and not dry_run:
         archive.sweep(folder)
-    for name, state in _final_states(cache, machine):
+    for (name, state), versions in _final_states(cache, machine):
         after = (0, "")
         if cursor is not None:
             place = str(cursor[0]), str(cursor[1])
@@ -83,7 +83,7 @@ def run(
                 continue
             if (name, state) == place:
                 after = (int(cursor[2]), str(cursor[3]))
-        yield from _state(cache, name, state, until_ms, after, folder, dry_run)
+        yield from _state(cache, name, state, versions, until_ms, after, folder, dry_run)
 
 
 def _now_ms(cache: StateCache) -> int:
@@ -98,19 +98,23 @@ def _now_ms(cache: StateCache) -> int:
     return now_ms
 
 
-def _final_states(cache: StateCache, machine: str | None) -> list[tuple[str, str]]:
-    """The final states of every version of the machines, in order."""
+def _final_states(cache: StateCache, machine: str | None) -> list[tuple[tuple[str, str], list[int]]]:
+    """The (machine, state) that are final, in order, each with the machine's versions in which it is."""
     rows = [row for row in cache.durable.machines() if machine in (None, row.name)]
     if machine is not None and not rows:
         raise errors.NotFoundError(f"no machine {machine!r} is registered here")
-    specs = filter(None, (readable(row.spec) for row in rows))
-    return sorted({(spec.name, state) for spec in specs for state in definition.of(spec).finals})
+    found: dict[tuple[str, str], list[int]] = {}
+    for spec in filter(None, (readable(row.spec) for row in rows)):
+        for state in definition.of(spec).finals:
+            found.setdefault((spec.name, state), []).append(spec.version)
+    return sorted(found.items())
 
 
 def _state(
     cache: StateCache,
     machine: str,
     state: str,
+    versions: Sequence[int],
     until_ms: int,
     after: tuple[int, str],
     folder: Path | None,
@@ -118,7 +122,7 @@ def _state(
 ) -> Iterator[Step]:
     attempts = 0
     while True:
-        found = durable_retention.ended(cache.durable, machine, state, until_ms, after, CHUNK_INSTANCES)
+        found = durable_retention.ended(cache.durable, machine, state, versions, until_ms, after, CHUNK_INSTANCES)
         if not found:
             return
         try:

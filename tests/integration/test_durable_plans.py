@@ -127,7 +127,7 @@ def test_pages_are_not_sorted_when_the_statistics_are_old(filled: tuple[DurableS
         assert len(store.find("order", "unheard of", limit=50)) == 50
         assert len(store.idle("order", "unheard of", (NOW_MS + 2, "i1"), NOW_MS + 1500, limit=50)) == 50
         assert len(store.recent("order", "unheard of", (NOW_MS + 1500, "i1"), limit=50).rows) == 50
-        assert retention.ended(store, "order", "unheard of", NOW_MS, (0, ""), 50) == []
+        assert retention.ended(store, "order", "unheard of", [1], NOW_MS, (0, ""), 50) == []
     with store.database.transaction() as connection:
         connection.execute(
             sa.update(schema.checkpoints).where(schema.checkpoints.c.state == "unheard of").values(state="placed")

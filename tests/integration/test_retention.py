@@ -11,8 +11,10 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import sqlalchemy as sa
 
 from statecache.core import errors, failpoints
+from statecache.durable import schema
 from statecache.engine import archive, retention
 from tests.acceptance import command
 from tests.support import refusing, worlds
@@ -72,6 +74,20 @@ def test_archived_history_and_what_stays(world: worlds.World, folder: Path) -> N
         assert (now.state, now.version, now.data) == (snapshot.state, snapshot.version, snapshot.data)
     assert world.orders.counts() == counts
     assert list(retention.run(world.cache, NOW, folder)) == []
+
+
+def test_what_ended_while_nobody_knew_its_definition(world: worlds.World, folder: Path) -> None:
+    """A flusher that does not find the machine registered (SQL was restored to before) cannot tell that its states are final:
+    the flag in SQL stays false. It is the definition that counts."""
+    with world.durable.database.transaction() as connection:
+        connection.execute(sa.delete(schema.machines))
+    world.start("1", DELIVERED)
+    world.more().flush_alone()
+    kept = world.durable.checkpoint("order", "1")
+    assert kept is not None
+    assert not kept.final
+    world.more().machine(worlds.Order)
+    assert [step.instances for step in retention.run(world.cache, NOW, folder)] == [1]
 
 
 def test_what_is_left_alone(world: worlds.World, folder: Path) -> None:
