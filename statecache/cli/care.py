@@ -73,6 +73,8 @@ def list_letters(
         found = _letters(cache, [arguments.address(address)] if address else cache.durable.parked_instances(limit))
     if store.as_json:
         output.emit({"letters": [_document(one) for one in found]})
+    elif not found:
+        output.say("no dead letters")
     else:
         rows = [
             (
