@@ -92,7 +92,12 @@ def begin(queue: rq.Queue, order_id: str) -> None:
 def main(verb: str, *order_ids: str) -> None:
     from statecache.settings import Settings
 
-    with redis.Redis.from_url(Settings().redis_url or "redis://localhost") as connection:
+    url = Settings().redis_url
+    if url is None:
+        raise SystemExit(
+            "set STATECACHE_REDIS_URL and STATECACHE_DATABASE_URL first: worker and jobs share these servers"
+        )
+    with redis.Redis.from_url(url) as connection:
         queue = rq.Queue(QUEUE, connection=connection)
         if verb == "work":
             rq.Worker([queue], connection=connection).work(burst="--burst" in order_ids)

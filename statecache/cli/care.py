@@ -73,6 +73,8 @@ def list_letters(
         found = _letters(cache, [arguments.address(address)] if address else cache.durable.parked_instances(limit))
     if store.as_json:
         output.emit({"letters": [_document(one) for one in found]})
+    elif not found:
+        output.say("no dead letters")
     else:
         rows = [
             (
@@ -104,6 +106,7 @@ def discard(
 
 
 def _act(store: options.Store, address: str, dry_run: bool, verb: str) -> int:
+    from statecache.durable import faults
     from statecache.engine import letters as engine_letters
 
     machine, id = arguments.address(address)
@@ -113,7 +116,13 @@ def _act(store: options.Store, address: str, dry_run: bool, verb: str) -> int:
             raise errors.NotFoundError(f"{address} has no dead letters")
         count = len(found)
         if not dry_run:
-            count = getattr(engine_letters, verb)(cache, machine, id)
+            try:
+                count = getattr(engine_letters, verb)(cache, machine, id)
+            except faults.Refused as error:
+                raise faults.Refused(
+                    f"{address}: {error}; nothing was changed. Change what makes SQL refuse its letters (version "
+                    f"{found[0].entry.version} on) and retry, or discard them"
+                ) from error
     if store.as_json:
         output.emit({"address": address, "action": verb, "letters": count, "dry_run": dry_run})
     else:

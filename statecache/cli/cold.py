@@ -96,14 +96,18 @@ def warm(
 
         output.emit(msgspec.to_builtins(report))
     else:
-        output.console().print(output.facts(_warmed_facts(report)))
+        output.console().print(output.facts(_warmed_facts(report, limit)))
     return exits.FOUND if dry_run and report.candidates else exits.DONE
 
 
-def _warmed_facts(report: warming.Report) -> list[tuple[str, object]]:
+def _warmed_facts(report: warming.Report, limit: int | None) -> list[tuple[str, object]]:
     facts: list[tuple[str, object]] = [("in SQL, in these states", output.counted(report.candidates, "instance"))]
     if report.dry_run:
-        return facts
+        most = report.candidates if limit is None else min(report.candidates, limit)
+        return [
+            *facts,
+            ("would be brought back", f"{output.counted(most, 'instance')} at most: some may be hot already"),
+        ]
     facts += [
         ("brought back", output.counted(report.warmed, "instance")),
         ("hot already", output.count(report.hot_already)),

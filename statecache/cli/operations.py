@@ -51,7 +51,7 @@ def status(
     """
     from statecache.engine import status as engine_status
 
-    with _open_to_look(store) as cache:
+    with _open_to_look(store, admit_seconds=options.LOOK_SECONDS) as cache:
         if not watch:
             found = engine_status.status(cache, recoveries)
             _print_status(store, cache, found)
@@ -61,16 +61,16 @@ def status(
         return exits.DONE
 
 
-def _open_to_look(store: options.Store, *, start: bool = True) -> StateCache:
+def _open_to_look(store: options.Store, *, start: bool = True, admit_seconds: float | None = None) -> StateCache:
     """Open a store without recovering it.
 
-    With ``start`` an embedded one is recovered all the same, as every start of its server needs that: nobody else may have
-    been running it.
+    With ``admit_seconds`` Redis may be away. With ``start`` an embedded one is recovered all the same, as every start of its
+    server needs that: nobody else may have been running it.
     """
     options.quiet_about_admission()
     if start and options.is_embedded(store.settings()):
         return store.open()
-    return store.open(auto_recover=False, call_timeout_seconds=options.LOOK_SECONDS)
+    return store.open(auto_recover=False, admit_seconds=admit_seconds, call_timeout_seconds=options.LOOK_SECONDS)
 
 
 def _watch(store: options.Store, cache: StateCache, interval: float, recoveries: int) -> None:

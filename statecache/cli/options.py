@@ -122,9 +122,9 @@ class Store:
     def look(self, *, redis: bool = False) -> StateCache:
         """Open the store for a command that only looks: a Redis that is not the one that SQL knows is left as it is.
 
-        SQL is there to be read all the same. With ``redis`` the answer needs Redis too: raises ``RecoveringError``, which says
-        what to do. A data folder's own server is recovered by every start, whoever starts it: nobody else may have been running
-        it, and nobody can have named a wrong one.
+        SQL is there to be read all the same, also where Redis is away. With ``redis`` the answer needs Redis too: raises
+        ``RecoveringError``, which says what to do, or ``UnavailableError``. A data folder's own server is recovered by every
+        start, whoever starts it: nobody else may have been running it, and nobody can have named a wrong one.
         """
         if is_embedded(self.settings()):
             return self.open()

@@ -72,7 +72,8 @@ class Definition:
         except KeyError:
             raise errors.DefinitionError(
                 f"machine {self.name!r}: event {event!r} from state {source!r} has the guard {name!r}, to which no "
-                f"function is bound: load the machine with guards={{{name!r}: function}}"
+                f"function is bound here: only a program that has it, and loads the machine with guards="
+                f"{{{name!r}: function}}, can fire this event"
             ) from None
 
 

@@ -167,7 +167,8 @@ class StateCache:
     ) -> Self:
         """Open what the settings name: see ``connect``. Without ``create`` there must be a store in the database already.
 
-        ``admit_seconds`` is how long a Redis that is not true is waited for; without it, as long as for a call.
+        ``admit_seconds`` is for who only looks: Redis is waited for so long, and SQL can be read where it is not true, or away.
+        Without it one that is not true is waited for as long as for a call, and one that is away refused.
         """
         failpoints.arm(failpoint_variable())
         server = None
@@ -204,11 +205,16 @@ class StateCache:
                 identity_interval_seconds=-1.0 if always else settings.identity_check_interval_ms / 1000,
                 instance_fields_max=settings.instance_fields_max,
             )
-            servers.check(hot.server_facts())
             cache = cls(settings, hot, durable, server=server, metrics=metrics, on_recovering=on_recovering)
-            cache._admit_at_connect(row.namespace, admit_seconds)
-            if settings.durability in CONFIRMED:
-                cache.confirmation(settings.durability, cache.deadline(None))
+            try:
+                servers.check(hot.server_facts())
+                cache._admit_at_connect(row.namespace, admit_seconds)
+                if settings.durability in CONFIRMED:
+                    cache.confirmation(settings.durability, cache.deadline(None))
+            except errors.UnavailableError as error:
+                if admit_seconds is None:
+                    raise
+                _log.warning("opened without Redis: %s", error)
         except BaseException:
             if durable is not None:
                 durable.close()

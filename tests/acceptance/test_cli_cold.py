@@ -68,6 +68,7 @@ def test_evict_and_warm(on: Callable[..., Result], where: list[str]) -> None:
     assert "4" in next(line for line in again.out.splitlines() if "cold already" in line)
     told = on("warm", "--dry-run", "--json")
     assert (told.code, told.document["dry_run"], told.document["candidates"], hot(where)) == (1, True, COUNT, {"0"})
+    assert "2 instances at most" in on("warm", "--limit", "2", "--dry-run").out
     some = on("warm", "--limit", "2", "--json")
     assert (some.code, some.document["warmed"]) == (0, 2)
     assert hot(where) == {"0", "3", "4"}, "those that moved last"

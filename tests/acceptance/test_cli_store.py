@@ -234,9 +234,33 @@ def test_a_redis_that_came_back_waits_for_recover_and_one_that_is_away_is_code_3
     assert run_here("recover", *where).code == 0
     assert run_here("status", *where).code == 0
     private_redis.kill()
-    for arguments in (["status"], ["where", "order:1"], ["recover"], ["flusher", "--once"]):
+    for arguments in (
+        ["where", "order:1"],
+        ["history", "order:1"],
+        ["doctor"],
+        ["verify"],
+        ["recover"],
+        ["flusher", "--once"],
+    ):
         away = run_here(*arguments, *where, "--json")
         assert (away.code, away.error["type"]) == (3, "UnavailableError"), arguments
+
+
+def test_what_sql_knows_is_told_while_redis_is_away(private_redis: servers.ValkeyServer, sqlite_url: str) -> None:
+    """Status tells SQL's side when it is wanted most, and ends with 3; lists from SQL are as good as ever."""
+    where = ["--redis-url", private_redis.url, "--database-url", sqlite_url, "--json"]
+    assert run_here("machine", "register", ORDER, *where).code == 0
+    assert run_here("start", "order:1", "--durability", "durable", *where).code == 0
+    private_redis.kill()
+    status = run_here("status", *where)
+    assert (status.code, status.document["redis"], status.document["backlog"]) == (3, "away", None)
+    assert status.document["machines"][0]["counts"] == {"placed": 1}
+    assert "Redis did not answer" in status.document["redis_problem"]
+    assert "did not answer" in run_here("status", *where[:-1]).out
+    listed = run_here("ls", "order", *where)
+    assert (listed.code, [one["id"] for one in listed.document]) == (0, ["1"])
+    assert run_here("machine", "list", *where).document[0]["instances"] == 1
+    assert run_here("dead-letters", "list", *where).document == {"letters": []}
 
 
 def test_verify_finds_what_somebody_else_wrote(redis_url: str, sqlite_url: str, namespace: str) -> None:

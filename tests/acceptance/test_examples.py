@@ -136,3 +136,15 @@ def test_consumer_goes_on_after_it_was_killed(
         parcels = cache.machine("parcel")
         assert parcels.counts() == {"delivered": 500}
         assert [row.event for row in parcels.history("p499")] == ["@start", "sort", "take", "deliver"]
+
+
+def test_rq_pipeline_wants_servers_that_worker_and_jobs_share(tmp_path: Path) -> None:
+    """Without settings it would begin the order in a folder's own store, and enqueue elsewhere."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("STATECACHE_")}
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / "rq_pipeline.py", "start", "1001"], cwd=tmp_path, capture_output=True, text=True,
+        env={**kept, "PYTHONPATH": str(EXAMPLES.parents[1])}, check=False, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+    assert "set STATECACHE_REDIS_URL and STATECACHE_DATABASE_URL first" in done.stderr
+    assert not list(tmp_path.iterdir())

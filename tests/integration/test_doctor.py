@@ -53,6 +53,10 @@ def test_dead_letters_are_listed_retried_and_discarded(
             world.orders.transition(id, "pay", {"amount": 1, "by": ["card"]}, reason=refusing.REASON)
         world.orders.transition("1", "note")
         world.flush()
+        assert app.run(["dead-letters", "retry", "order:1", *where]) == 1
+        told = json.loads(capsys.readouterr().err.splitlines()[-1])["error"]["message"]
+        assert told.startswith("order:1: SQL refuses this data")
+        assert "its letters (version 2 on) and retry, or discard them" in told
         refusing.accept(world.durable)
 
         def run(*words: str) -> tuple[int, dict[str, object]]:
@@ -77,5 +81,7 @@ def test_dead_letters_are_listed_retried_and_discarded(
         assert run("dead-letters", "discard", "order:2")[0] == 2, "it loses transitions: --yes is wanted"
         assert run("dead-letters", "discard", "order:2", "--yes")[0] == 0
         assert run("dead-letters", "list")[0] == 0
+        assert app.run(["dead-letters", "list", *where[:-1]]) == 0
+        assert capsys.readouterr().out == "no dead letters\n"
         assert (world.orders.get("1").version, world.orders.get("2").version) == (3, 1)
         world.verify()

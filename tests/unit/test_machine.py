@@ -160,8 +160,8 @@ def test_guards_stand_in_the_spec_by_name_and_in_the_class_as_functions() -> Non
     with pytest.raises(errors.DefinitionError) as caught:
         loaded.definition.guard_for("pay", "placed", loaded.guards)
     assert str(caught.value) == (
-        "machine 'guarded': event 'pay' from state 'placed' has the guard 'is_covered', to which no function is bound: "
-        "load the machine with guards={'is_covered': function}"
+        "machine 'guarded': event 'pay' from state 'placed' has the guard 'is_covered', to which no function is bound "
+        "here: only a program that has it, and loads the machine with guards={'is_covered': function}, can fire this event"
     )
     bound = StateMachine.from_spec(Guarded.spec, guards={"is_covered": is_covered})
     assert bound.definition.guard_for("pay", "placed", bound.guards) is is_covered
