@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from statecache.core import entry, errors
+from statecache.core import entry, errors, fold
 from statecache.durable import faults, schema
 from statecache.durable.rows import Advance
 from statecache.durable.store import DurableStore
@@ -331,6 +331,19 @@ def test_letters_park_an_instance(store: DurableStore) -> None:
     with store.flush_transaction() as tx:
         assert [row[5] for row in tx.take_letters("order", "a")] == [2, 3]
     assert store.letters("order", "a") == []
+
+
+def test_letters_under_entry_ids_are_written_once(store: DurableStore) -> None:
+    """The same log may be read again, by a flusher or by a recovery. Letters of an instance of ours are told apart by their
+    versions, and one too many is an error."""
+    foreign = [fold.entry_row(3, entry.foreign(3, entry.EntryId(1, seq), "?")) for seq in (5, 6)]
+    own = (3, 1, 7, "order", "a", 2, "pay", "placed", "paid", 5, "t", None, None, None, None, None, None, 1)
+    for rows in (foreign[:1], foreign, [*foreign, own]):
+        with store.flush_transaction() as tx:
+            tx.insert_letters(rows, "not ours", False, 77)
+    assert store.parked_instances() == [(entry.FOREIGN, "3:1-5"), (entry.FOREIGN, "3:1-6"), ("order", "a")]
+    with pytest.raises(faults.KeyHit), store.flush_transaction() as tx:
+        tx.insert_letters([own], "again", False, 77)
 
 
 def test_many_parked_instances(plain: DurableStore) -> None:

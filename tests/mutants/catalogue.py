@@ -19,6 +19,7 @@ _HOLES = "tests/integration/test_holes.py::"
 _CHAOS = "tests/integration/test_chaos_findings.py::"
 _FLUSHER = "tests/integration/test_flusher.py::"
 _RECOVERY = "tests/integration/test_recovery.py::"
+_REVIEW = "tests/integration/test_review_findings.py::"
 _CLIENT = "tests/integration/test_faults_client.py::"
 _ORDER = "tests/integration/test_aio_order.py::"
 _THREADS = "tests/integration/test_cache_batching.py::"
@@ -829,6 +830,28 @@ MUTANTS = [
             ),
         ),
         (f"{_HOLES}test_h13a_ids_that_were_given_twice_are_no_proof",),
+    ),
+    Mutant(
+        "*diverged* takes SQL's watermark back",
+        (
+            Patch(
+                "statecache/engine/recovery.py",
+                "            return max(row.watermark, probed.last), mend\n",
+                "            return probed.last, mend\n",
+            ),
+        ),
+        (f"{_REVIEW}test_diverged_log_that_comes_back_before_the_next_flush",),
+    ),
+    Mutant(
+        "an entry is known by the id of one that was discarded",
+        (
+            Patch(
+                "statecache/engine/recovery.py",
+                "                and (one.entry_id, one.version, one.transition_id) not in very\n",
+                "                and (one.version, one.transition_id) not in {each[1:] for each in very}\n",
+            ),
+        ),
+        (f"{_REVIEW}test_repetition_of_what_was_discarded_is_kept_when_the_log_diverges",),
     ),
     Mutant(
         "a mark below the watermark is passed over",
