@@ -21,6 +21,7 @@ from statecache import metrics as metering
 from statecache.core import codec, errors, failpoints, items, keys, model, wording
 from statecache.core.machine import StateMachine
 from statecache.core.spec import readable
+from statecache.durable.rows import StoreRow
 from statecache.durable.store import DurableStore
 from statecache.engine import commits, duties, recovery, servers, threads, watching
 from statecache.engine import durability as durability_levels
@@ -181,9 +182,8 @@ class StateCache:
                 )
         durable = None
         try:
-            if server is not None and settings.redis_url is None:
+            if server is not None and settings.redis_url is None and settings.database_url is None:
                 server.start()
-            redis_url = settings.redis_url or (server.redis_url if server else "")
             database_url = settings.database_url or (server.database_url if server else "")
             explicit = "partition_count" in settings.model_fields_set
             durable = DurableStore.connect(
@@ -194,6 +194,10 @@ class StateCache:
                 now_ms=int(time.time() * 1000),
             )
             row = durable.identity()
+            if server is not None and settings.redis_url is None and settings.database_url is not None:
+                _require_folder(server, row)
+                server.start()
+            redis_url = settings.redis_url or (server.redis_url if server else "")
             settings = settings.model_copy(
                 update={"redis_url": redis_url, "database_url": database_url, "partition_count": row.partition_count}
             )
@@ -536,6 +540,16 @@ class StateCache:
         self._end_all()
         self.hot.after_fork()
         self._make_parts()
+
+
+def _require_folder(server: EmbeddedServer, row: StoreRow) -> None:
+    """A server that is made now has nothing: a store that has been in use would be recovered as wiped, for a forgotten URL."""
+    if row.epoch and not server.folder.is_dir():
+        raise errors.ConfigurationError(
+            "database_url is set and redis_url is not, so Redis would be a new server in the folder "
+            f"{server.folder}, which does not exist, and the store of this database has been in use: set redis_url "
+            "(STATECACHE_REDIS_URL), or make the folder if its server's data is lost"
+        )
 
 
 _open_caches: weakref.WeakSet[StateCache] = weakref.WeakSet()

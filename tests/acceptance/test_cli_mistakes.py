@@ -141,6 +141,24 @@ def test_what_makes_a_store_wants_a_folder_for_its_file(redis_url: str, tmp_path
     assert "redis_url is set and database_url is not" in told.err
 
 
+def test_a_used_store_wants_its_redis(redis_url: str, sqlite_url: str, namespace: str, tmp_path: Path) -> None:
+    """Its Redis' URL was forgotten: a new server would have nothing, and the store would be recovered as wiped. A database that
+    is new, or a folder that is there, is another matter."""
+    folder = tmp_path / "data"
+    given = ["--database-url", sqlite_url, "--namespace", namespace, "--data-dir", folder]
+    with StateCache.connect(redis_url, sqlite_url, namespace) as cache:
+        before = cache.durable.identity()
+        told = run_here("flusher", "--once", *given)
+        assert told.code == exits.USAGE
+        assert "set redis_url (STATECACHE_REDIS_URL), or make the folder" in told.err
+        assert not folder.exists()
+        assert cache.durable.identity() == before
+    folder.mkdir()
+    assert run_here("flusher", "--once", *given).code == exits.DONE
+    new = ["--database-url", f"{sqlite_url}-new", "--namespace", namespace, "--data-dir", tmp_path / "other"]
+    assert run_here("flusher", "--once", *new).code == exits.DONE
+
+
 def _import(folder: Path, refused: Path | None, *more: str) -> Any:
     log = folder / "log.csv"
     log.write_text(LOG, encoding="utf-8")
