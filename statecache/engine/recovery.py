@@ -228,6 +228,7 @@ class _Attempt:
         self.rewritten: list[PartitionReport] = []
         self.strays: dict[int, list[str]] | None = None
         self.discarded: dict[int, dict[fold.Instance, list[Discard]]] | None = None
+        self.waiting: dict[int, list[fold.Instance]] | None = None
         self.indexed = dry_run
 
     def run(self) -> Report:
@@ -322,6 +323,8 @@ class _Attempt:
         if probed.last >= entry.EntryId(self.stamp.epoch, 0):
             raise self._taken(row.partition, probed.last)
         kind, last = self._classify(row, probed, new and not fenced.existed, identity)
+        if kind in (INTACT, TAIL_LOST):
+            kind, last = self._on_one_line(row, probed, kind, last, identity)
         if self.dry_run and kind != INTACT:
             (now,) = self.durable.partitions([row.partition])
             if (now.epoch, now.owner, now.watermark) != (row.epoch, row.owner, row.watermark):
@@ -336,6 +339,8 @@ class _Attempt:
             watermark, mend = self._planned(row, probed, kind, identity)
             dropped = len(mend.drops)
         dropped += self._drop_discarded(row, fenced)
+        if kind in (INTACT, TAIL_LOST):
+            dropped += self._drop_unparked(row, fenced)
         gap = _entries_between(row.watermark, watermark) if kind == SQL_BEHIND else 0
         lost = _entries_between(max(last, row.watermark), row.tail) + max(0, gap - mend.covered)
         untrue = not fenced.existed or fenced.recorded_identity != fenced.identity or self._strange(fenced)
@@ -397,6 +402,67 @@ class _Attempt:
             return (TAIL_LOST if self._is_known(row.partition, probed, hidden, identity) else DIVERGED), hidden
         return SQL_BEHIND, probed.last
 
+    def _on_one_line(
+        self, row: PartitionRow, probed: Probed, kind: str, last: entry.EntryId, identity: str
+    ) -> tuple[str, entry.EntryId]:
+        """The class where the log's newest entry of SQL's is a dead letter. It may be one of many that *diverged* made of this
+        very log, brought back once more: then the ids above the newest entry that is in history are those of another line, and
+        what SQL has there the log has not."""
+        newest, behind = probed.at_watermark, probed.behind
+        if kind == TAIL_LOST:
+            newest = self._entry_at(row.partition, last, identity) if last > entry.ZERO else None
+        elif behind is not None and behind.is_mark and self._same(row.partition, behind):
+            return kind, last  # a recovery has dealt with what is before its mark
+        if newest is None or newest.is_mark or newest.machine == entry.FOREIGN or self._in_history([newest]):
+            return kind, last
+        end = self._end_in_history(row.partition, probed, newest.entry_id, identity)
+        if kind == TAIL_LOST:
+            return kind, end
+        return (TAIL_LOST, end) if self._is_history_above(row.partition, end) else (kind, last)
+
+    def _is_history_above(self, partition: int, end: entry.EntryId) -> bool:
+        for page in self._instances_above(partition, end):
+            kept = self.durable.checkpoints([(one.machine, one.id) for one in page])
+            if any(one.entry_id > end for one in kept.values()):
+                return True
+        return False
+
+    def _entry_at(self, partition: int, place: entry.EntryId, identity: str) -> entry.Entry | None:
+        """The log's entry with this id, if it is still there."""
+        before = entry.EntryId(place.epoch, place.seq - 1) if place.seq else entry.EntryId(place.epoch - 1, 2**53)
+        reply = self.hot.read(
+            [(partition, before)], entries=1, bytes_max=1, fenced_identity=identity, stamp=self.stamp
+        )[0]
+        if reply.code != "OK":
+            raise Superseded(f"partition {partition}: {reply.code} while its log was read")
+        record = _fitting(partition, parse_any(partition, reply.lines[0])) if reply.lines else None
+        return record if record is not None and record.entry_id == place else None
+
+    def _end_in_history(self, partition: int, probed: Probed, last: entry.EntryId, identity: str) -> entry.EntryId:
+        """The newest entry of the log up to ``last`` that a flush brought into history, or a mark of a recovery that SQL knows;
+        what was trimmed before the first one is in SQL."""
+        entries = [one for one in self._entries(partition, entry.ZERO, identity) if one.entry_id <= last]
+        while entries:
+            page = entries[-_DROP_PAGE:]
+            del entries[-_DROP_PAGE:]
+            found = self._in_history([one for one in page if not one.is_mark and one.machine != entry.FOREIGN])
+            for one in reversed(page):
+                if one.entry_id in found or (one.is_mark and self._same(partition, one)):
+                    return one.entry_id
+            self._beat()
+        first = probed.first or entry.ZERO
+        return entry.EntryId(first.epoch, first.seq - 1) if first.seq else entry.ZERO
+
+    def _in_history(self, records: Sequence[entry.Entry]) -> set[entry.EntryId]:
+        """Those of the entries that history has, id and all."""
+        asked = [(one.machine, one.id, one.version, self._partition_of((one.machine, one.id))) for one in records]
+        found = self.durable.standing(asked)
+        return {
+            one.entry_id
+            for one, stands in zip(records, found, strict=True)
+            if (stands.entry_id, stands.transition_id) == (one.entry_id, one.transition_id)
+        }
+
     def _end_behind_strangers(self, row: PartitionRow, probed: Probed, identity: str) -> entry.EntryId | None:
         """Where the log ended, below SQL's watermark, if all that it has above are strangers' records; else None.
 
@@ -432,21 +498,15 @@ class _Attempt:
         top = last
         while last > entry.ZERO:
             self._beat()
-            before = entry.EntryId(last.epoch, last.seq - 1) if last.seq else entry.EntryId(last.epoch - 1, 2**53)
-            reply = self.hot.read(
-                [(partition, before)], entries=1, bytes_max=1, fenced_identity=identity, stamp=self.stamp
-            )[0]
-            if reply.code != "OK":
-                raise Superseded(f"partition {partition}: {reply.code} while its log was read")
-            record = _fitting(partition, parse_any(partition, reply.lines[0])) if reply.lines else None
-            if record is None or record.entry_id != last:
+            record = self._entry_at(partition, last, identity)
+            if record is None:
                 return True  # trimmed, so it is in SQL
             if record.is_mark:
                 last = record.prev
             elif record.machine == entry.FOREIGN or self._is_covered(record, top):
                 if not last.seq:
                     return True
-                last = before
+                last = entry.EntryId(last.epoch, last.seq - 1)
             else:
                 return self._is_of_sql(record)
         return True
@@ -456,8 +516,7 @@ class _Attempt:
         SQL has the one says nothing of what stands before the other."""
         instance = (record.machine, record.id)
         very = (record.entry_id, record.version, record.transition_id)
-        (stands,) = self.durable.standing([(*instance, record.version, self._partition_of(instance))])
-        if (stands.entry_id, stands.transition_id) == (record.entry_id, record.transition_id):
+        if self._in_history([record]):
             return True
         kept = [letter.entry for letter in self.durable.letters(*instance)]
         gone = self._discards(self._partition_of(instance)).get(instance, ())
@@ -614,6 +673,36 @@ class _Attempt:
         if names:
             self._drop(row.partition, fenced, row.watermark, names)
         return len(names)
+
+    def _drop_unparked(self, row: PartitionRow, fenced: Fenced) -> int:
+        """Drop every hash of an instance with open letters that is not flagged as parked. It may be one that *diverged* made
+        letters of, brought back by the same older Redis (SQL knows that log's newest entry by now, so that the class does not
+        tell); or one that a flusher did not get to park. It comes back as SQL has it, parked."""
+        instances = self._waiting(row.partition)
+        names = []
+        for start in range(0, len(instances), _DROP_PAGE):
+            page = instances[start : start + _DROP_PAGE]
+            for instance, fields in zip(page, self.hot.hashes([(row.partition, *one) for one in page]), strict=True):
+                parsed = mending.Hash.parse(fields)
+                if parsed is not None and not parsed.parked:
+                    names.append(":".join(instance))
+            self._beat()
+        for start in range(0, len(names), _DROP_PAGE):
+            self._drop(row.partition, fenced, row.watermark, names[start : start + _DROP_PAGE])
+        return len(names)
+
+    def _waiting(self, partition: int) -> list[fold.Instance]:
+        """The instances of a partition that have open letters. All are read at once."""
+        if self.waiting is None:
+            self.waiting = {}
+            after: fold.Instance | None = None
+            while page := self.durable.parked_instances(_DROP_PAGE, after):
+                for instance in page:
+                    if instance[0] != entry.FOREIGN:
+                        self.waiting.setdefault(self._partition_of(instance), []).append(instance)
+                after = page[-1]
+                self._beat()
+        return self.waiting.get(partition, [])
 
     def _drop(self, partition: int, fenced: Fenced, evicted_to: entry.EntryId, names: list[str]) -> None:
         if self.dry_run:

@@ -165,14 +165,19 @@ def sql_behind(world: worlds.World) -> None:
     world.sql_back(saved)
 
 
-def diverged(world: worlds.World) -> None:
+def diverged(world: worlds.World, *, refused: bool = False) -> None:
     """Redis lost its tail, nobody noticed, and the lost ids were given again: two lines of history (H13)."""
     old = some(world, "old", ("pay",))
     world.flush()
     saved = world.redis_copy()
+    if refused:
+        refusing.refuse(world.durable)
+        world.orders.transition(old[0], "note", reason=refusing.REASON)
     for id in old:
         world.orders.transition(id, "ship")
     world.flush()
+    if refused:
+        refusing.accept(world.durable)
     identity = world.meta()["identity"]
     world.redis_back(saved, detour=True)
     for partition in (0, 1):
@@ -180,6 +185,11 @@ def diverged(world: worlds.World) -> None:
     for id in old[:3]:
         world.orders.transition(id, "cancel")
     some(world, "fork")
+
+
+def diverged_apart(world: worlds.World) -> None:
+    """The same, and where one of the lost entries is a dead letter another one has its version: it is kept apart."""
+    diverged(world, refused=True)
 
 
 def parked_id(cache: StateCache) -> str:

@@ -68,6 +68,9 @@ SCENARIOS = {
     "recover diverged": Scenario(
         situations.diverged, lambda cache: cache.recover(), lambda world: world.cache.recover()
     ),
+    "recover diverged apart": Scenario(
+        situations.diverged_apart, lambda cache: cache.recover(), lambda world: world.cache.recover()
+    ),
     "retry letters": Scenario(
         situations.with_letters, once(letters.retry, situations.parked_id), again(letters.retry, situations.parked_id)
     ),
@@ -106,12 +109,16 @@ class Frozen:
         self._number += 1
         copy = self.folder / f"thawed{self._number}.db"
         shutil.copy(self._file, copy)
+        self.redis_again()
+        return f"sqlite:///{copy}"
+
+    def redis_again(self) -> None:
+        """Redis as it was when the situation was made, whatever has become of SQL since."""
         with worlds.redis.Redis.from_url(self.redis_url) as client:
             for key in client.scan_iter(match=f"{{{self.namespace}:*", count=1000):
                 client.delete(key)
             for key, dumped in self._redis.items():
                 client.restore(key, 0, dumped)
-        return f"sqlite:///{copy}"
 
     def die(self, database_url: str, die_before: int | None) -> points.Points:
         """Run the scenario in a process that dies at a point; what it did."""
@@ -243,6 +250,28 @@ def test_dying_twice(frozen: Frozen) -> None:
         except errors.NotFoundError:  # no letters: one that died had done it
             break
     assert frozen.outcome(database_url) == wanted
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", ["recover tail lost", "recover diverged", "recover diverged apart"])
+def test_the_same_older_redis_comes_back(redis_url: str, tmp_path: Path, namespace: str, name: str) -> None:
+    """A recovery ends, or dies at a point, and the server starts from the same old file once more (a crash loop, a snapshot
+    that is restored twice): nothing is kept twice, and no version is given twice."""
+    frozen = Frozen(redis_url, tmp_path, namespace, SCENARIOS[name])
+    database_url = frozen.thaw()
+    calls = len(frozen.die(database_url, None).names)
+    wanted = frozen.outcome(database_url)
+    for die_before in (None, *range(calls, 0, -3)):
+        database_url = frozen.thaw()
+        frozen.die(database_url, die_before)
+        frozen.redis_again()
+        try:
+            found = frozen.outcome(database_url)
+        except (errors.StateCacheError, AssertionError) as error:
+            raise AssertionError(f"died before call {die_before} of {calls}: {error}") from error
+        for report in ("lost at least", "loss possible"):  # there is one recovery more
+            found[report] = wanted[report]
+        assert found == wanted, f"died before call {die_before} of {calls}"
 
 
 def test_every_kind_of_call_is_a_point(redis_url: str, tmp_path: Path) -> None:

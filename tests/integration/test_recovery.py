@@ -20,6 +20,7 @@ from statecache.durable.faults import CommitUnknown
 from statecache.durable.store import DurableStore
 from statecache.engine import admission, letters, processes, recovery
 from tests.acceptance import command
+from tests.support import refusing
 from tests.support.worlds import Order, World, after_call, before_call, forged, together
 
 IDS = [f"r{number}" for number in range(8)]
@@ -666,3 +667,27 @@ def test_a_recoverer_that_was_killed_is_not_waited_for(world: World, monkeypatch
     assert world.orders.transition(id, "ship").version == 3
     world.flush()
     world.verify()
+
+
+def test_a_dead_letter_at_the_watermark_is_no_alarm(lite: World) -> None:
+    """The newest entry that was flushed is one that SQL refused: a restart, and a lost tail behind it, are as they always
+    are."""
+    lite.start("1", ["pay"])
+    lite.flush()
+    refusing.refuse(lite.durable)
+    lite.orders.transition("1", "note", reason=refusing.REASON)
+    lite.flush()
+    refusing.accept(lite.durable)
+    saved = lite.redis_copy()
+    lite.disown()
+    assert lite.cache.recover().kinds == {"intact": 2}
+    lite.start("2", ["pay"])
+    lite.flush()
+    lite.redis_back(saved)
+    report = lite.cache.recover()
+    assert set(report.kinds) <= {"intact", "tail lost"}
+    assert sum(part.parked for part in report.partitions) == 0
+    assert lite.orders.get("2").version == 2
+    with pytest.raises(errors.ParkedError):
+        lite.orders.transition("1", "note")
+    lite.verify()
