@@ -32,23 +32,26 @@ import itertools
 import logging
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Callable, Sequence
 
 import msgspec
 
 from statecache.core import entry, errors, failpoints, fold, mending
 from statecache.durable import recoveries
 from statecache.durable.faults import CommitUnknown, Superseded
-from statecache.durable.rows import Above, Advance, Discard, PartitionRow
+from statecache.durable.rows import Advance, PartitionRow
 from statecache.durable.store import DurableStore
 from statecache.engine import admission, processes
+from statecache.engine.lines import DIVERGED, INTACT, NEW, PAGE, SQL_BEHIND, TAIL_LOST, WIPED, Lines, fitting
 from statecache.hot import scripts
-from statecache.hot.answers import Fenced, Probed, parse_any
-from statecache.hot.store import READ_BYTES_MAX, HotStore
+from statecache.hot.answers import Fenced, Probed
+from statecache.hot.store import HotStore
+
+__all__ = [
+    "DIVERGED", "INTACT", "NEW", "SQL_BEHIND", "TAIL_LOST", "WIPED", "PartitionReport", "Report", "recover",
+]  # fmt: skip
 
 _log = logging.getLogger(__name__)
-NEW, INTACT, WIPED, TAIL_LOST, SQL_BEHIND, DIVERGED = "new", "intact", "wiped", "tail lost", "SQL behind", "diverged"
 _REWRITTEN = (SQL_BEHIND, DIVERGED)
 _FINDINGS_MAX = 200
 
@@ -192,7 +195,6 @@ def _log_end(report: Report) -> None:
 _ATTEMPTS = 5
 _LOOKS = 100
 _BEAT_SECONDS = 1.0
-_DROP_PAGE = 1000
 _EPOCH_MAX = 2**53 - 1
 """Scripts compare epochs as Lua's numbers."""
 _UNFENCED = "*"
@@ -227,9 +229,7 @@ class _Attempt:
         self.stamp = scripts.NEVER
         self.rewritten: list[PartitionReport] = []
         self.strays: dict[int, list[str]] | None = None
-        self.discarded: dict[int, dict[fold.Instance, list[Discard]]] | None = None
-        self.waiting: dict[int, list[fold.Instance]] | None = None
-        self.indexed = dry_run
+        self.lines = Lines(hot, durable, self._beat, indexed=dry_run)
 
     def run(self) -> Report:
         self.row = self.durable.identity()
@@ -263,7 +263,7 @@ class _Attempt:
         row = self.row
         positions = [self.hot.position(partition) for partition in range(row.partition_count)]
         epoch = 1 + max(row.epoch, self.above, *(position.epoch if position else 0 for position in positions))
-        self.stamp = scripts.Stamp(epoch, secrets.token_urlsafe(9))
+        self.stamp = self.lines.stamp = scripts.Stamp(epoch, secrets.token_urlsafe(9))
         if self.dry_run:
             return row.epoch == 0
         self.progress(f"epoch {row.epoch} -> {epoch}: taking it in SQL")
@@ -322,9 +322,7 @@ class _Attempt:
         probed = self._probe(row, identity)
         if probed.last >= entry.EntryId(self.stamp.epoch, 0):
             raise self._taken(row.partition, probed.last)
-        kind, last = self._classify(row, probed, new and not fenced.existed, identity)
-        if kind in (INTACT, TAIL_LOST):
-            kind, last = self._on_one_line(row, probed, kind, last, identity)
+        kind, last = self.lines.classify(row, probed, new and not fenced.existed, identity)
         if self.dry_run and kind != INTACT:
             (now,) = self.durable.partitions([row.partition])
             if (now.epoch, now.owner, now.watermark) != (row.epoch, row.owner, row.watermark):
@@ -339,8 +337,6 @@ class _Attempt:
             watermark, mend = self._planned(row, probed, kind, identity)
             dropped = len(mend.drops)
         dropped += self._drop_discarded(row, fenced)
-        if kind in (INTACT, TAIL_LOST):
-            dropped += self._drop_unparked(row, fenced)
         gap = _entries_between(row.watermark, watermark) if kind == SQL_BEHIND else 0
         lost = _entries_between(max(last, row.watermark), row.tail) + max(0, gap - mend.covered)
         untrue = not fenced.existed or fenced.recorded_identity != fenced.identity or self._strange(fenced)
@@ -358,7 +354,7 @@ class _Attempt:
         code, probed = self.hot.probe(row.partition, self.stamp, identity, row.watermark)
         if probed is None:
             raise Superseded(f"partition {row.partition}: {code} while it was looked at")
-        at_watermark, behind = (one and _fitting(row.partition, one) for one in (probed.at_watermark, probed.behind))
+        at_watermark, behind = (one and fitting(row.partition, one) for one in (probed.at_watermark, probed.behind))
         return msgspec.structs.replace(probed, at_watermark=at_watermark, behind=behind)
 
     def _taken(self, partition: int, last: entry.EntryId) -> errors.StateCacheError:
@@ -370,248 +366,6 @@ class _Attempt:
             f"what is in {key} (XRANGE), delete that stream (DEL), and run 'statecache recover'"
         )
 
-    def _classify(self, row: PartitionRow, probed: Probed, new: bool, identity: str) -> tuple[str, entry.EntryId]:
-        """The class of a partition, and the log's last entry that belongs to SQL's line of history."""
-        watermark, behind = row.watermark, probed.behind
-        if new and probed.last == entry.ZERO and watermark == entry.ZERO:
-            return NEW, entry.ZERO
-        if probed.at_watermark is not None and not self._same(row.partition, probed.at_watermark):
-            return DIVERGED, probed.last
-        if probed.last == entry.ZERO:
-            return WIPED, entry.ZERO
-        if behind is None:
-            if probed.last >= watermark:  # above it: what stood at the log's end was deleted by a stranger
-                return (INTACT if probed.last == watermark else SQL_BEHIND), probed.last
-            return (
-                TAIL_LOST if self._is_known(row.partition, probed, probed.last, identity) else DIVERGED
-            ), probed.last
-        if behind.is_mark and behind.prev < watermark:
-            if self._same(
-                row.partition, behind
-            ):  # the mark of a recovery that found the tail lost, and has dealt with it
-                return INTACT, probed.last
-            if self._written_since(row, behind, identity) or not self._is_known(
-                row.partition, probed, behind.prev, identity
-            ):
-                return DIVERGED, probed.last
-            return (WIPED if behind.prev == entry.ZERO else TAIL_LOST), behind.prev
-        if entry.follows(behind.entry_id, watermark, behind.prev if behind.is_mark else None):
-            return INTACT, probed.last
-        hidden = self._end_behind_strangers(row, probed, identity)
-        if hidden is not None:
-            return (TAIL_LOST if self._is_known(row.partition, probed, hidden, identity) else DIVERGED), hidden
-        return SQL_BEHIND, probed.last
-
-    def _on_one_line(
-        self, row: PartitionRow, probed: Probed, kind: str, last: entry.EntryId, identity: str
-    ) -> tuple[str, entry.EntryId]:
-        """The class where the log's newest entry of SQL's is a dead letter. It may be one of many that *diverged* made of this
-        very log, brought back once more: then the ids above the newest entry that is in history are those of another line, and
-        what SQL has there the log has not."""
-        newest, behind = probed.at_watermark, probed.behind
-        if kind == TAIL_LOST:
-            newest = self._entry_at(row.partition, last, identity) if last > entry.ZERO else None
-        elif behind is not None and behind.is_mark and self._same(row.partition, behind):
-            return kind, last  # a recovery has dealt with what is before its mark
-        if newest is None or newest.is_mark or newest.machine == entry.FOREIGN or self._in_history([newest]):
-            return kind, last
-        end = self._end_in_history(row.partition, probed, newest.entry_id, identity)
-        if kind == TAIL_LOST:
-            return kind, end
-        return (TAIL_LOST, end) if self._is_history_above(row.partition, end) else (kind, last)
-
-    def _is_history_above(self, partition: int, end: entry.EntryId) -> bool:
-        for page in self._instances_above(partition, end):
-            kept = self.durable.checkpoints([(one.machine, one.id) for one in page])
-            if any(one.entry_id > end for one in kept.values()):
-                return True
-        return False
-
-    def _entry_at(self, partition: int, place: entry.EntryId, identity: str) -> entry.Entry | None:
-        """The log's entry with this id, if it is still there."""
-        before = entry.EntryId(place.epoch, place.seq - 1) if place.seq else entry.EntryId(place.epoch - 1, 2**53)
-        reply = self.hot.read(
-            [(partition, before)], entries=1, bytes_max=1, fenced_identity=identity, stamp=self.stamp
-        )[0]
-        if reply.code != "OK":
-            raise Superseded(f"partition {partition}: {reply.code} while its log was read")
-        record = _fitting(partition, parse_any(partition, reply.lines[0])) if reply.lines else None
-        return record if record is not None and record.entry_id == place else None
-
-    def _end_in_history(self, partition: int, probed: Probed, last: entry.EntryId, identity: str) -> entry.EntryId:
-        """The newest entry of the log up to ``last`` that a flush brought into history, or a mark of a recovery that SQL knows;
-        what was trimmed before the first one is in SQL."""
-        entries = [one for one in self._entries(partition, entry.ZERO, identity) if one.entry_id <= last]
-        while entries:
-            page = entries[-_DROP_PAGE:]
-            del entries[-_DROP_PAGE:]
-            found = self._in_history([one for one in page if not one.is_mark and one.machine != entry.FOREIGN])
-            for one in reversed(page):
-                if one.entry_id in found or (one.is_mark and self._same(partition, one)):
-                    return one.entry_id
-            self._beat()
-        first = probed.first or entry.ZERO
-        return entry.EntryId(first.epoch, first.seq - 1) if first.seq else entry.ZERO
-
-    def _in_history(self, records: Sequence[entry.Entry]) -> set[entry.EntryId]:
-        """Those of the entries that history has, id and all."""
-        asked = [(one.machine, one.id, one.version, self._partition_of((one.machine, one.id))) for one in records]
-        found = self.durable.standing(asked)
-        return {
-            one.entry_id
-            for one, stands in zip(records, found, strict=True)
-            if (stands.entry_id, stands.transition_id) == (one.entry_id, one.transition_id)
-        }
-
-    def _end_behind_strangers(self, row: PartitionRow, probed: Probed, identity: str) -> entry.EntryId | None:
-        """Where the log ended, below SQL's watermark, if all that it has above are strangers' records; else None.
-
-        A log that reaches back below the watermark, and has lost what stood there, has lost its tail. An entry of ours above it
-        says otherwise: a mark's recovery has dealt with that.
-        """
-        is_foreign = probed.behind is not None and probed.behind.machine == entry.FOREIGN
-        if not is_foreign or probed.at_watermark is not None or probed.first is None or probed.first > row.watermark:
-            return None
-        ours = [
-            one.entry_id for one in self._entries(row.partition, entry.ZERO, identity) if one.machine != entry.FOREIGN
-        ]
-        last = ours[-1] if ours else entry.ZERO
-        return last if last < row.watermark else None
-
-    def _same(self, partition: int, record: entry.Entry) -> bool:
-        """Does SQL hold this very entry? Ids alone are no proof: a lost tail's ids are given again (H13). What *diverged* takes
-        for held is so here too: else what is written behind it would become letters if another recovery came before a flush."""
-        if record.is_mark:
-            return recoveries.recovery(self.durable, record.entry_id.epoch, record.transition_id) is not None
-        return record.entry_id in self._held(partition, {(record.machine, record.id): [record]})
-
-    def _is_known(self, partition: int, probed: Probed, last: entry.EntryId, identity: str) -> bool:
-        """Does SQL hold the newest transition of the log up to ``last``, and so all of them?
-
-        If not, this log brings back a tail that SQL went on without: it is an older snapshot, or the old primary of a split
-        brain, with entries that an earlier recovery found lost. Their hashes are ahead of SQL, though below its watermark.
-        The same where such an entry was kept apart: its hash is not what SQL says, and no id tells so. A newest entry in whose
-        place one row stands for many says nothing; SQL is ahead of its instance, and what is before it is asked.
-        """
-        if any((probed.first or entry.ZERO) <= place <= last for place in self._apart(partition)):
-            return False
-        top = last
-        while last > entry.ZERO:
-            self._beat()
-            record = self._entry_at(partition, last, identity)
-            if record is None:
-                return True  # trimmed, so it is in SQL
-            if record.is_mark:
-                last = record.prev
-            elif record.machine == entry.FOREIGN or self._is_covered(record, top):
-                if not last.seq:
-                    return True
-                last = entry.EntryId(last.epoch, last.seq - 1)
-            else:
-                return self._is_of_sql(record)
-        return True
-
-    def _is_of_sql(self, record: entry.Entry) -> bool:
-        """Did a flush bring this very entry, id and all, into SQL? A repeated call has its transition id in two entries: that
-        SQL has the one says nothing of what stands before the other."""
-        instance = (record.machine, record.id)
-        very = (record.entry_id, record.version, record.transition_id)
-        if self._in_history([record]):
-            return True
-        kept = [letter.entry for letter in self.durable.letters(*instance)]
-        gone = self._discards(self._partition_of(instance)).get(instance, ())
-        return very in {(one.entry_id, one.version, one.transition_id) for one in [*kept, *gone]}
-
-    def _is_covered(self, record: entry.Entry, last: entry.EntryId) -> bool:
-        """Does one row stand for this version and others, so that nothing tells which entry it was? Only where the instance's
-        checkpoint is above ``last``: then its hash is dropped in any case."""
-        row = self.durable.covering(record.machine, record.id, record.version)
-        if row is None or row[1:] == (record.version, entry.EVENT_ARCHIVED):  # that one has its entry's id
-            return False
-        kept = self.durable.checkpoint(record.machine, record.id)
-        return kept is not None and kept.entry_id > last
-
-    def _apart(self, partition: int) -> set[entry.EntryId]:
-        """Where the entries of a partition stood that were kept apart, be it until an operator discarded them."""
-        prefix = f"{partition}:"
-        page = [(entry.FOREIGN, prefix)]
-        names: list[str] = []
-        while page and page[-1][0] == entry.FOREIGN and page[-1][1].startswith(prefix):
-            page = self.durable.parked_instances(_DROP_PAGE, page[-1])
-            names += [id for machine, id in page if machine == entry.FOREIGN and id.startswith(prefix)]
-        # Only now: what was no letter any more is discarded.
-        names += [id for machine, id in self._discards(partition, fresh=True) if machine == entry.FOREIGN]
-        return {place for place in map(entry.place_apart, names) if place is not None}
-
-    def _held(self, partition: int, groups: Mapping[fold.Instance, Sequence[entry.Entry]]) -> set[entry.EntryId]:
-        """The entries that SQL knows: in history or as letters under their transition ids, gone with an ended instance's
-        history, discarded (that very entry: the same call may have come again since), or kept under their entry ids."""
-        held: set[entry.EntryId] = set()
-        unsure: list[entry.Entry] = []
-        for instance, records in groups.items():
-            if instance[0] == entry.FOREIGN:
-                unsure += records
-                continue
-            known = {*self.durable.transition_ids(*instance), *self._letters(instance)}
-            gone = self._discards(self._partition_of(instance)).get(instance, ())
-            very = {(one.entry_id, one.version, one.transition_id) for one in gone}
-            left = [
-                one for one in records
-                if (one.version, one.transition_id) not in known
-                and (one.entry_id, one.version, one.transition_id) not in very
-            ]  # fmt: skip
-            archived = self._archived(instance) if left else 0
-            left = [one for one in left if one.version >= archived]
-            held |= {one.entry_id for one in records} - {one.entry_id for one in left}
-            unsure += left
-            self._beat()
-        return held | self._kept_apart(partition, unsure)
-
-    def _archived(self, instance: fold.Instance) -> int:
-        """Below which version an instance, which has ended, has no history any more: no letter could ever go back there."""
-        row = self.durable.covering(*instance, 1)
-        return row[1] if row is not None and row[2] == entry.EVENT_ARCHIVED else 0
-
-    def _kept_apart(self, partition: int, records: Sequence[entry.Entry]) -> set[entry.EntryId]:
-        """Those that are letters under their entry ids, strangers' and our own, or were until an operator discarded them."""
-        names = {
-            (one if one.machine == entry.FOREIGN else entry.apart(partition, one)).id: one.entry_id for one in records
-        }
-        wanted = list(names)
-        kept = set()
-        for start in range(0, len(wanted), _DROP_PAGE):
-            page = wanted[start : start + _DROP_PAGE]
-            found = self.durable.lookup([(entry.FOREIGN, id, 0) for id in page])
-            kept |= {names[id] for id, one in zip(page, found, strict=True) if one.letters}
-            self._beat()
-        # Only now: what was no letter any more is discarded.
-        gone = self._discards(partition, fresh=True) if wanted else {}
-        return kept | {names[id] for machine, id in gone if machine == entry.FOREIGN and id in names}
-
-    def _letters(self, instance: fold.Instance) -> tuple[tuple[int, str], ...]:
-        found = self.durable.letters(*instance)
-        return tuple((letter.entry.version, letter.entry.transition_id) for letter in found)
-
-    def _written_since(self, row: PartitionRow, mark: entry.Entry, identity: str) -> bool:
-        """Has an instance that SQL knows beyond the mark's ``prev`` been moved behind the mark too? Then two lines of
-        history exist (H17)."""
-        entries = self._entries(row.partition, mark.entry_id, identity)
-        later = {(one.machine, one.id) for one in entries if not one.is_mark}
-        if not later:
-            return False
-        pages = self._instances_above(row.partition, mark.prev)
-        return any((one.machine, one.id) in later for page in pages for one in page)
-
-    def _instances_above(self, partition: int, last: entry.EntryId) -> Iterator[list[Above]]:
-        if not self.indexed:  # not before it is wanted: a wipe is served again without, however much was just flushed
-            with ThreadPoolExecutor(1, "statecache-index") as thread:
-                completed = thread.submit(recoveries.complete_index, self.durable)
-                while wait([completed], timeout=1.0).not_done:
-                    self._beat()
-                completed.result()
-            self.indexed = True
-        return recoveries.instances_above(self.durable, partition, last)
-
     def _strange(self, fenced: Fenced) -> bool:
         """Was the epoch found in Redis made by a recovery that SQL does not know?"""
         return fenced.existed and recoveries.recovery(self.durable, fenced.epoch, fenced.owner) is None
@@ -620,7 +374,7 @@ class _Attempt:
         """Drop every hash that SQL knows better, and mark the partition cold even when there is none (H3)."""
         dropped = 0
         self._drop(row.partition, fenced, row.watermark, [])
-        for page in self._instances_above(row.partition, last):
+        for page in self.lines.instances_above(row.partition, last):
             self._drop(row.partition, fenced, row.watermark, [f"{one.machine}:{one.id}" for one in page])
             dropped += len(page)
             self._beat()
@@ -639,29 +393,14 @@ class _Attempt:
         names = self.strays.get(row.partition, [])
         if row.watermark > entry.ZERO or names:
             self._drop(row.partition, fenced, row.watermark, [])
-        for start in range(0, len(names), _DROP_PAGE):
-            self._drop(row.partition, fenced, row.watermark, names[start : start + _DROP_PAGE])
+        for start in range(0, len(names), PAGE):
+            self._drop(row.partition, fenced, row.watermark, names[start : start + PAGE])
             self._beat()
         return len(names)
 
-    def _partition_of(self, instance: fold.Instance) -> int:
-        machine, id = instance
-        return int(id.partition(":")[0]) if machine == entry.FOREIGN else self.hot.keyspace.partition_of(machine, id)
-
-    def _discards(self, partition: int, *, fresh: bool = False) -> dict[fold.Instance, list[Discard]]:
-        """What operators ever discarded of a partition, by instance. All is read at once: during a recovery nobody discards
-        anything but strangers' records."""
-        if self.discarded is None or fresh:
-            self.discarded = {}
-            for one in self.durable.discards():
-                instance = (one.machine, one.id)
-                of_partition = self.discarded.setdefault(self._partition_of(instance), {})
-                of_partition.setdefault(instance, []).append(one)
-        return self.discarded.get(partition, {})
-
     def _drop_discarded(self, row: PartitionRow, fenced: Fenced) -> int:
         """Drop every hash whose newest entry was discarded: an older copy of Redis has brought it back."""
-        gone = self._discards(row.partition)
+        gone = self.lines.discards(row.partition)
         instances = list(gone)
         names = []
         for instance, fields in zip(
@@ -673,36 +412,6 @@ class _Attempt:
         if names:
             self._drop(row.partition, fenced, row.watermark, names)
         return len(names)
-
-    def _drop_unparked(self, row: PartitionRow, fenced: Fenced) -> int:
-        """Drop every hash of an instance with open letters that is not flagged as parked. It may be one that *diverged* made
-        letters of, brought back by the same older Redis (SQL knows that log's newest entry by now, so that the class does not
-        tell); or one that a flusher did not get to park. It comes back as SQL has it, parked."""
-        instances = self._waiting(row.partition)
-        names = []
-        for start in range(0, len(instances), _DROP_PAGE):
-            page = instances[start : start + _DROP_PAGE]
-            for instance, fields in zip(page, self.hot.hashes([(row.partition, *one) for one in page]), strict=True):
-                parsed = mending.Hash.parse(fields)
-                if parsed is not None and not parsed.parked:
-                    names.append(":".join(instance))
-            self._beat()
-        for start in range(0, len(names), _DROP_PAGE):
-            self._drop(row.partition, fenced, row.watermark, names[start : start + _DROP_PAGE])
-        return len(names)
-
-    def _waiting(self, partition: int) -> list[fold.Instance]:
-        """The instances of a partition that have open letters. All are read at once."""
-        if self.waiting is None:
-            self.waiting = {}
-            after: fold.Instance | None = None
-            while page := self.durable.parked_instances(_DROP_PAGE, after):
-                for instance in page:
-                    if instance[0] != entry.FOREIGN:
-                        self.waiting.setdefault(self._partition_of(instance), []).append(instance)
-                after = page[-1]
-                self._beat()
-        return self.waiting.get(partition, [])
 
     def _drop(self, partition: int, fenced: Fenced, evicted_to: entry.EntryId, names: list[str]) -> None:
         if self.dry_run:
@@ -719,14 +428,14 @@ class _Attempt:
     ) -> tuple[entry.EntryId, mending.Mend]:
         """What mends *SQL behind* or *diverged*: the new watermark and the rows. Nothing is written yet."""
         behind = kind == SQL_BEHIND
-        entries = self._entries(row.partition, row.watermark if behind else entry.ZERO, identity)
+        entries = self.lines.entries(row.partition, row.watermark if behind else entry.ZERO, identity)
         groups = fold.by_instance([record for record in entries if not record.is_mark])
         hashes = self._hashes(row.partition)
         known = self._known([*groups, *hashes])
         if not behind:
             # SQL's watermark never goes back: it would lead to an entry of this log, and the same log, back once more, would
             # pass for *intact*, with all that SQL has above it.
-            mend = mending.diverged(row.partition, groups, hashes, known, self._held(row.partition, groups))
+            mend = mending.diverged(row.partition, groups, hashes, known, self.lines.held(row.partition, groups))
             return max(row.watermark, probed.last), mend
         # Strangers' records have any number. They are passed over: the flusher would stop at each that follows nothing.
         foreign = list(itertools.takewhile(lambda one: one.machine == entry.FOREIGN, entries))
@@ -760,8 +469,8 @@ class _Attempt:
         watermark = entry.EntryId.parse(part.watermark)
         self._probe(row, fenced.identity)
         self._drop(row.partition, fenced, watermark, [])
-        for start in range(0, len(mend.drops), _DROP_PAGE):
-            self._drop(row.partition, fenced, watermark, mend.drops[start : start + _DROP_PAGE])
+        for start in range(0, len(mend.drops), PAGE):
+            self._drop(row.partition, fenced, watermark, mend.drops[start : start + PAGE])
             self._beat()
         move = Advance(
             row.partition, self.stamp.epoch, self.stamp.owner, row.watermark, watermark, probed.last, _now_ms()
@@ -780,26 +489,6 @@ class _Attempt:
             round(time.monotonic() - self.started, 4), tuple(parts),
         )  # fmt: skip
 
-    def _entries(self, partition: int, cursor: entry.EntryId, identity: str) -> list[entry.Entry]:
-        """All entries behind a cursor, read under the fence."""
-        found: list[entry.Entry] = []
-        while True:
-            reply = self.hot.read(
-                [(partition, cursor)],
-                entries=5000,
-                bytes_max=READ_BYTES_MAX,
-                fenced_identity=identity,
-                stamp=self.stamp,
-            )[0]
-            if reply.code != "OK":
-                raise Superseded(f"partition {partition}: {reply.code} while its log was read")
-            if not reply.lines:
-                return found
-            records = [parse_any(partition, line) for line in reply.lines]
-            found += [_fitting(partition, one) for one in records]
-            cursor = found[-1].entry_id
-            self._beat()
-
     def _hashes(self, partition: int) -> dict[fold.Instance, mending.Hash]:
         found: dict[fold.Instance, mending.Hash] = {}
         keyspace = self.hot.keyspace
@@ -814,8 +503,8 @@ class _Attempt:
 
     def _known(self, instances: Sequence[fold.Instance]) -> dict[fold.Instance, mending.Known]:
         known: dict[fold.Instance, mending.Known] = {}
-        for start in range(0, len(instances), _DROP_PAGE):
-            page = list(dict.fromkeys(instances[start : start + _DROP_PAGE]))
+        for start in range(0, len(instances), PAGE):
+            page = list(dict.fromkeys(instances[start : start + PAGE]))
             kept = self.durable.checkpoints(page)
             parked = {
                 address
@@ -823,7 +512,7 @@ class _Attempt:
                 if found.letters
             }
             for address in page:
-                letters = self._letters(address) if address in parked else ()
+                letters = self.lines.letters(address) if address in parked else ()
                 known[address] = mending.Known(kept.get(address), letters)
             self._beat()
         return known
@@ -852,11 +541,6 @@ def _entries_between(low: entry.EntryId, high: entry.EntryId) -> int:
     if high <= low:
         return 0
     return high.seq - low.seq if high.epoch == low.epoch else high.seq
-
-
-def _fitting(partition: int, record: entry.Entry) -> entry.Entry:
-    """What no column takes is a stranger's."""
-    return record if entry.fits(record) else entry.apart(partition, record)
 
 
 def _now_ms() -> int:

@@ -216,7 +216,7 @@ MUTANTS = [
     ),
     Mutant(
         "strangers' records hide a lost tail",
-        (Patch("statecache/engine/recovery.py", "        if hidden is not None:\n", "        if False:\n"),),
+        (Patch("statecache/engine/lines.py", "        if hidden is not None:\n", "        if False:\n"),),
         (f"{_CHAOS}test_garbage_hides_no_lost_tail[probe]",),
     ),
     Mutant(
@@ -824,12 +824,23 @@ MUTANTS = [
         "*intact* by ids",
         (
             Patch(
-                "statecache/engine/recovery.py",
+                "statecache/engine/lines.py",
                 "        if probed.at_watermark is not None and not self._same(row.partition, probed.at_watermark):\n",
                 "        if False:\n",
             ),
         ),
         (f"{_HOLES}test_h13a_ids_that_were_given_twice_are_no_proof",),
+    ),
+    Mutant(
+        "a letter at the watermark proves the line",
+        (
+            Patch(
+                "statecache/engine/lines.py",
+                "        return (TAIL_LOST, end) if self._is_history_above(row.partition, end) else (kind, last)\n",
+                "        return kind, last\n",
+            ),
+        ),
+        ("tests/crash/test_crash_points.py::test_the_same_older_redis_comes_back[recover diverged]",),
     ),
     Mutant(
         "*diverged* takes SQL's watermark back",
@@ -846,7 +857,7 @@ MUTANTS = [
         "an entry is known by the id of one that was discarded",
         (
             Patch(
-                "statecache/engine/recovery.py",
+                "statecache/engine/lines.py",
                 "                and (one.entry_id, one.version, one.transition_id) not in very\n",
                 "                and (one.version, one.transition_id) not in {each[1:] for each in very}\n",
             ),
@@ -857,7 +868,7 @@ MUTANTS = [
         "a mark below the watermark is passed over",
         (
             Patch(
-                "statecache/engine/recovery.py",
+                "statecache/engine/lines.py",
                 "        if behind.is_mark and behind.prev < watermark:\n",
                 "        if False:\n",
             ),
