@@ -98,9 +98,8 @@ class Lines:
 
     def _entry_at(self, partition: int, place: entry.EntryId, identity: str) -> entry.Entry | None:
         """The log's entry with this id, if it is still there."""
-        before = entry.EntryId(place.epoch, place.seq - 1) if place.seq else entry.EntryId(place.epoch - 1, 2**53)
         reply = self.hot.read(
-            [(partition, before)], entries=1, bytes_max=1, fenced_identity=identity, stamp=self.stamp
+            [(partition, _before(place, 1))], entries=1, bytes_max=1, fenced_identity=identity, stamp=self.stamp
         )[0]
         if reply.code != "OK":
             raise Superseded(f"partition {partition}: {reply.code} while its log was read")
@@ -109,18 +108,22 @@ class Lines:
 
     def _end_in_history(self, partition: int, probed: Probed, last: entry.EntryId, identity: str) -> entry.EntryId:
         """The newest entry of the log up to ``last`` that a flush brought into history, or a mark of a recovery that SQL knows;
-        what was trimmed before the first one is in SQL."""
-        entries = [one for one in self.entries(partition, entry.ZERO, identity) if one.entry_id <= last]
-        while entries:
-            page = entries[-PAGE:]
-            del entries[-PAGE:]
+        what was trimmed before the first one is in SQL. Looked for from the end, a page at a time: a kept tail may be long."""
+        first, place = probed.first or entry.ZERO, last
+        while place >= first and place > entry.ZERO:
+            low = _before(place, PAGE)
+            page = self.entries(partition, low, identity, place)
             found = self._in_history([one for one in page if not one.is_mark and one.machine != entry.FOREIGN])
             for one in reversed(page):
                 if one.entry_id in found or (one.is_mark and self._same(partition, one)):
                     return one.entry_id
             self._beat()
-        first = probed.first or entry.ZERO
-        return entry.EntryId(first.epoch, first.seq - 1) if first.seq else entry.ZERO
+            if low.epoch == place.epoch:
+                place = low
+                continue
+            ends = [one.prev for one in page if one.is_mark and one.prev < one.entry_id]
+            place = ends[0] if ends else entry.ZERO
+        return _before(first, 1) if first.seq else entry.ZERO
 
     def _in_history(self, records: Sequence[entry.Entry]) -> set[entry.EntryId]:
         """Those of the entries that history has, id and all."""
@@ -296,8 +299,10 @@ class Lines:
                 of_partition.setdefault(instance, []).append(one)
         return self._discarded.get(partition, {})
 
-    def entries(self, partition: int, cursor: entry.EntryId, identity: str) -> list[entry.Entry]:
-        """All entries behind a cursor, read under the fence."""
+    def entries(
+        self, partition: int, cursor: entry.EntryId, identity: str, last: entry.EntryId | None = None
+    ) -> list[entry.Entry]:
+        """All entries behind a cursor, up to ``last`` if it is given, read under the fence."""
         found: list[entry.Entry] = []
         while True:
             reply = self.hot.read(
@@ -314,7 +319,16 @@ class Lines:
             records = [parse_any(partition, line) for line in reply.lines]
             found += [fitting(partition, one) for one in records]
             cursor = found[-1].entry_id
+            if last is not None and cursor >= last:
+                return [one for one in found if one.entry_id <= last]
             self._beat()
+
+
+def _before(place: entry.EntryId, count: int) -> entry.EntryId:
+    """A cursor so many entries before a place, or before the first one of its epoch."""
+    if place.seq >= count:
+        return entry.EntryId(place.epoch, place.seq - count)
+    return entry.EntryId(place.epoch - 1, 2**53)
 
 
 def fitting(partition: int, record: entry.Entry) -> entry.Entry:

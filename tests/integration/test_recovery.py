@@ -18,7 +18,7 @@ from statecache.core import errors, model
 from statecache.durable import recoveries, schema
 from statecache.durable.faults import CommitUnknown
 from statecache.durable.store import DurableStore
-from statecache.engine import admission, letters, processes, recovery
+from statecache.engine import admission, letters, lines, processes, recovery
 from tests.acceptance import command
 from tests.support import refusing
 from tests.support.worlds import Order, World, after_call, before_call, forged, together
@@ -690,4 +690,34 @@ def test_a_dead_letter_at_the_watermark_is_no_alarm(lite: World) -> None:
     assert lite.orders.get("2").version == 2
     with pytest.raises(errors.ParkedError):
         lite.orders.transition("1", "note")
+    lite.verify()
+
+
+@pytest.mark.parametrize("count", [0, 3, 8])
+def test_the_end_in_history_is_found_behind_many_letters(
+    lite: World, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    """Letters stand at the log's end, fewer or more than are looked at in one page, over two epochs or in one."""
+    monkeypatch.setattr(lines, "PAGE", 3)
+    ids = [lite.id(0, f"h{number}-") for number in range(10)]
+    for id in ids[:2]:
+        lite.start(id)
+    lite.flush()
+    lite.disown()
+    lite.cache.recover()
+    refusing.refuse(lite.durable)
+    lite.start(ids[2])
+    for _ in range(count):
+        lite.orders.transition(ids[0], "note", reason=refusing.REASON)
+    saved = lite.redis_copy()
+    lite.flush()
+    refusing.accept(lite.durable)
+    lite.redis_back(saved)
+    assert set(lite.cache.recover().kinds) == {"intact"}
+    assert lite.orders.get(ids[1]).version == 1
+    lite.start(ids[3])
+    lite.flush()
+    lite.redis_back(saved)
+    assert "tail lost" in lite.cache.recover().kinds
+    assert lite.orders.get(ids[3]).version == 1
     lite.verify()
