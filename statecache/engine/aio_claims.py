@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Self
 
 from statecache.core import model
-from statecache.engine.claims import Claim
+from statecache.engine.claims import Claim, ending
 
 if TYPE_CHECKING:
     from statecache.engine.aio_handle import AsyncMachineHandle
@@ -88,7 +88,7 @@ class AsyncClaim:
 
     async def __aexit__(self, *exception: object) -> None:
         # A task that is cancelled here gives up waiting, not the release, which its thread goes on with.
-        with self.sync.ending():
+        with ending(self.sync):
             await self._briefly(self.sync.release)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from statecache.core import entry, errors, model
 from statecache.engine.aio_claims import AsyncClaim, Claiming
 from statecache.engine.calls import Start, as_ids, as_list, check_kind
-from statecache.engine.claims import TTL_SECONDS, Claim, Held
+from statecache.engine.claims import TTL_SECONDS, Claim, Held, ending
 from statecache.engine.handle import MachineHandle
 
 if TYPE_CHECKING:
@@ -198,5 +198,5 @@ class AsyncMachineHandle:
 def _end(claim: Claim | None) -> None:
     """Of a caller that was cancelled while it claimed."""
     if claim is not None:
-        with claim.ending():
+        with ending(claim):
             claim.release()

@@ -66,14 +66,14 @@ class Threads:
     async def run_whole(self, work: Callable[[], Result], latest: float | None = None) -> Result:
         """Run a whole call of the sync client in a thread. Cancelled, it goes on there to its end, unheard.
 
-        ``latest`` (``time.monotonic``): when it must have begun, if not at any time. Raises ``UnavailableError`` if it has not,
-        because so many others run; what has begun keeps its time itself.
+        ``latest`` (``time.monotonic``): when it must have begun, or a moment later, if not at any time. Raises
+        ``UnavailableError`` if it has not, because so many others run; what has begun keeps its time itself.
         """
         queued = self._whole.submit(contextvars.copy_context().run, work)
         begun = asyncio.wrap_future(queued)
         if latest is not None:
             try:
-                await asyncio.wait({begun}, timeout=max(0.0, latest - time.monotonic()))
+                await asyncio.wait({begun}, timeout=max(0.0, latest - time.monotonic()) + _GRACE_SECONDS)
             except asyncio.CancelledError:
                 begun.cancel()
                 raise

@@ -129,17 +129,8 @@ class Claim:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        with self.ending():
+        with ending(self):
             self.release()
-
-    @contextlib.contextmanager
-    def ending(self) -> Iterator[None]:
-        """For the end of a block that held it: what goes wrong with its release is logged."""
-        try:
-            yield
-        except errors.StateCacheError as error:  # it ends by itself; what the block did or raised matters more
-            _log.warning("the claim on %s:%s was not released, it ends at %s: %s", self.machine, self.id, self.expires_at,
-                         error, extra={"machine": self.machine, "id": self.id})  # fmt: skip
 
     def _renew_in_time(self) -> bool:
         """Renew it, for the thread that does so; False when there is no more to renew."""
@@ -154,6 +145,16 @@ class Claim:
                 return False
             _log.warning("a claim was not renewed, trying again: %s", error, extra={"machine": self.machine})
         return True
+
+
+@contextlib.contextmanager
+def ending(claim: Claim) -> Iterator[None]:
+    """For the end of a block that held a claim: what goes wrong with its release is logged."""
+    try:
+        yield
+    except errors.StateCacheError as error:  # it ends by itself; what the block did or raised matters more
+        _log.warning("the claim on %s:%s was not released, it ends at %s: %s", claim.machine, claim.id, claim.expires_at,
+                     error, extra={"machine": claim.machine, "id": claim.id})  # fmt: skip
 
 
 def _keep(claim: weakref.ref[Claim], news: threading.Event) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from statecache.core import errors, model
 from statecache.engine import eviction
-from statecache.hot import store
+from statecache.hot import packing
 from tests.support import plans
 from tests.support.servers import ValkeyServer
 from tests.support.worlds import World
@@ -194,7 +194,7 @@ def test_single_calls_of_many_tasks(redis_url: str, sqlite_url: str, namespace: 
 def test_many_large_instances_come_back_in_several_calls(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """All in one argument, 40 of 15 MB were more than Redis takes at all (``proto-max-bulk-len``). One larger than a call's
     bound goes alone."""
-    monkeypatch.setattr(store, "HYDRATE_BYTES_MAX", 10_000)
+    monkeypatch.setattr(packing, "HYDRATE_BYTES_MAX", 10_000)
     sizes = [3000] * 10 + [20_000] + [10_000, 1] * 5
     ids = [f"large{number}" for number in range(len(sizes))]
     world.orders.start_many([(id, {"blob": "x" * size}) for id, size in zip(ids, sizes, strict=True)])

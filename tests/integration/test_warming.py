@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from statecache.core import errors
 from statecache.durable import schema
 from statecache.engine import eviction, letters, retention, warming
-from statecache.hot import store
+from statecache.hot import packing
 from tests.integration.test_eviction import hot, started
 from tests.integration.test_holes import _spoil
 from tests.support.worlds import Order, World, after_call, before_call
@@ -269,7 +269,7 @@ def test_pages_and_calls_are_bounded_in_bytes(world: World, monkeypatch: pytest.
     world.flush()
     wiped(world)
     monkeypatch.setattr(warming, "_PAGE_BYTES_MAX", 40_000)
-    monkeypatch.setattr(store, "HYDRATE_BYTES_MAX", 10_000)
+    monkeypatch.setattr(packing, "HYDRATE_BYTES_MAX", 10_000)
     pages, packed = [], []
     recent, packs = world.durable.recent, world.hot._packed_hydrate
 
