@@ -465,8 +465,10 @@ def test_scripts_that_vanish_under_load(world: worlds.World, redis_server: serve
                 stop.wait(0.003)
 
     def writes(name: str) -> list[int]:
-        versions = [world.orders.start(name).version]
-        return versions + [world.orders.transition(name, "note", increment={"n": 1}).version for _ in range(60)]
+        versions = [world.orders.start(name, timeout=30.0).version]
+        for _ in range(60):
+            versions.append(world.orders.transition(name, "note", increment={"n": 1}, timeout=30.0).version)
+        return versions
 
     nemesis = threading.Thread(target=flush_scripts)
     nemesis.start()
