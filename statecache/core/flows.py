@@ -347,7 +347,7 @@ def _refusal(request: Request, outcome: items.Outcome) -> errors.StateCacheError
         return errors.InvalidTransitionError(
             f"{address} is in state {state!r}, where {item.move.event!r} is no move of machine {item.move.machine!r}; "
             f"allowed: {', '.join(allowed) or none}",
-            words[0],
+            state,
             item.move.event,
             allowed,
         )

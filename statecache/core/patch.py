@@ -57,13 +57,9 @@ def schema_of(subject: str, model: type[pydantic.BaseModel]) -> dict[str, Any]:
     return made
 
 
-def _has_secret(part: object) -> bool:
+def _has_secret(made: dict[str, Any]) -> bool:
     """Whether a schema that pydantic made says of anything that it is written as asterisks."""
-    if isinstance(part, Mapping):
-        return (part.get("writeOnly") is True and part.get("format") == "password") or any(
-            map(_has_secret, part.values())
-        )
-    return isinstance(part, list) and any(map(_has_secret, part))
+    return any(part.get("writeOnly") is True and part.get("format") == "password" for _, part in schema.walk(made))
 
 
 def by_model(machine: str, model: type[pydantic.BaseModel]) -> PatchValidator:

@@ -69,7 +69,7 @@ def _problems(schema: dict[str, Any]) -> Iterator[tuple[Path, str]]:
 
 def _wrong_references(schema: dict[str, Any]) -> Iterator[tuple[Path, str]]:
     known = schema.get("$defs", {})
-    for path, part in _walk(schema, ()):
+    for path, part in walk(schema):
         for keyword in sorted(_ADDRESSES & part.keys()):
             yield (*path, keyword), f"{keyword} is not supported: put shared parts in '$defs'"
         if "$ref" in part:
@@ -78,13 +78,14 @@ def _wrong_references(schema: dict[str, Any]) -> Iterator[tuple[Path, str]]:
                 yield (*path, "$ref"), f"the reference {shown(part['$ref'])} leads to no entry of '$defs'"
 
 
-def _walk(schema: Any, path: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+def walk(schema: Any, path: Path = ()) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Every schema that stands in a schema, itself first, with its path."""
     if not isinstance(schema, dict):  # true and false are schemas too
         return
     yield path, schema
     for keyword, value in schema.items():
         for key, part in _parts(keyword, value):
-            yield from _walk(part, (*path, keyword, *key))
+            yield from walk(part, (*path, keyword, *key))
 
 
 def _parts(keyword: str, value: Any) -> Iterator[tuple[Path, Any]]:

@@ -86,12 +86,15 @@ class Driver:
         outcome: items.Outcome | None = None
         item = flows.opening(request)
         if item is not None:
-            batcher = self._batcher if item.confirm is None else self._confirming
-            outcome = batcher.apply(item, max(EXCHANGE_SECONDS_MIN, deadline - time.monotonic()))
+            outcome = self._applied(item, deadline)
             if outcome.code == "OK":
                 return flows.receipt(request, outcome)
         receipt: model.Receipt = self.run(flows.transition(request, outcome), deadline)
         return receipt
+
+    def _applied(self, item: items.Item, deadline: float) -> items.Outcome:
+        batcher = self._batcher if item.confirm is None else self._confirming
+        return batcher.apply(item, max(EXCHANGE_SECONDS_MIN, deadline - time.monotonic()))
 
     def read(
         self, partition: int, machine: str, id: str, snapshot_of: flows.SnapshotOf, deadline: float
@@ -128,8 +131,7 @@ class Driver:
         """Do what one flow wants."""
         if type(wish) is items.Item:
             shorten_confirmation(wish, deadline)
-            batcher = self._batcher if wish.confirm is None else self._confirming
-            return batcher.apply(wish, max(EXCHANGE_SECONDS_MIN, deadline - time.monotonic()))
+            return self._applied(wish, deadline)
         if type(wish) is flows.Hydrate and wish.item is not None:
             shorten_confirmation(wish.item, deadline)
             return self._hydrate_and_apply(wish.found, wish.item, deadline)

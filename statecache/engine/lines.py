@@ -51,13 +51,9 @@ class Lines:
         if behind is None:
             if probed.last >= watermark:  # above it: what stood at the log's end was deleted by a stranger
                 return (INTACT if probed.last == watermark else SQL_BEHIND), probed.last
-            return (
-                TAIL_LOST if self._is_known(row.partition, probed, probed.last, identity) else DIVERGED
-            ), probed.last
+            return self._lost_behind(row, probed, probed.last, identity)
         if behind.is_mark and behind.prev < watermark:
-            if self._same(
-                row.partition, behind
-            ):  # the mark of a recovery that found the tail lost, and has dealt with it
+            if self._same(row.partition, behind):  # a recovery found the tail lost, and has dealt with it
                 return INTACT, probed.last
             if self._written_since(row, behind, identity) or not self._is_known(
                 row.partition, probed, behind.prev, identity
@@ -68,8 +64,14 @@ class Lines:
             return INTACT, probed.last
         hidden = self._end_behind_strangers(row, probed, identity)
         if hidden is not None:
-            return (TAIL_LOST if self._is_known(row.partition, probed, hidden, identity) else DIVERGED), hidden
+            return self._lost_behind(row, probed, hidden, identity)
         return SQL_BEHIND, probed.last
+
+    def _lost_behind(
+        self, row: PartitionRow, probed: Probed, last: entry.EntryId, identity: str
+    ) -> tuple[str, entry.EntryId]:
+        """The class of a log that ends below SQL's watermark."""
+        return (TAIL_LOST if self._is_known(row.partition, probed, last, identity) else DIVERGED), last
 
     def _on_one_line(
         self, row: PartitionRow, probed: Probed, kind: str, last: entry.EntryId, identity: str
@@ -98,13 +100,8 @@ class Lines:
 
     def _entry_at(self, partition: int, place: entry.EntryId, identity: str) -> entry.Entry | None:
         """The log's entry with this id, if it is still there."""
-        reply = self.hot.read(
-            [(partition, _before(place, 1))], entries=1, bytes_max=1, fenced_identity=identity, stamp=self.stamp
-        )[0]
-        if reply.code != "OK":
-            raise Superseded(f"partition {partition}: {reply.code} while its log was read")
-        record = fitting(partition, parse_any(partition, reply.lines[0])) if reply.lines else None
-        return record if record is not None and record.entry_id == place else None
+        found = self._read(partition, _before(place, 1), identity, entries=1, bytes_max=1)
+        return found[0] if found and found[0].entry_id == place else None
 
     def _end_in_history(self, partition: int, probed: Probed, last: entry.EntryId, identity: str) -> entry.EntryId:
         """The newest entry of the log up to ``last`` that a flush brought into history, or a mark of a recovery that SQL knows;
@@ -305,23 +302,25 @@ class Lines:
         """All entries behind a cursor, up to ``last`` if it is given, read under the fence."""
         found: list[entry.Entry] = []
         while True:
-            reply = self.hot.read(
-                [(partition, cursor)],
-                entries=5000,
-                bytes_max=READ_BYTES_MAX,
-                fenced_identity=identity,
-                stamp=self.stamp,
-            )[0]
-            if reply.code != "OK":
-                raise Superseded(f"partition {partition}: {reply.code} while its log was read")
-            if not reply.lines:
+            records = self._read(partition, cursor, identity, entries=5000, bytes_max=READ_BYTES_MAX)
+            if not records:
                 return found
-            records = [parse_any(partition, line) for line in reply.lines]
-            found += [fitting(partition, one) for one in records]
+            found += records
             cursor = found[-1].entry_id
             if last is not None and cursor >= last:
                 return [one for one in found if one.entry_id <= last]
             self._beat()
+
+    def _read(
+        self, partition: int, cursor: entry.EntryId, identity: str, *, entries: int, bytes_max: int
+    ) -> list[entry.Entry]:
+        """Some entries behind a cursor, by one script call. Raises ``Superseded`` where the fence does not hold."""
+        reply = self.hot.read(
+            [(partition, cursor)], entries=entries, bytes_max=bytes_max, fenced_identity=identity, stamp=self.stamp
+        )[0]
+        if reply.code != "OK":
+            raise Superseded(f"partition {partition}: {reply.code} while its log was read")
+        return [fitting(partition, parse_any(partition, line)) for line in reply.lines]
 
 
 def _before(place: entry.EntryId, count: int) -> entry.EntryId:

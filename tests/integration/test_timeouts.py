@@ -72,30 +72,30 @@ def stored(parcels: MachineHandle, *ids: str) -> None:
         parcels.transition(id, "store")
 
 
-def due(world: worlds.World, id: str) -> int | None:
+def due(world: worlds.World, id: str, machine: str = "parcel") -> int | None:
     """The deadline that Redis has of an instance (ms)."""
-    partition = world.keyspace.partition_of("parcel", id)
-    score: Any = world.client.zscore(world.keyspace.due(partition), f"parcel:{id}")
+    partition = world.keyspace.partition_of(machine, id)
+    score: Any = world.client.zscore(world.keyspace.due(partition), f"{machine}:{id}")
     return None if score is None else int(score)
 
 
-def let_pass(world: worlds.World, id: str, span: timedelta = HOUR) -> None:
+def let_pass(world: worlds.World, id: str, span: timedelta = HOUR, machine: str = "parcel") -> None:
     """Let time pass for one instance: its last transition was so much earlier, in Redis and in SQL."""
     ms = int(span.total_seconds() * 1000) + 1
-    partition = world.keyspace.partition_of("parcel", id)
-    key = world.keyspace.instance(partition, "parcel", id)
+    partition = world.keyspace.partition_of(machine, id)
+    key = world.keyspace.instance(partition, machine, id)
     own: Any = world.client.hget(key, "@")
     if own is not None:
         words = own.decode().split(" ")
         words[5] = str(int(words[5]) - ms)
         world.client.hset(key, "@", " ".join(words))
-    if (deadline := due(world, id)) is not None:
-        world.client.zadd(world.keyspace.due(partition), {f"parcel:{id}": deadline - ms})
+    if (deadline := due(world, id, machine)) is not None:
+        world.client.zadd(world.keyspace.due(partition), {f"{machine}:{id}": deadline - ms})
     checkpoints = schema.checkpoints
     with world.durable.database.writer.begin() as connection:
         connection.execute(
             sa.update(checkpoints)
-            .where(checkpoints.c.machine == "parcel", checkpoints.c.id == id)
+            .where(checkpoints.c.machine == machine, checkpoints.c.id == id)
             .values(updated_ms=checkpoints.c.updated_ms - ms)
         )
 
@@ -511,12 +511,7 @@ def test_a_guard_of_another_state_does_not_stop_a_timeout(world: worlds.World) -
     for id in ("1", "2", "3"):
         tickets.start(id)
     tickets.transition("3", "check")
-    key = world.keyspace.instance(world.keyspace.partition_of("ticket", "1"), "ticket", "1")
-    world.client.zadd(world.keyspace.due(world.keyspace.partition_of("ticket", "1")), {"ticket:1": 1})
-    own: Any = world.client.hget(key, "@")
-    words = own.decode().split(" ")
-    words[5] = str(int(words[5]) - 2 * int(HOUR.total_seconds() * 1000))
-    world.client.hset(key, "@", " ".join(words))
+    let_pass(world, "1", machine="ticket")
     assert world.cache.timeouts.run() == 1
     assert tickets.get("1").state == "closed"
     by_name = world.more().machine("ticket")
