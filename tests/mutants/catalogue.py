@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 _LUA = "statecache/hot/lua"
 _ITEM = f"{_LUA}/include/apply_item.lua"
+_LONE = f"{_LUA}/include/apply_lone.lua"
 _RARE = f"{_LUA}/include/apply_rare.lua"
 _GUARD = f"{_LUA}/include/ready_or_fenced.lua"
 _CODES = "tests/lua/test_reply_codes.py::test_code_is_reached_and_writes_what_the_header_says"
@@ -596,6 +597,75 @@ MUTANTS = [
         (Patch(f"{_LUA}/apply.lua", "(here and call('HGET', meta, 'identity') ~= here and 'IDENTITY')", "false"),),
         _codes("apply", "IDENTITY"),
     ),
+    *[
+        Mutant(
+            f"a call of one item: {name}",
+            (Patch(_LONE, old, new),),
+            (f"tests/lua/test_{test}",),
+        )
+        for name, old, new, test in (
+            (
+                "another epoch is admitted",
+                "m[1] ~= EPOCH or ",
+                "",
+                "apply_lone.py::test_whatever_it_meets[real-another epoch]",
+            ),
+            (
+                "another owner is admitted",
+                "m[2] ~= OWNER or ",
+                "",
+                "apply_lone.py::test_whatever_it_meets[real-another owner]",
+            ),
+            (
+                "admitted while it is recovering",
+                "m[3] ~= 'ready' or ",
+                "",
+                "apply_lone.py::test_whatever_it_meets[real-recovering]",
+            ),
+            (
+                "the log has always room",
+                " <= 0 then break",
+                " <= -9999 then break",
+                "apply_lone.py::test_whatever_it_meets[real-no room]",
+            ),
+            (
+                "its id may be in the ring",
+                " or find(ring, token, 1, true) then",
+                " then",
+                "apply_lone.py::test_any_run[real-1]",
+            ),
+            (
+                "a parked instance moves",
+                "(%d+) %d+ %d+$",
+                "(%d+) %d+ %d+",
+                "apply_lone.py::test_whatever_it_meets[real-parked]",
+            ),
+            (
+                "the server is not compared",
+                " or here then break",
+                " then break",
+                "reply_codes.py::test_code_is_reached_and_writes_what_the_header_says[real-apply-IDENTITY]",
+            ),
+            (
+                "deadlines are not noted",
+                "(deadlines[from] or deadlines[to])",
+                "false",
+                "apply_lone.py::test_any_run[real-1]",
+            ),
+            (
+                "many fields are not counted",
+                " or NARROW_MAX + fields > fields_max then",
+                " then",
+                "apply_lone.py::test_fields_of_any_number[real-257]",
+            ),
+            (
+                "many fields are not marked",
+                "  if new > 0 and",
+                "  if false and",
+                "apply_lone.py::test_fields_of_any_number[real-66]",
+            ),
+        )
+    ],
     # --- admission in the other scripts ----------------------------------------------------------------------------------
     Mutant(
         "the guard admits another epoch and owner",
@@ -1123,10 +1193,7 @@ MUTANTS = [
     Mutant(
         "an instance of many fields is not marked",
         (Patch(_ITEM, "  if new > 0 and now and not wide and", "  if false and"),),
-        (
-            f"{_APPLY}test_an_instance_becomes_wide_with_its_65th_field",
-            "tests/integration/test_claims.py::test_an_instance_of_many_fields_stays_marked[sqlite]",
-        ),
+        (f"{_APPLY}test_an_instance_becomes_wide_with_its_65th_field",),
     ),
     Mutant(
         "a hydrated instance of many fields is not marked",

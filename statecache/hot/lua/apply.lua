@@ -44,6 +44,11 @@ local several = last > 60 -- a few items: less is not worth remembering anything
 local here = ARGV[2] == '1' and identity()
 local time = call('TIME')
 local at = time[1] .. sub('00000' .. time[2], -6, -4)
+local fields_max = tonumber(ARGV[3])
+-- An instance with more data fields than this has the flag w. Of one without it nothing has to be counted before a patch that
+-- could not bring it over the limit: to count costs each item 6 % of its time.
+local NARROW_MAX = 64
+--@include apply_lone
 
 -- Tables are made with a place for their first element: one that grows to it costs a single call as much as its TIME.
 -- Of each move: 1 to 4 texts that its items have in common (of the key, the entry's begin and end, the end of `@`); 5, by the state

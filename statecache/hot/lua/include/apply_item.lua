@@ -1,10 +1,6 @@
 -- Applies the items from values[behind] on. The code is a loop's body, because the values that a function finds outside of itself
 -- cost a call of a single item as much as its XADD; and a long one, because handing a dozen values to a function costs an
 -- item as much as forty of its own instructions. What ends an item breaks out of the inner loop, which runs once.
-local fields_max = tonumber(ARGV[3])
--- An instance with more data fields than this has the flag w. Of one without it nothing has to be counted before a patch that
--- could not bring it over the limit: to count costs each item 6 % of its time.
-local NARROW_MAX = 64
 local next_id, colds, next_versions, rare = EPOCH .. '-*', {}, several and {}, nil
 while behind < last do
   local line
