@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from statecache import settings
-from statecache.core import errors, model
+from statecache.core import errors, keys, model
+from statecache.hot.store import HotStore
 
 EXAMPLE = Path(__file__).parents[2] / "config" / "statecache.example.toml"
 
@@ -73,6 +74,8 @@ def test_settings_cannot_be_changed() -> None:
         ("instance_fields_max", 10_000, r"instance_fields_max = 10000 .*less than or equal to 3000"),
         ("redis_url", "localhost:6379", "it must begin with redis://, rediss:// or unix:///"),
         ("redis_url", "", "it must begin with redis://"),
+        ("redis_url", "redis://u:p@host:6379/orders", "behind the host stands the number of a database"),
+        ("rq_redis_url", "rediss://host/0/1?x=1", "behind the host stands the number of a database"),
         ("database_url", "orders.db", "it must be an SQLAlchemy URL"),
         ("identity_check", "never", "'interval' or 'always'"),
         ("namespcae", "x", r"unknown setting 'namespcae' in the arguments: did you mean namespace\?"),
@@ -81,6 +84,20 @@ def test_settings_cannot_be_changed() -> None:
 def test_refusal_names_setting_value_and_rule(name: str, value: object, message: str) -> None:
     with pytest.raises(errors.ConfigurationError, match=message):
         settings.Settings(**{name: value})
+
+
+@pytest.mark.parametrize(
+    "url", ["redis://host", "redis://host/", "redis://u:p@host/15?a=b/c", "redis://[::1]:6379?db=3"]
+)
+def test_a_url_with_or_without_a_database(url: str) -> None:
+    assert settings.Settings(redis_url=url).redis_url == url
+
+
+@pytest.mark.parametrize("password", ["hunter/2", "hunter/2@2", "hunter#2", "hunter?2"])
+def test_a_password_that_should_be_quoted_is_not_shown(password: str) -> None:
+    with pytest.raises(errors.ConfigurationError) as caught:
+        HotStore(keys.Keyspace("x", 1), url=settings.Settings(redis_url=f"redis://u:{password}@host:6379/0").redis_url)
+    assert "unter" not in str(caught.value)
 
 
 def test_refusal_names_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
