@@ -218,7 +218,7 @@ def transition(request: Request, answered: items.Outcome | None = None) -> Gener
                 yield Admit(code)
                 # Nothing that was read before is used: begin again.
                 item.absent, item.expected = "", request.expect_version or 0
-                item.asked = item.expected
+                item.asked = 0 if request.own_id else item.expected
                 guard_wanted = request.guard is not None
             elif code in _PAUSES:
                 item.retry = item.retry or code == "LOST"
@@ -233,7 +233,9 @@ def transition(request: Request, answered: items.Outcome | None = None) -> Gener
                     return _confirmed(outcome, known)
                 is_open = False
                 item.asked = int(outcome.words[0])
-                guard_wanted = _pin(request, item.asked, verdict)
+                if request.guard is not None:
+                    guard_wanted = _pin(request, item.asked, verdict)
+                # Else whether it may be applied is not judged here: what stands before it in a list was answered OLD too.
             elif code == "VERSION":
                 guard_wanted = _pin(request, int(outcome.words[0]), verdict)
             else:

@@ -164,6 +164,8 @@ class Door:
             spec, move.id, move.data, move.unset, move.increment, move.actor, move.reason, move.expect_version,
             move.transition_id, move.occurred_at, guard, encoded,
         )  # fmt: skip
+        if type(move) is Unused:
+            request.item.asked = move.expect_version or 0
         if move.claim is not None:
             request.item.claim = claims.check_token(move.claim)
         return request
@@ -235,9 +237,13 @@ class Door:
         )
         if dropped or increments:
             item.unset, item.increments = dropped, increments
-        if expect_version is not None:
-            item.asked = expect_version
+        if expect_version is not None and not own_id:
+            item.asked = expect_version  # what was sent before under this id expected the same version
         return flows.Request(item, address, own_id, self.definition, expect_version, guard)
+
+
+class Unused(model.Move, frozen=True, gc=False):
+    """A move whose transition id its caller knows to be unused up to the version that it expects: history is not asked."""
 
 
 def _guards_by_event(

@@ -40,7 +40,8 @@ class Calls:
     def moves(self, moves: Iterable[model.Move]) -> tuple[list[Any], Build]:
         """The ids of many moves, and what builds the request of each."""
         wanted = [_as_move(move) for move in as_list("moves", moves)]
-        # A move sent again is answered only after history was asked; what follows it must not overtake it meanwhile.
+        # A move sent again is answered only after history was asked; what follows it must not overtake it meanwhile, and not be
+        # judged by the version that is there without it: so it waits for the same answer.
         repeatable = {
             codec.plain_text(move.id) for move in wanted if isinstance(move, model.Move) and _is_repeatable(move)
         }
@@ -48,8 +49,8 @@ class Calls:
         def build(indexes: Sequence[int]) -> Iterable[flows.Request | errors.StateCacheError]:
             built = self.door.transitions([wanted[index] for index in indexes])
             for request in built if repeatable else ():
-                if isinstance(request, flows.Request) and request.item.id in repeatable:
-                    request.own_id = True
+                if isinstance(request, flows.Request) and not request.own_id and request.item.id in repeatable:
+                    request.own_id, request.item.asked = True, 0
             return built
 
         return _ids(wanted), build

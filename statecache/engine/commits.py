@@ -93,10 +93,12 @@ class Waiter:
         self.tell = tell
         self.woken = threading.Event()
 
-    def judge(self, standing: Sequence[durability.Standing]) -> None:
-        """Take the answers about what is left."""
+    def judge(self, asked: Sequence[int], standing: Sequence[durability.Standing]) -> None:
+        """Take the answers about what was left when SQL was asked. Whoever has left meanwhile has its answers."""
+        if self.ended:
+            return
         left = []
-        for index, found in zip(self.left, standing, strict=True):
+        for index, found in zip(asked, standing, strict=True):
             verdict = durability.outcome(self.receipts[index], found)
             if verdict is False:
                 left.append(index)
@@ -343,7 +345,8 @@ class GroupCommit:
     def _ask(self, waiting: Sequence[Waiter], *, again: bool = False) -> None:
         """One statement for all. What goes wrong with one's receipts goes wrong each time, and is raised in its call; what does
         not come again was raised by a signal's handler (a job's timeout), and ends the call of this thread."""
-        addresses = [one.addresses[index] for one in waiting for index in one.left]
+        asked = [(one, one.left) for one in waiting]  # who leaves while SQL is asked has nothing left
+        addresses = [one.addresses[index] for one, left in asked for index in left]
         if not addresses:
             return
         try:
@@ -361,10 +364,10 @@ class GroupCommit:
                 raise
             return
         start = 0
-        for one in waiting:
-            count = len(one.left)
-            one.judge([(row.watermark, row.transition_id, row.letter_id) for row in found[start : start + count]])
-            start += count
+        for one, left in asked:
+            rows = found[start : start + len(left)]
+            one.judge(left, [(row.watermark, row.transition_id, row.letter_id) for row in rows])
+            start += len(left)
         self._watch({address[3]: row.watermark for address, row in zip(addresses, found, strict=True)})
 
     def _watch(self, watermarks: dict[int, entry.EntryId]) -> None:

@@ -37,6 +37,7 @@ CHUNK_LENGTH_MAX = 4 * 2**20
 refuses an argument of 512 MB. (A patch travels twice, as the entry's text and as fields.)"""
 _UNFINISHED_MAX = 1000
 _LANE_ITEMS_MAX = 500
+_RING_TOKENS = 8
 UNREACHABLE = ("LOST", "UNSENT")
 _PAUSE_SECONDS_MIN, _PAUSE_SECONDS_MAX = 0.001, 0.1
 HISTORY_SECONDS_MAX = 30.0
@@ -202,13 +203,12 @@ class Driver:
         """Build the requests of a chunk: those whose items may leave at once with their indexes, and the flows of the rest.
 
         What stands behind a request that first looks at its instance is held with it, and so is what would make a lane, or the
-        whole, too long for one script call, and what could overtake one of them (``_sendable``).
+        whole, too long for one script call.
         """
         built: list[int] = []
         requests: list[flows.Request] = []
         held: list[Running] = []
         holding: set[str] = set()
-        unasked: set[str] = set()  # may be answered OLD, whatever version they meet
         length = 0
         for index, request in zip(indexes, build(indexes), strict=True):
             if isinstance(request, errors.StateCacheError):
@@ -219,7 +219,6 @@ class Driver:
                 flows.opening(request) is None
                 or len(requests) >= self._lane_items_max
                 or request.address in holding
-                or (request.expect_version is not None and request.address in unasked)
                 or (length > CHUNK_LENGTH_MAX and requests)
             ):
                 holding.add(request.address)
@@ -229,8 +228,6 @@ class Driver:
             else:
                 built.append(index)
                 requests.append(request)
-                if request.own_id and request.expect_version is None:
-                    unasked.add(request.address)
         return built, requests, held
 
     def _answered(
@@ -298,7 +295,8 @@ class Driver:
             sendable = [_sendable(lane, self._lane_items_max) for lane in lanes]
             stop_at = deadline if patience_seconds is None else None
             self._apply_lanes([ones for ones in sendable if ones], results, stop_at)
-            for lane in lanes:
+            for lane, ones in zip(lanes, sendable, strict=True):
+                _raise_asked(lane, [results[one.index] for one in ones if one.wish is None])
                 lane[:] = [one for one in lane if one.wish is not None]
             lanes = [lane for lane in lanes if lane]
 
@@ -541,11 +539,11 @@ def _sendable(lane: Sequence[Running], items_max: int) -> list[Running]:
     be applied though one before it is not.
 
     A repetition is answered OLD where the instance's ring no longer reaches the version up to which it is known not to have
-    been applied. In the same call would be applied what is no repetition, or is known up to a higher version, as its caller
-    expects that one.
+    been applied. In the same call would be applied what is no repetition, or is known up to a higher version. So that those
+    behind need no other look at history, no more of them leave than a ring holds: see ``_raise_asked``.
     """
     ones: list[Running] = []
-    asked: int | None = None  # of those that go on wherever the instance is, the lowest
+    asked: int | None = None  # of the repetitions, the lowest
     length = 0
     for one in lane:
         item = one.wish
@@ -555,11 +553,24 @@ def _sendable(lane: Sequence[Running], items_max: int) -> list[Running]:
         if length > CHUNK_LENGTH_MAX and ones:
             break
         ones.append(one)
-        if item.pinned or len(ones) >= items_max:
+        if item.pinned or len(ones) >= items_max or (asked and len(ones) >= _RING_TOKENS):
             break
-        if item.retry and not item.expected:
+        if item.retry:
             asked = item.asked if asked is None else min(asked, item.asked)
     return ones
+
+
+def _raise_asked(lane: Sequence[Running], made: Sequence[Any]) -> None:
+    """What a lane's items have just become, in order, tells what is behind them that these versions are not theirs: without
+    that the ninth would have to look history up again, and each ninth behind it."""
+    receipts = [one for one in made if isinstance(one, model.Receipt) and not one.duplicate]
+    if not receipts or receipts[-1].version - receipts[0].version != len(receipts) - 1:
+        return
+    before, ids = receipts[0].version - 1, {one.transition_id for one in receipts}
+    for one in lane:
+        item = one.wish
+        if type(item) is items.Item and item.retry and item.asked == before and item.transition_id not in ids:
+            item.asked = receipts[-1].version
 
 
 def _chunks(ids: Sequence[Any], items_max: int) -> Iterator[Sequence[int]]:

@@ -99,8 +99,8 @@ class MachineHandle:
         be: as others may add at the same time, bounds (``le=10``) do not hold for ``increment``.
 
         With ``transition_id`` the call may be repeated for ever: it is applied once, and answered with the same receipt
-        (``duplicate=True``). ``expect_version`` refuses if somebody else moved the instance; a repetition must expect what the
-        first call did: with a version that was read anew, an id from long ago is not looked for.
+        (``duplicate=True``), whatever version a repetition expects. ``expect_version`` refuses if somebody else moved the
+        instance.
         """
         move = model.Move(id, event, data, unset, increment, actor, reason, expect_version, transition_id, occurred_at)
         return self.fire(move, durability, timeout)

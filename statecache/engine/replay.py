@@ -109,7 +109,7 @@ class Step:
 
     def move(self, expect_version: int) -> model.Move:
         row = self.row
-        return model.Move(
+        return requests.Unused(
             row.id, self.event, row.data, actor=row.actor, expect_version=expect_version,
             transition_id=self.transition_id, occurred_at=row.at,
         )  # fmt: skip

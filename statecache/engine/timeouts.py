@@ -32,7 +32,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
-from statecache.core import errors, failpoints, model
+from statecache.core import errors, failpoints, model, requests
 from statecache.core.machine import StateMachine
 from statecache.core.spec import readable
 from statecache.engine.handle import MachineHandle
@@ -183,7 +183,7 @@ class Timeouts:
             return None, _reminder(one, deadline_ms)
         if seen.parked and self._cache.durable.letters(seen.machine, seen.id):  # without letters the call unparks it
             return None, _reminder(one, now_ms + RETRY_MS)
-        move = model.Move(
+        move = requests.Unused(
             seen.id, timeout.event, actor=ACTOR, reason=f"timeout after {timeout.ms / 1000:g} s in {seen.state}",
             expect_version=seen.version, transition_id=f"timeout:{seen.version}",
         )  # fmt: skip

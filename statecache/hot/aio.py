@@ -34,7 +34,8 @@ class _Transitions:
 
     def rides(self, ahead: items.Item) -> bool:
         # A repetition may be answered OLD, a guarded one VERSION, and come back: what stood behind it would have been applied.
-        return not ahead.retry and not ahead.pinned
+        # A start may be answered MISS: what stood behind it would find nothing in SQL.
+        return not ahead.retry and not ahead.pinned and "" not in ahead.move.targets
 
     def pack(self, batch: list[items.Item], line: pipe.Pipe) -> tuple[bytes, int]:
         return self._hot.packed_apply(batch, line), 1 if confirmation.strictest(batch) is None else 2

@@ -283,6 +283,23 @@ async def test_a_cold_instance_is_not_overtaken_while_it_comes_back(
     assert applied(world, "1") == ["@start", "pay", "ship"]
 
 
+async def test_a_move_behind_its_start_waits_while_sql_is_asked_for_the_start(
+    world: worlds.World, orders: AsyncMachineHandle
+) -> None:
+    """Something of each partition is cold, so that a start asks SQL first. ``pay`` is called behind the start, and was answered
+    MISS in the same script call: SQL knew no such instance, which was then started."""
+    for partition in range(world.keyspace.partition_count):
+        id = world.id(partition)
+        await asyncio.to_thread(world.start, id)
+        await asyncio.to_thread(world.flush)
+        await asyncio.to_thread(world.evict, id)
+
+    async def pair(id: str) -> list[int]:
+        return [one.version for one in await asyncio.gather(orders.start(id), orders.transition(id, "pay"))]
+
+    assert await asyncio.gather(*[pair(f"n{number}") for number in range(60)]) == [[1, 2]] * 60
+
+
 @pytest.mark.parametrize("trouble", ["scripts gone", "not the server", "reply lost", "request lost", "evicted"])
 async def test_calls_of_one_instance_keep_their_order_in_trouble(
     world: worlds.World, cache: AsyncStateCache, orders: AsyncMachineHandle, link: proxy.Proxy, trouble: str

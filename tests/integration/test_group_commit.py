@@ -382,6 +382,35 @@ def test_a_cancelled_task_leaves_the_others(
     asyncio.run(main())
 
 
+def test_one_that_leaves_while_sql_is_asked_shifts_nobodys_answer(
+    world: worlds.World, redis_url: str, database_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three tasks wait, and all is flushed. SQL has answered, and the answers are not handed out yet, when the first task is
+    cancelled: the others were judged by the rows of those before them, and told that they are lost."""
+
+    async def main() -> None:
+        async with AsyncStateCache.connect(redis_url, database_url, namespace) as cache:
+            orders = await cache.machine(worlds.Order)
+            receipts = [await orders.start(f"c{number}") for number in range(3)]
+            tasks = [asyncio.create_task(cache.wait_durable(receipt, LONG)) for receipt in receipts]
+            group, loop, standing = cache.sync.commits, asyncio.get_running_loop(), cache.sync.durable.standing
+            await _until(lambda: len(group._waiting) == 4 and sum(one.looked for one in list(group._waiting)) >= 3)
+
+            def ask(addresses: Any) -> Any:
+                found = standing(addresses)
+                if len(addresses) == 3:
+                    loop.call_soon_threadsafe(tasks[0].cancel)
+                    waiting.wait_until(lambda: len(group._waiting) == 3, "the first to be forgotten", LONG)
+                return found
+
+            monkeypatch.setattr(cache.sync.durable, "standing", ask)
+            await asyncio.to_thread(world.flusher(cache.sync).step)
+            assert await asyncio.gather(*tasks[1:]) == [None, None]
+            assert tasks[0].cancelled()
+
+    asyncio.run(main())
+
+
 async def _until(condition: Callable[[], bool]) -> None:
     await asyncio.to_thread(waiting.wait_until, condition, "the group to change", LONG)
 

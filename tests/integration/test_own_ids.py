@@ -222,3 +222,89 @@ def test_a_move_that_expects_a_version_does_not_overtake(world: worlds.World, ro
     assert third.version == at + 3  # type: ignore[union-attr]
     assert isinstance(stale, errors.StaleVersionError)
     world.verify()
+
+
+NOTE, PAY = "note", "pay"
+Wanted = tuple[str | None, int | None]
+"""A move's own id, and the version that it expects, counted from where the instance is."""
+LISTS: dict[str, tuple[list[Wanted], list[int | None]]] = {
+    "two ids, then one that expects": ([("a", None), ("b", None), (None, 2)], [1, 2, 3]),
+    "two ids, then one that expects too little": ([("a", None), ("b", None), (None, 1)], [1, 2, None]),
+    "all with ids, all expecting": ([("a", 0), ("b", 1), ("c", 2)], [1, 2, 3]),
+    "an id that expects too much, and goes nowhere": ([("a", None), ("b", 5), ("c", 1)], [1, None, 2]),
+    "one without an id between": ([("a", None), (None, None), (None, 2)], [1, 2, 3]),
+    "one without an id first": ([(None, None), ("a", None), (None, 2), ("b", 3)], [1, 2, 3, 4]),
+    "more than a ring, then one that expects": (
+        [(f"i{number}", None) for number in range(20)] + [(None, 20)],
+        list(range(1, 22)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LISTS)
+@pytest.mark.parametrize("where", ["ring whole", "ring dropped ids", "cold"])
+def test_moves_of_one_instance_are_judged_in_their_order(world: worlds.World, name: str, where: str) -> None:
+    wanted, versions = LISTS[name]
+    started(world, "o", 1)
+    if where != "ring whole":
+        advance(world, ["o0"])
+    if where == "cold":
+        world.flush()
+        world.evict("o0")
+    at = world.orders.get("o0").version if where != "cold" else 1 + RING
+    moves = [
+        model.Move("o0", NOTE, transition_id=own, expect_version=None if expected is None else at + expected)
+        for own, expected in wanted
+    ]
+    found = world.orders.transition_many(moves)
+    assert [one.version - at if isinstance(one, model.Receipt) else None for one in found] == versions
+    assert all(isinstance(one, (model.Receipt, errors.StaleVersionError)) for one in found)
+    own = {move.transition_id for move in moves}
+    assert [row.transition_id for row in world.orders.history("o0") if row.transition_id in own] == [
+        move.transition_id for move, version in zip(moves, versions, strict=True) if version and move.transition_id
+    ]
+
+
+@pytest.mark.parametrize("rounds", [0, RING], ids=["ring whole", "ring dropped ids"])
+def test_history_is_asked_once_for_a_list_of_one_instances_moves(world: worlds.World, rounds: int) -> None:
+    """What the list itself applies is not looked up: each ninth move asked for all behind it."""
+    started(world, "o", 1)
+    advance(world, ["o0"], rounds)
+    with statements(world) as asked:
+        found = world.orders.transition_many(
+            [model.Move("o0", NOTE, transition_id=f"m{number}") for number in range(120)]
+        )
+        assert [one.version for one in receipts(found)] == list(range(rounds + 2, rounds + 122))
+        assert len(asked) == 1
+    again = world.orders.transition_many([model.Move("o0", NOTE, transition_id=f"m{number}") for number in range(120)])
+    assert [one.version for one in receipts(again)] == list(range(rounds + 2, rounds + 122))
+    assert all(one.duplicate for one in receipts(again))
+
+
+def test_one_id_twice_in_a_list_is_applied_once(world: worlds.World) -> None:
+    started(world, "o", 1)
+    advance(world, ["o0"])
+    ids = [f"m{number % 15}" for number in range(45)]
+    found = receipts(world.orders.transition_many([model.Move("o0", NOTE, transition_id=own) for own in ids]))
+    assert [one.version - 10 for one in found] == [number % 15 + 1 for number in range(45)]
+    assert [one.duplicate for one in found] == [number >= 15 for number in range(45)]
+
+
+def test_a_redelivery_that_expects_the_version_of_now(world: worlds.World) -> None:
+    """A consumer reads the version, moves the order under the event's id, and gets the same event again ten moves later."""
+
+    def consume() -> model.Receipt:
+        seen = world.orders.get("o0").version
+        return world.orders.transition("o0", NOTE, expect_version=seen, transition_id="evt_42")
+
+    started(world, "o", 1)
+    first = consume()
+    for flushed in (False, True):
+        advance(world, ["o0"], 10)
+        if flushed:
+            world.flush()
+        again = consume()
+        assert (again.version, again.duplicate) == (first.version, True)
+    (many,) = world.orders.transition_many([model.Move("o0", NOTE, transition_id="evt_42", expect_version=22)])
+    assert isinstance(many, model.Receipt)
+    assert many.version == first.version

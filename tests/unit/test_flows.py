@@ -174,21 +174,26 @@ def test_deadline_ends_the_waiting(code: str, kind: type[Exception]) -> None:
     assert type(call.error(False)) is kind
 
 
-def test_old_id_that_is_nowhere_is_applied_at_that_version_only() -> None:
-    """H16: history was asked up to version 12; what may happen until the item comes again is refused by the script."""
+def test_old_id_that_is_nowhere_is_known_to_be_unused_up_to_that_version() -> None:
+    """H16: history was asked up to version 12; what may happen until the item comes again the ring tells, or history anew."""
     call = transition(transition_id="t")
     wish = call.answer("OLD 12")
     assert (wish.version, wish.transition_id) == (None, "t")
-    assert call.answer(None).expected == 12
-    wish = call.answer("OLD 13")
+    item = call.answer(None)
+    assert (item.retry, item.asked, item.expected) == (True, 12, 0)
+    wish = call.answer("OLD 21")
     assert wish.transition_id == "t"
-    assert call.answer(None).expected == 13
+    assert call.answer(None).asked == 21
 
 
-def test_old_id_with_an_expected_version_is_stale() -> None:
+def test_old_id_with_an_expected_version_is_judged_by_the_script() -> None:
+    """In a list what stands before it was answered OLD as well, and is applied first."""
     call = transition(transition_id="t", expect_version=3)
+    assert call.wish.asked == 0
     call.answer("OLD 12")
-    error = call.error(None)
+    item = call.answer(None)
+    assert (item.asked, item.expected) == (12, 3)
+    error = call.error(outcome("VERSION 12"))
     assert isinstance(error, errors.StaleVersionError)
     assert (error.expected, error.actual) == (3, 12)
 
