@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import redis
 
 from statecache.core import errors
-from statecache.engine import doctor
+from statecache.engine import doctor, watching
 from statecache.engine.leases import Leases
 from tests.support import refusing, servers
 from tests.support.waiting import wait_until
@@ -155,3 +155,40 @@ def test_an_untrue_redis_is_recovered_when_it_takes_writes(refused: Refusing) ->
     assert world.durable.identity().epoch == 2
     world.flush()
     world.verify()
+
+
+def test_the_gauges_tell_it(refused: Refusing) -> None:
+    world = refused.world
+    refused.start(5)
+    look = _looking(world)
+    assert look()["server_setting_ok", ("aof_writes",)] == 1
+    refused.refuse()
+    found = look()
+    assert found["store_reachable", ("redis",)] == found["ready", ()] == 1
+    assert found["server_setting_ok", ("aof_writes",)] == (refused.why != DISK)
+    assert sum(value for (name, _), value in found.items() if name == "backlog_entries") == refused.acknowledged
+    world.cache.flush()
+    assert sum(value for (name, _), value in look().items() if name == "backlog_entries") == 0
+
+
+def test_gauges_of_a_server_that_refuses_to_be_judged(
+    start_redis: Callable[..., servers.ValkeyServer], sqlite_url: str, namespace: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A primary that was demoted: it is not ready, and what it tells of itself is shown. The reason is logged once."""
+    server, other = start_redis(), start_redis()
+    with World(server.url, sqlite_url, namespace) as world:
+        look = _looking(world)
+        world.start("1")
+        assert look()["ready", ()] == 1
+        world.client.replicaof("127.0.0.1", other.port)
+        found, again = look(), look()
+        assert found["store_reachable", ("redis",)] == 1
+        assert found["ready", ()] == again["ready", ()] == 0
+        assert found["server_setting_ok", ("aof_writes",)] == 1
+        assert not [name for name, _ in found if name in ("backlog_entries", "flush_lag_seconds")]
+    assert sum("redis is not ready" in record.getMessage() for record in caplog.records) == 1
+
+
+def _looking(world: World) -> Callable[[], dict[tuple[str, tuple[str, ...]], object]]:
+    watch = watching.StoreWatch(world.cache, 5.0, shared_seconds=0.0)
+    return lambda: {(name.removeprefix("statecache_"), labels): value for name, labels, value in watch()}
