@@ -136,7 +136,7 @@ def test_a_flushers_loop_keeps_its_partitions(refused: Refusing) -> None:
         thread.join()
 
 
-def test_an_untrue_redis_is_recovered_when_it_takes_writes(refused: Refusing) -> None:
+def test_an_untrue_redis_is_recovered_when_it_takes_writes(refused: Refusing, caplog: pytest.LogCaptureFixture) -> None:
     """It has become another one meanwhile (a promotion): whoever meets it waits, and takes no epoch in SQL for nothing."""
     world = refused.world
     refused.start(3)
@@ -150,6 +150,7 @@ def test_an_untrue_redis_is_recovered_when_it_takes_writes(refused: Refusing) ->
         assert world.sql_dump() == before
     assert world.cache.recover(dry_run=True).kinds == {"intact": 2}
     assert world.sql_dump() == before
+    assert sum("not what SQL knows" in record.getMessage() for record in caplog.records) == 1  # of many attempts
     refused.relent()
     world.orders.transition("o1", "pay")
     assert world.durable.identity().epoch == 2
