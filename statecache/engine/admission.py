@@ -50,6 +50,8 @@ class Admission:
         self._lock = threading.RLock()
         self._sign: tuple[int, str, int] | None = None
         self._sign_since = 0.0
+        self._recovered: tuple[int, str] | None = None
+        """The epoch that was found untrue last."""
 
     def ensure(self, code: str, deadline: float) -> None:
         """Return when Redis is admitted. Raises ``RecoveringError`` or ``UnavailableError`` at the deadline, and
@@ -120,6 +122,9 @@ class Admission:
                 "'statecache recover', which tells with --dry-run what it would find"
             )
         level = logging.WARNING if row.epoch else logging.INFO  # a store that was just made has nothing to lose
+        if self._recovered == (row.epoch, row.owner):
+            level = logging.DEBUG  # again: no epoch could be taken, because the server takes no writes
+        self._recovered = row.epoch, row.owner
         _log.log(level, "Redis is not what SQL knows: recovering", extra={"epoch": row.epoch})
         self._recover()
         return errors.RecoveringError("Redis has just been recovered; try again")

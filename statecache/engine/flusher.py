@@ -9,7 +9,8 @@ The cursor lives in SQL with the data, so there is no moment at which one is ahe
 
 - before COMMIT: nothing happened; the next step reads the same entries again;
 - during COMMIT: unknown; the watermark is read back by the next step, which simply begins with SQL (fact 9 of the fault list);
-- after COMMIT, before the trim: the next step's trim does both.
+- after COMMIT, before the trim: the next step's trim does both; so too where Redis refuses to write (its disk is full, replicas
+  are missing), while what it holds is still read and saved.
 
 Two flushers of one partition: one compare-and-set wins, the other's changes no row; it drops everything and starts from SQL.
 That this is rare is what leases are for (``leases.py``). What a flusher remembers of a partition stays right when another went
@@ -39,7 +40,7 @@ import math
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import msgspec
 
@@ -159,6 +160,7 @@ class Flusher:
         self._ahead: _Ahead | None = None
         self._first = 0
         self._unsure: list[tuple[int, entry.EntryId, int]] = []
+        self._untold = ""
         self._rate = 0.0
         self._size = batch_entries
         self._data_bytes_each = 0.0
@@ -238,10 +240,7 @@ class Flusher:
             self._measure(count, size, seconds)
             self._metrics.observe("statecache_flush_batch_size", count)
             self._metrics.observe("statecache_flush_commit_seconds", seconds)
-        self._after(rows, batches)
-        if parked:
-            keyspace = self.hot.keyspace
-            self.hot.park([(keyspace.partition_of(*one), ":".join(one)) for one in sorted(parked)], pair)
+        self._tell(rows, batches, parked, pair)
         return Step(count, more, stopped)
 
     def _look(self, rows: list[PartitionRow], size: int, pair: scripts.Stamp, until: float | None) -> _Look:
@@ -453,6 +452,29 @@ class Flusher:
         self._unsure = []
 
     # --- after the commit --------------------------------------------------------------------------------------------
+
+    def _tell(
+        self,
+        rows: Sequence[PartitionRow],
+        batches: Sequence[batching.Batch],
+        parked: Collection[fold.Instance],
+        pair: scripts.Stamp,
+    ) -> None:
+        """Tell Redis what SQL has now. One that takes no writes (its disk is full, replicas are missing) can still be read:
+        so this step has succeeded, the next one tells again, and the partitions need not go to others, who would fare alike."""
+        untold = ""
+        try:
+            self._after(rows, batches)
+            if parked:
+                keyspace = self.hot.keyspace
+                self.hot.park([(keyspace.partition_of(*one), ":".join(one)) for one in sorted(parked)], pair)
+        except errors.UnavailableError as error:
+            untold = str(error)
+        if untold and not self._untold:
+            _log.warning("what is flushed goes to SQL all the same, but Redis cannot be told: %s", untold)
+        elif self._untold and not untold:
+            _log.info("Redis can be told again what is flushed")
+        self._untold = untold
 
     def _after(self, rows: Sequence[PartitionRow], batches: Sequence[batching.Batch]) -> None:
         """Tell Redis the new watermarks and the brake, and trim; also what an earlier step did not get to tell."""

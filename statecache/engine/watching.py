@@ -6,7 +6,8 @@ What may fail, and what is shown then (never an older value):
   they matter most just then: from the watermarks that Redis was told. These only lag behind SQL's: too much is shown, not
   too little.
 - Redis does not answer, or is not the one that was found true (``ready`` is 0): lag and backlog are left out. After a wipe
-  nobody can tell what they would have been; the recovery's report does, as far as it can be known.
+  nobody can tell what they would have been; the recovery's report does, as far as it can be known. One that refuses to be
+  judged (a replica) is not ready, and what it says of itself is shown.
 - Something hangs: a look has a thread of its own, and the scrape goes on without it after its timeout. While that thread
   hangs its store counts as unreachable, and no other is begun for a while: a hanging one holds a connection.
 
@@ -81,6 +82,7 @@ class StoreWatch:
         self._past = Recoveries()
         self._sql: _Asked[InSql] = _Asked("sql", timeout_seconds)
         self._redis: _Asked[InRedis] = _Asked("redis", timeout_seconds)
+        self._refused = ""
         self._seen: list[Reading] = []
         self._seen_at = float("-inf")
 
@@ -129,7 +131,7 @@ class StoreWatch:
         hot = self._cache.hot
         found = hot_watching.overview(hot)
         stamp = hot.stamp if sql is None else scripts.Stamp(sql.store.epoch, sql.store.owner)
-        codes = hot.admit(stamp, load=False).codes if stamp.epoch else []
+        codes = self._admitted(stamp) if stamp.epoch else []
         known = (
             dict(enumerate(found.watermarks))
             if sql is None
@@ -141,6 +143,19 @@ class StoreWatch:
             if code == "OK" and cursor is not None:
                 cursors[partition] = cursor
         return InRedis(found, len(cursors) == len(known), hot_watching.unflushed(hot, cursors) if cursors else {})
+
+    def _admitted(self, stamp: scripts.Stamp) -> Sequence[str]:
+        """What the partitions say to this stamp; nothing where the server refuses the question, which is logged once."""
+        codes: Sequence[str] = []
+        refused = ""
+        try:
+            codes = self._cache.hot.admit(stamp, load=False).codes
+        except errors.StateCacheError as error:
+            refused = str(error)
+        if refused and not self._refused:
+            _log.warning("metrics: redis is not ready: %s", refused, extra={"store": "redis"})
+        self._refused = refused
+        return codes
 
 
 def _of_sql(found: InSql) -> Iterator[Reading]:

@@ -30,6 +30,9 @@ CLIENT_NAMES = ("due", "remind", "evict", "park", "find", "read", "flushed", "cl
 """Those that admission loads, in this order: last, what a caller most likely waits for. The others are a recovery's."""
 NEEDS_MEMORY = ("apply", "claim", "hydrate")
 """Refused when memory is full. The others read or relieve (flush, evict, recover): refused, they would block the relief."""
+READERS = ("admit", "due", "find", "probe", "read")
+"""They write nothing, and say so: the server runs them also while it refuses writes (its disk is full, replicas are missing),
+when it matters most that the flusher saves what was acknowledged. A replica would too: ``lua/include/identity.lua`` refuses."""
 EMULATED = ("identity", "unpacked")
 """Includes with another form for an emulated Redis."""
 _INCLUDE = re.compile(r"^--@include (\w+)$", re.MULTILINE)
@@ -94,11 +97,14 @@ NEVER = Stamp(0, "")
 
 
 @cache
-def stamped(name: str, stamp: Stamp, emulated: bool) -> Script:
-    """Return the script as it reads under a stamp."""
+def stamped(name: str, stamp: Stamp, emulated: bool, reads: bool | None = None) -> Script:
+    """Return the script as it reads under a stamp. ``reads`` tells whether it only reads, where that is not by its name."""
     if not re.fullmatch(r"[A-Za-z0-9_-]*", stamp.owner):
         raise ValueError(f"an owner token is letters, digits, '_' and '-', not {stamp.owner!r}")
-    shebang = "" if emulated else "#!lua\n" if name in NEEDS_MEMORY else "#!lua flags=allow-oom\n"
+    flags = "" if name in NEEDS_MEMORY else " flags=allow-oom"
+    if name in READERS if reads is None else reads:
+        flags = " flags=no-writes"  # which allows a full memory too
+    shebang = "" if emulated else f"#!lua{flags}\n"
     text = f"{shebang}local EPOCH, OWNER = '{stamp.epoch}', '{stamp.owner}'\n{_expanded(name, emulated)}"
     sha = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
     return Script(name, text, sha, resp.bulk("EVALSHA") + resp.bulk(sha))

@@ -525,10 +525,14 @@ class HotStore:
 
     # --- admission and recovery --------------------------------------------------------------------------------------
 
-    def admit(self, stamp: scripts.Stamp, *, load: bool = True, deadline: float | None = None) -> Admission:
-        """Compare epoch, owner and identity of every partition and, if all match, load the scripts: on ONE connection."""
+    def admit(
+        self, stamp: scripts.Stamp, *, load: bool = True, reads: bool = True, deadline: float | None = None
+    ) -> Admission:
+        """Compare epoch, owner and identity of every partition and, if all match, load the scripts: on ONE connection.
+
+        Without ``reads`` a server that takes no writes at this moment refuses, though nothing is written."""
         count = self.keyspace.partition_count
-        script = scripts.stamped("admit", stamp, self.emulated)
+        script = scripts.stamped("admit", stamp, self.emulated, reads)
         with self._exchange("admission", deadline) as line:
             line.fresh = True
             reply = line.call(resp.command("EVAL", script.text, count, *[self.keyspace.meta(p) for p in range(count)]))
@@ -553,7 +557,7 @@ class HotStore:
     ) -> tuple[str, Fenced | None]:
         """Fence a partition for the recovery of this stamp; (reply, what was met) with None unless the reply is ``OK``."""
         arguments = (deployment, protocol, self.keyspace.partition_count, "1" if dry_run else "")
-        reply = self._call("fence", [self._meta_keys[partition]], 1, *arguments, stamp=stamp)
+        reply = self._call("fence", [self._meta_keys[partition]], 1, *arguments, stamp=stamp, reads=dry_run)
         head, *identities = reply.split("\n")
         code, *words = head.split(" ")
         if code != "OK":
@@ -657,6 +661,7 @@ class HotStore:
         *arguments: Any,
         stamp: scripts.Stamp | None = None,
         under: scripts.Stamp | None = None,
+        reads: bool | None = None,
         deadline: float | None = None,
     ) -> str:
         """Call a script. A recovery's scripts (given a ``stamp``) go by EVAL: its fence admits the server, nobody else does.
@@ -664,7 +669,7 @@ class HotStore:
         What was decided from a look at SQL must go ``under`` the stamp of before that look: another thread may have been
         admitted to a newer epoch meanwhile, for which SQL may say something else.
         """
-        script = scripts.stamped(name, stamp or under or self.stamp, self.emulated)
+        script = scripts.stamped(name, stamp or under or self.stamp, self.emulated, reads)
         start = resp.bulk("EVAL") + resp.bulk(script.text) if stamp else script.call
         packed = packing.script_call(start, key_parts, key_count, *arguments)
         with self._exchange(name, deadline) as line:

@@ -18,12 +18,13 @@ from redis.exceptions import NoPermissionError
 
 from statecache import Move, StateCache
 from statecache.core import errors
-from statecache.engine import doctor, eviction
+from statecache.engine import advise, doctor, eviction
 from statecache.engine import verify as verification
 from tests.acceptance.command import run_here
 from tests.support import secured, worlds
 from tests.support.background import Background
 from tests.support.secured import ROLES, SecuredServer
+from tests.support.waiting import wait_until
 
 NAMESPACE = "shop.eu"
 RECOVERERS = ("client", "flusher", "worker", "ops")
@@ -96,6 +97,16 @@ def test_client(store: Store) -> None:
         orders.transition("o7", "pay", durability="durable", timeout=30).version == 2
     )  # no flusher: it flushes itself
     assert len(orders.get_many(["o1", "o2"])) == 2
+    assert not store.server.refusals()
+
+
+def test_client_that_flushes(store: Store) -> None:
+    """A program with ``flusher=True`` has a flusher's duties too: it evicts by room."""
+    client = store.by("client", flusher=True, hot_instances_max=1, eviction_interval_seconds=0.1)
+    _fill(client)
+    client.flush()
+    with store.server.client() as judge:
+        wait_until(lambda: len(list(judge.scan_iter("*:i:*"))) <= 1, "all but one instance are evicted")
     assert not store.server.refusals()
 
 
@@ -172,12 +183,13 @@ def test_ops(store: Store) -> None:
     """Everything that people on call type."""
     _fill(store.by("client"))
     for words in (
-        ("doctor",), ("status",), ("recover", "--dry-run"), ("recover",), ("flusher", "--once"), ("verify",),
+        ("doctor",), ("advise",), ("status",), ("recover", "--dry-run"), ("recover",), ("flusher", "--once"), ("verify",),
         ("evict", "--older-than", "0s"), ("dead-letters", "list"), ("transition", "order:o1", "pay"), ("where", "order:o1"),
     ):  # fmt: skip
         assert store.command("ops", *words) == 0, words
     configuration = next(one for one in doctor.examine(store.by("ops")) if one.name == "appendfsync")
     assert configuration.found == "everysec"
+    assert advise.advise(store.by("ops")).measured.sampled > 0  # it may look at what an instance takes
     assert not store.server.refusals()
 
 
@@ -229,11 +241,11 @@ NOBODYS = [
 ]  # fmt: skip
 WRITES = [f"HSET {META} epoch 9", f"XADD {LOG} * e x", f"UNLINK {INSTANCE}", f"XTRIM {LOG} MAXLEN 0", f"DEL {LOG}"]
 REFUSED = {
-    "client": [WRITES[4], f"XDEL {LOG} 1-1", "DBSIZE", "GET rq:queues"],
+    "client": [WRITES[4], f"XDEL {LOG} 1-1", "MEMORY USAGE a", "GET rq:queues"],
     "flusher": [WRITES[4], f"XDEL {LOG} 1-1", "CONFIG GET *", "LPUSH rq:queue:x 1"],
     "worker": [WRITES[4], f"XDEL {LOG} 1-1", "CONFIG GET *", "LPUSH rq:queue:x 1"],
     "reader": [*WRITES, "SCAN 0", "CONFIG GET *", "LPUSH rq:queue:x 1"],
-    "ops": [WRITES[4], f"XDEL {LOG} 1-1", "LPUSH rq:queue:x 1"],
+    "ops": [WRITES[4], f"XDEL {LOG} 1-1", "MEMORY PURGE", f"OBJECT FREQ {INSTANCE}", "LPUSH rq:queue:x 1"],
     "metrics": [*WRITES, f"HGETALL {META}", f"XRANGE {LOG} - +", "SCAN 0", "EVAL return 0", "CONFIG GET *"],
     "jobs": [*WRITES, f"HGETALL {META}", f"XRANGE {LOG} - +", "SCAN 0", "CONFIG GET *", "PUBLISH other x"],
 }

@@ -19,6 +19,7 @@ from statecache.core.entry import EntryId
 from statecache.durable import recoveries
 from statecache.engine import recovery, verify
 from statecache.engine.handle import MachineHandle
+from statecache.hot import deadlines, scripts
 from tests.support import proxy, servers, waiting, worlds
 
 StartRedis = Callable[..., servers.ValkeyServer]
@@ -269,3 +270,62 @@ def test_writes_through_the_demoted_primary_wait_for_the_new_one(pair: Pair, con
     assert receipt.version == 2
     cache.flush()
     is_well(cache)
+
+
+def test_a_demoted_primary_is_not_what_it_was(pair: Pair, connect: Connect) -> None:
+    """The primary is demoted and synced as a whole: its identity reads as before, and so does its meta, but what it holds is
+    the new primary's, which lacks a tail. It would run what only reads: each such script refuses, as those that write do, and
+    nothing is recovered there. When the clients' address leads to the new primary that is recovered, and all goes on."""
+    cache, orders = connect(pair.front_url, auto_recover=True)
+    orders.start("a")
+    cache.flush()
+    pair.replicated()
+    before = _identity(pair.primary)
+    pair.break_link()
+    orders.transition("a", "pay")
+    pair.promote()
+    with pair.replica.client() as client:
+        client.config_set("repl-backlog-size", 16 * 2**10)
+        client.set("more", "x" * 2**20)  # than the backlog holds, so that no partial resync can do
+    follow(pair.primary, pair.replica.port)
+    assert _identity(pair.primary) == before
+    with pair.primary.client() as client:
+        meta = client.hgetall(cache.hot.keyspace.meta(0))
+    assert (meta["epoch"], meta["status"], meta["identity"]) == ("1", "ready", before)
+
+    hot, stamp = cache.hot, cache.hot.stamp
+    calls: dict[str, Callable[[], object]] = {
+        "admit": lambda: hot.admit(stamp),
+        "read": lambda: hot.read([(0, EntryId(0, 0))], entries=9, bytes_max=999),
+        "read by a dry run": lambda: hot.read(
+            [(0, EntryId(0, 0))], entries=9, bytes_max=999, fenced_identity="*", stamp=stamp
+        ),
+        "find": lambda: hot.find(0, "order", "a"),
+        "due": lambda: deadlines.due(hot, [0], 9),
+        "probe": lambda: hot.probe(0, stamp, meta["identity"], EntryId(0, 0)),
+        "probe by a dry run": lambda: hot.probe(0, stamp, "*", EntryId(0, 0)),
+        "fence by a dry run": lambda: hot.fence(0, scripts.Stamp(9, "me"), meta["deployment"], 1, dry_run=True),
+        "flush": lambda: cache.flush(timeout=0.5),
+        "write": lambda: orders.transition("a", "cancel", timeout=0.5),
+        "recover": cache.recover,
+    }
+    dump = worlds.sql_copy(cache.durable)
+    for name, call in calls.items():
+        with pytest.raises(errors.UnavailableError) as caught:
+            call()
+        assert "ReadOnlyError" in str(caught.value), name
+        assert worlds.sql_copy(cache.durable) == dump, name
+
+    pair.switch_clients()
+    assert orders.transition("a", "cancel").version == 2
+    assert last_report(cache).loss_possible
+    cache.flush()
+    is_well(cache)
+
+
+def _identity(server: servers.ValkeyServer) -> str:
+    """As a primary's scripts would tell it."""
+    with server.client() as client:
+        found = client.info()
+    second = str(found["master_replid2"]).rjust(40, "0")  # redis-py takes forty zeros for a number
+    return f"{found['run_id']} {second} {found['second_repl_offset']}"

@@ -90,6 +90,10 @@ def _append_flag(flag: str) -> Callable[[Any, int], Any]:
     return lambda lab, p: lab.client.hset(lab.key("1", p), "@", lab.hash("1", p)["@"] + flag)
 
 
+def _now_ms(lab: Any) -> int:
+    return int(lab.client.time()[0]) * 1000
+
+
 SITUATIONS: dict[str, tuple[Callable[[Any, int], Any], str]] = {
     "nothing": (lambda lab, p: None, "OK"),
     "another epoch": (lambda lab, p: lab.set_meta(p, epoch="7"), "EPOCH"),
@@ -98,7 +102,12 @@ SITUATIONS: dict[str, tuple[Callable[[Any, int], Any], str]] = {
     "no meta": (lambda lab, p: lab.client.delete(lab.meta(p)), "EPOCH"),
     "no room": (lambda lab, p: lab.set_meta(p, limit=0, limit_max=0, limit_at=0), "FULL"),
     "no room but for what SQL has": (lambda lab, p: lab.set_meta(p, limit=1, kept=3), "OK"),
+    "a brake": (lambda lab, p: lab.set_meta(p, limit=0, limit_max=99, limit_at=_now_ms(lab)), "FULL"),
     "a brake that nobody set again": (lambda lab, p: lab.set_meta(p, limit=0, limit_max=99, limit_at=1), "OK"),
+    "a brake of before the clock was put back": (
+        lambda lab, p: lab.set_meta(p, limit=0, limit_max=99, limit_at=_now_ms(lab) + 3_600_000),
+        "OK",
+    ),
     "parked": (_append_flag(" p"), "PARKED"),
     "wide": (_append_flag(" w"), "OK"),
     "claimed by nobody any more": (_append_flag(" c"), "OK"),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import msgspec
 import pytest
 import redis
 
@@ -161,8 +162,46 @@ def test_scripts_are_in_the_wheel(tmp_path: Path) -> None:
 def test_real_servers_get_the_shebang_and_emulated_ones_not(name: str) -> None:
     """With ``#!lua`` a server refuses keys of other slots, and refuses before the first write when memory is full."""
     flags = "" if name in ("apply", "claim", "hydrate") else " flags=allow-oom"
+    if name in ("admit", "due", "find", "probe", "read"):
+        flags = " flags=no-writes"
     assert scripts.stamped(name, NEXT, False).text.startswith(f"#!lua{flags}\n")
     assert "#!" not in scripts.stamped(name, NEXT, True).text
+
+
+@pytest.mark.parametrize("refused", ["memory", "writes"])
+def test_what_only_reads_is_answered_by_a_server_that_takes_nothing(
+    start_redis: Any, namespace: str, refused: str
+) -> None:
+    """Its memory is full, or too few replicas follow it (its disk is full: tests/integration/test_refused_writes.py)."""
+    server = start_redis(appendonly="no")
+    with server.client() as client:
+        store = HotStore(keys.Keyspace(namespace, 1), url=server.url)
+        _, fenced = store.fence(0, NEXT, "deployment", 1)
+        assert fenced is not None
+        identity = fenced.identity
+        store.ready(0, NEXT, identity=identity, watermark=entry.ZERO, limit=9, new=True, report="")
+        store.adopt(*msgspec.structs.astuple(NEXT))
+        assert store.admit(NEXT).codes == ["OK"]
+        setting, value, error = {
+            "memory": ("maxmemory", 1, redis.OutOfMemoryError), "writes": ("min-replicas-to-write", 1, redis.ResponseError),
+        }[refused]  # fmt: skip
+        client.config_set(setting, value)
+        with pytest.raises(error):
+            client.set("a", "b")
+        assert store.admit(NEXT).codes == ["OK"]
+        assert [reply.code for reply in store.read([(0, entry.ZERO)], entries=1, bytes_max=1)] == ["OK"]
+        assert store.find(0, "order", "1") == ("OK", [])
+        assert deadlines.due(store, [0], 1)[0] == "OK"
+        assert store.probe(0, NEXT, "*", entry.ZERO)[0] == "OK"
+        assert store.fence(0, scripts.Stamp(3, "owner-3"), "deployment", 1, dry_run=True)[0] == "OK"
+        store.close()
+
+
+def test_a_dry_run_of_a_fence_cannot_write(real_lab: Any) -> None:
+    """The server itself sees to it, whatever the script is told."""
+    script = scripts.stamped("fence", NEXT, False, reads=True)
+    with pytest.raises(redis.ResponseError, match="Write commands are not allowed"):
+        real_lab.client.eval(script.text, 1, real_lab.meta(), "deployment", "1", "2", "")
 
 
 def test_owner_that_could_end_the_stamp_is_refused() -> None:

@@ -27,6 +27,7 @@ _THREADS = "tests/integration/test_cache_batching.py::"
 _LETTERS = "tests/integration/test_letters.py::"
 _DURABILITY = "tests/integration/test_durability.py::"
 _DURABLE = "tests/integration/test_durable_flush.py::"
+_REFUSED = "tests/integration/test_refused_writes.py::"
 _POINTS = "tests/crash/test_crash_points.py::test_dying_between_any_two_steps"
 
 
@@ -1199,5 +1200,41 @@ MUTANTS = [
         "a hydrated instance of many fields is not marked",
         (Patch("statecache/core/flows.py", '"w" if field_count >', '"w" if 0 * field_count >'),),
         ("tests/integration/test_claims.py::test_an_instance_of_many_fields_stays_marked[sqlite]",),
+    ),
+    # --- a server that takes no writes -----------------------------------------------------------------------------------
+    Mutant(
+        "refused writes: what only reads is refused too",
+        (
+            Patch(
+                "statecache/hot/scripts.py", "    if name in READERS if reads is None else reads:\n", "    if reads:\n"
+            ),
+        ),
+        (f"{_SCRIPTS}test_what_only_reads_is_answered_by_a_server_that_takes_nothing",),
+    ),
+    Mutant(
+        "refused writes: a demoted primary is read as if it were none",
+        (
+            Patch(
+                f"{_LUA}/include/identity.lua",
+                "if not string.find(text, '\\nrole:master",
+                "if false and string.find(text, '\\nrole:master",
+            ),
+        ),
+        ("tests/integration/test_failover.py::test_a_demoted_primary_is_not_what_it_was",),
+    ),
+    Mutant(
+        "refused writes: a recovery takes its epoch first",
+        (Patch("statecache/engine/recovery.py", "load=False, reads=self.dry_run)", "load=False)"),),
+        (f"{_REFUSED}test_an_untrue_redis_is_recovered_when_it_takes_writes",),
+    ),
+    Mutant(
+        "refused writes: a flusher that cannot tell Redis stops",
+        (Patch("statecache/engine/flusher.py", "            untold = str(error)\n", "            raise\n"),),
+        (f"{_REFUSED}test_what_was_acknowledged_gets_to_sql",),
+    ),
+    Mutant(
+        "a brake holds that a clock from the future has set",
+        (Patch(_RARE, "math.abs(at - m[3]) > 3000", "at - m[3] > 3000"),),
+        ("tests/lua/test_apply_lone.py::test_whatever_it_meets",),
     ),
 ]

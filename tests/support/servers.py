@@ -2,7 +2,8 @@
 
 Each server object owns one process at a time and keeps its port over restarts, so that clients (and the proxy before
 it) can be told its address once. Faults are methods: ``kill`` (SIGKILL), ``pause`` and ``resume`` (SIGSTOP, SIGCONT),
-``restart``. A failed start is tried again on another port, as a free port may be taken before the server has it.
+``fill_disk`` and ``make_room``, ``restart``. A failed start is tried again on another port, as a free port may be taken before
+the server has it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import itertools
 import os
 import pwd
 import re
+import resource
 import secrets
 import shutil
 import signal
@@ -158,6 +160,14 @@ class ValkeyServer:
     def resume(self) -> None:
         self._running().send(signal.SIGCONT)
 
+    def fill_disk(self) -> None:
+        """As if its disk were full, which would take a mount: writing to its files fails from now on."""
+        resource.prlimit(self.pid, resource.RLIMIT_FSIZE, (1, resource.RLIM_INFINITY))
+
+    def make_room(self) -> None:
+        """Its disk has room again."""
+        resource.prlimit(self.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
     def wipe(self) -> None:
         """Delete its data. The server must not be running."""
         assert not self.alive
@@ -173,7 +183,8 @@ class ValkeyServer:
         settings = {**self._args, "port": str(self.port), "dir": str(self.data), "logfile": str(self.log)}
         command = [str(self.binary), *(word for name, value in settings.items() for word in (f"--{name}", value))]
         log_offset = self.log.stat().st_size if self.log.exists() else 0
-        self._process = processes.Process(command, self.log, env=embedded.server_environment())
+        # Python ignores SIGXFSZ, and so must the server: else it would die of what ``fill_disk`` does.
+        self._process = processes.Process(command, self.log, env=embedded.server_environment(), restore_signals=False)
         with self.client(socket_timeout=5.0) as client:
             try:
                 waiting.wait_until(

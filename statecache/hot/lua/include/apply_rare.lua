@@ -4,12 +4,12 @@ local function rarely(metas, rooms, prefixes, at, fields_max)
   local call, find, match = redis.call, string.find, string.match
 --@include order
   -- Whether a partition's log that seems full has room: a brake that no flusher has set again for a while is let go. SQL or the
-  -- flusher is away, and that is absorbed.
+  -- flusher is away, and that is absorbed. One that was set in the future tells nothing: the clock was put back since.
   local brakes_read = {}
   local function has_room(p)
     if not brakes_read[p] then
       local m = call('HMGET', metas[p], 'limit', 'limit_max', 'limit_at')
-      if m[2] and m[3] and at - m[3] > 3000 then rooms[p] = rooms[p] + m[2] - m[1] end
+      if m[2] and m[3] and math.abs(at - m[3]) > 3000 then rooms[p] = rooms[p] + m[2] - m[1] end
       brakes_read[p] = true
     end
     return rooms[p] > 0
