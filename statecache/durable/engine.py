@@ -455,8 +455,8 @@ def _is_read_only(error: BaseException) -> bool:
 
 
 def _switch_to_wal(connection: sqlite3.Connection, create: bool) -> None:
-    """The first connection to a file turns it to WAL, without ``create`` only one of ours. SQLite does not wait for others while
-    it does, so we do."""
+    """The first connection to a file turns it to WAL; without ``create`` only one that is ours. SQLite does not wait for others
+    while it does, so we do."""
     deadline = time.monotonic() + BUSY_TIMEOUT_SECONDS
     while True:
         try:
