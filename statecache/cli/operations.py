@@ -39,9 +39,14 @@ def status(
     watch: Annotated[
         bool, typer.Option("--watch", help="Again and again until Ctrl-C; with --json a document a line.")
     ] = False,
-    interval: Annotated[float, typer.Option("--interval", metavar="SECONDS", help="Of --watch.", min=0.1)] = 1.0,
+    interval: Annotated[
+        float, typer.Option("--interval", metavar="SECONDS", help="Of --watch.", min=0.1, max=86_400)
+    ] = 1.0,
     recoveries: Annotated[
-        int, typer.Option("--recoveries", metavar="N", help="How many of the last ones to look at.", min=0)
+        int,
+        typer.Option(
+            "--recoveries", metavar="N", help="How many of the last ones to look at.", min=0, max=options.COUNT_MAX
+        ),
     ] = 20,
 ) -> int:
     """How the store is doing: epoch, backlog and lag, flushers and what they hold, machines and counts, the last recoveries.
