@@ -84,10 +84,10 @@ def from_csv(lines: Iterable[str], columns: Columns, delimiter: str = ",") -> It
             raw = dict(zip(header, fields, strict=False)) | {"": fields[len(header) :]} if fields else {}
             yield Refused(line, f"it has {len(fields)} fields, the first line names {len(header)} columns", raw)
             continue
-        raw = dict(zip(header, fields, strict=True))
-        given = {name: raw[name] for name in named if raw[name] != ""}
+        texts = dict(zip(header, fields, strict=True))
+        given = {name: texts[name] for name in named if texts[name] != ""}
         given |= {name: spreadsheet.plain(given[name]) for name in guarded & given.keys()}
-        yield _row(line, given, columns, raw)
+        yield _row(line, given, columns, texts)
 
 
 def _checked(reader: Any, line: int | None) -> list[str] | None:
