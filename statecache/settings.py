@@ -241,6 +241,14 @@ class Settings(pydantic_settings.BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return init_settings, env_settings, _FileSource(settings_cls)
 
+    @pydantic.field_validator("*", mode="before")
+    @classmethod
+    def _refuse_truth_values_for_numbers(cls, value: object, info: pydantic.ValidationInfo) -> object:
+        """Where a number is wanted Python takes true for 1."""
+        if isinstance(value, bool) and cls.model_fields[info.field_name or ""].annotation is not bool:
+            raise ValueError("it is no truth value")
+        return value
+
     @pydantic.field_validator("redis_url", "rq_redis_url")
     @classmethod
     def _check_redis_url(cls, url: str | None) -> str | None:

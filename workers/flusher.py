@@ -46,11 +46,13 @@ class StopNow(KeyboardInterrupt):
 
 
 @contextmanager
-def stopping(wake: Callable[[], None] = lambda: None) -> Iterator[threading.Event]:
+def stopping(
+    wake: Callable[[], None] = lambda: None, *, doing: str = "stopping when the batch under way is done"
+) -> Iterator[threading.Event]:
     """Turn the first SIGTERM or SIGINT into an event, and the second into ``StopNow`` in the main thread.
 
-    ``wake`` is called when the event is set. A handler runs between any two instructions of the main thread, which may hold
-    the very lock that an event or the log needs: so all it does is start a thread.
+    ``doing`` is what the log says then; ``wake`` is called when the event is set. A handler runs between any two instructions
+    of the main thread, which may hold the very lock that an event or the log needs: so all it does is start a thread.
     """
     stop = threading.Event()
     received: list[int] = []
@@ -58,7 +60,7 @@ def stopping(wake: Callable[[], None] = lambda: None) -> Iterator[threading.Even
     def begin() -> None:
         stop.set()
         wake()
-        _log.info("stopping when the batch under way is done; signal again to stop now")
+        _log.info("%s; signal again to stop now", doing)
 
     def handle(number: int, frame: FrameType | None) -> None:
         received.append(number)

@@ -27,12 +27,14 @@ def duration(option: str, text: str, *, unit_wanted: bool = False) -> timedelta:
     """``10m`` as a timedelta; a bare number means seconds, or is refused: where 90 for 90d would do harm."""
     found = _DURATION.fullmatch(text.strip())
     if not found or (unit_wanted and not found.group(2)):
-        raise errors.InvalidDataError(f"{option} {text!r} is refused: a number and ms, s, m, h, d or w, such as 10m")
+        raise errors.InvalidDataError(
+            f"{option} {_shown(text)} is refused: a number and ms, s, m, h, d or w, such as 10m"
+        )
     try:
         return timedelta(seconds=float(found.group(1)) * _UNIT_SECONDS[found.group(2) or "s"])
     except OverflowError:
         raise errors.InvalidDataError(
-            f"{option} {text!r} is refused: it is longer than any time counted here"
+            f"{option} {_shown(text)} is refused: it is longer than any time counted here"
         ) from None
 
 
@@ -50,7 +52,7 @@ def data(document: str | None, pairs: Sequence[str]) -> dict[str, Any]:
         fields = given
     for pair in pairs:
         name, value = _pair("--set", pair)
-        fields[name] = _json_or_text(value)
+        fields[name] = _json_or_text("--set", name, value)
     return fields
 
 
@@ -59,7 +61,7 @@ def increments(pairs: Sequence[str]) -> dict[str, int | float] | None:
     found: dict[str, int | float] = {}
     for pair in pairs:
         name, text = _pair("--increment", pair)
-        value = _json_or_text(text)
+        value = _json_or_text("--increment", name, text)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise errors.InvalidDataError(f"--increment {pair!r} is refused: {text!r} is no number")
         found[name] = value
@@ -82,12 +84,17 @@ def _pair(option: str, text: str) -> tuple[str, str]:
     return name, value
 
 
-def _json_or_text(text: str) -> Any:
+def _json_or_text(option: str, name: str, text: str) -> Any:
     """``12`` is a number, ``true`` a truth value, ``"12"`` and ``twelve`` are text."""
     try:
         return json.loads(text)
-    except (ValueError, RecursionError):
+    except json.JSONDecodeError:
         return text
+    except ValueError:  # more digits than Python reads: a number all the same, and no text
+        rule = "it has a number of too many digits"
+    except RecursionError:
+        rule = "it is nested too deeply"
+    raise errors.InvalidDataError(f"{option} {name}={_shown(text)} is refused: {rule}; in double quotes it is text")
 
 
 def _contents(path: str) -> str:

@@ -66,7 +66,9 @@ def advise(store: options.Store) -> int:
 def list_letters(
     store: options.Store,
     address: Annotated[str | None, typer.Argument(metavar="[ADDRESS]", help="Only this instance's.")] = None,
-    limit: Annotated[int, typer.Option("--limit", metavar="N", help="How many instances.", min=1)] = 100,
+    limit: Annotated[
+        int, typer.Option("--limit", metavar="N", help="How many instances.", min=1, max=options.COUNT_MAX)
+    ] = 100,
 ) -> int:
     """The parked instances and their letters, oldest first. Exit code 1 if there are any."""
     with store.look() as cache:

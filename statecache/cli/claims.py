@@ -16,7 +16,9 @@ def register(app: typer.Typer) -> None:
 def claims(
     store: options.Store,
     machine: Annotated[str | None, typer.Argument(metavar="[MACHINE]", help="Only instances of this machine.")] = None,
-    limit: Annotated[int, typer.Option("--limit", metavar="N", help="How many at most.", min=1)] = 100,
+    limit: Annotated[
+        int, typer.Option("--limit", metavar="N", help="How many at most.", min=1, max=options.COUNT_MAX)
+    ] = 100,
 ) -> None:
     """Which worker holds which instance: the claims in force, those first that end first.
 

@@ -71,7 +71,10 @@ def _evicted_facts(report: eviction.Report) -> list[tuple[str, object]]:
 def warm(
     store: options.Store,
     limit: Annotated[
-        int | None, typer.Option("--limit", metavar="N", help="At most so many, those that moved last.", min=1)
+        int | None,
+        typer.Option(
+            "--limit", metavar="N", help="At most so many, those that moved last.", min=1, max=options.COUNT_MAX
+        ),
     ] = None,
     machine: Machine = None,
     finals: Annotated[bool, typer.Option("--finals", help="Those in a final state too, behind the others.")] = False,

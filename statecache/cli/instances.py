@@ -107,7 +107,9 @@ def ls(
     stuck: Annotated[
         bool, typer.Option("--stuck", help="Only those past their state's timeout that no event moves on.")
     ] = False,
-    limit: Annotated[int, typer.Option("--limit", metavar="N", help="How many at most.", min=1)] = 100,
+    limit: Annotated[
+        int, typer.Option("--limit", metavar="N", help="How many at most.", min=1, max=options.COUNT_MAX)
+    ] = 100,
 ) -> None:
     """Instances of a machine, those first that have been longest where they are. From SQL, as of the watermark.
 

@@ -100,7 +100,9 @@ def _queue(store: options.Store) -> Iterator[SafeQueue]:
 
 def list_jobs(
     store: options.Store,
-    limit: Annotated[int, typer.Option("--limit", metavar="N", help="At most so many of each kind.", min=1)] = 100,
+    limit: Annotated[
+        int, typer.Option("--limit", metavar="N", help="At most so many of each kind.", min=1, max=options.COUNT_MAX)
+    ] = 100,
 ) -> int:
     """The jobs that wait, run, or ran, the latest first."""
     from workers import desk

@@ -117,6 +117,8 @@ def show(
     """Show a machine: a table, its YAML, a Mermaid or a Graphviz diagram. With --json its parts."""
     from statecache.core import diagram, document
 
+    if highlight is not None and (view is not View.MERMAID or store.as_json):
+        raise errors.InvalidDataError(f"--highlight {highlight!r} is refused: only --format mermaid fills a state")
     spec = _spec(store, machine)
     if store.as_json:
         output.emit(spec.model_dump(mode="json", exclude_none=True) | {"fingerprint": spec.fingerprint})

@@ -39,9 +39,14 @@ def status(
     watch: Annotated[
         bool, typer.Option("--watch", help="Again and again until Ctrl-C; with --json a document a line.")
     ] = False,
-    interval: Annotated[float, typer.Option("--interval", metavar="SECONDS", help="Of --watch.", min=0.1)] = 1.0,
+    interval: Annotated[
+        float, typer.Option("--interval", metavar="SECONDS", help="Of --watch.", min=0.1, max=86_400)
+    ] = 1.0,
     recoveries: Annotated[
-        int, typer.Option("--recoveries", metavar="N", help="How many of the last ones to look at.", min=0)
+        int,
+        typer.Option(
+            "--recoveries", metavar="N", help="How many of the last ones to look at.", min=0, max=options.COUNT_MAX
+        ),
     ] = 20,
 ) -> int:
     """How the store is doing: epoch, backlog and lag, flushers and what they hold, machines and counts, the last recoveries.
@@ -291,8 +296,11 @@ def db_upgrade(
 ) -> int:
     """Bring the tables to this version's schema; a database without any gets them. With --dry-run 1 if there is work."""
     from statecache.durable import migrate
+    from statecache.settings import redact
 
-    url, before = _revision(store)
+    url, before = _revision(store, create=not dry_run)
+    if before is not None and before > migrate.HEAD:
+        raise migrate.newer(redact(url), before)
     if not dry_run and before != migrate.HEAD:
         migrate.upgrade(url)
     done = before == migrate.HEAD
@@ -304,25 +312,24 @@ def db_check(store: options.Store) -> int:
     """Tell the tables' schema version; exit code 1 unless it is this version's."""
     from statecache.durable import migrate
 
-    url, found = _revision(store)
+    url, found = _revision(store, create=False)
     _tell_revision(store, url, found, found)
     return exits.DONE if found == migrate.HEAD else exits.FOUND
 
 
-def _revision(store: options.Store) -> tuple[str, str | None]:
-    """The database's URL and its tables' schema version."""
+def _revision(store: options.Store, *, create: bool) -> tuple[str, str | None]:
+    """The database's URL and its tables' schema version. Without ``create`` an SQLite file must be there."""
     from statecache.durable import engine, migrate
     from statecache.engine.embedded import EmbeddedServer
 
     settings = store.settings()
     url = settings.database_url
     if url is None:
-        if not settings.data_dir.is_dir():
-            raise errors.ConfigurationError(
-                f"there is no folder {settings.data_dir}: name the database (--database-url)"
-            )
-        url = EmbeddedServer(settings.data_dir).database_url
-    database = engine.open_database(url)
+        folder = settings.data_dir.expanduser()
+        if not folder.is_dir():
+            raise errors.ConfigurationError(f"there is no folder {folder}: name the database (--database-url)")
+        url = EmbeddedServer(folder).database_url
+    database = engine.open_database(url, create=create)
     try:
         return url, migrate.revision(database)
     finally:
@@ -340,7 +347,10 @@ def _tell_revision(store: options.Store, url: str, before: str | None, now: str 
     if before != now:
         output.say(f"{redact(url)}: {was}, upgraded to {now}")
     else:
+        advice = (
+            ": upgrade the statecache package" if before and before > migrate.HEAD else ": run 'statecache db upgrade'"
+        )
         output.say(
             f"{redact(url)}: {was}, this version of statecache needs {migrate.HEAD}"
-            + ("" if now == migrate.HEAD else ": run 'statecache db upgrade'")
+            + ("" if now == migrate.HEAD else advice)
         )

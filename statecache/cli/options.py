@@ -47,6 +47,9 @@ _COMMON: dict[str, Any] = {
 }
 
 
+COUNT_MAX = 2**31 - 1
+"""Most that an option which counts may say: neither SQL nor Redis takes a number of any length."""
+
 LOOK_SECONDS = 0.5
 """How long a command that only looks waits for a Redis that is not ready."""
 

@@ -100,7 +100,9 @@ def _tell_json(entries: int, seconds: float, total: int) -> None:
 
 def demo(
     store: options.Store,
-    orders: Annotated[int, typer.Option("--orders", metavar="N", help="Orders before the crash.", min=100)] = 10_000,
+    orders: Annotated[
+        int, typer.Option("--orders", metavar="N", help="Orders before the crash.", min=100, max=options.COUNT_MAX)
+    ] = 10_000,
     keep: Annotated[bool, typer.Option("--keep", help="Keep the folder.")] = False,
     seed_folder: Annotated[
         Path | None,

@@ -45,7 +45,7 @@ def serve(
             output.say(f"serving on {url}; Ctrl-C stops it")
 
     try:
-        with worker.stopping(), store.open_for_writing() as cache:
+        with worker.stopping(doing="no longer serving, closing the store"), store.open_for_writing() as cache:
             run(create_app(cache, allowed), settings.web_host, settings.web_port, listening)
     except worker.StopNow as now:
         return 128 + now.number

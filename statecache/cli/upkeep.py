@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -80,12 +82,19 @@ def export(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Where to: FILE.jsonl or FILE.csv, also with .gz.")],
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
 ) -> int:
-    """Write a machine's whole history in SQL to a file: a line per transition, by instance and version."""
+    """Write a machine's whole history in SQL to a file: a line per transition, by instance and version.
+
+    In CSV, a text in id, transition_id, actor or reason that begins with = + - @ (a formula for a spreadsheet), a tab, a
+    carriage return or an apostrophe has one apostrophe more before it: take the first one off to have the text. JSON lines
+    hold every value as it is.
+    """
     from statecache.engine import exporting
 
     if file.exists() and not force:
         raise errors.InvalidDataError(f"{file} is there already: choose another file, or say --force")
-    with store.look() as cache, output.progress("export") as update:
+    if not file.parent.is_dir():
+        raise errors.InvalidDataError(f"{file} is refused: there is no folder {file.parent}")
+    with store.look() as cache, output.progress("export") as update, _told_by_its_name(file):
         step = exporting.Step(0, 0, None)
         for step in exporting.run(cache, machine, file):
             update(step.transitions)
@@ -94,3 +103,12 @@ def export(
     else:
         output.say(f"{output.counted(step.transitions, 'transition')} in {file}")
     return exits.DONE
+
+
+@contextlib.contextmanager
+def _told_by_its_name(file: Path) -> Iterator[None]:
+    """What the system says of the unfinished file is told of the one that was asked for."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(file)) from error

@@ -30,7 +30,16 @@ from typing import Annotated, Any
 import pydantic
 
 from statecache.core import errors, yamltree
-from statecache.core.spec import EventSpec, MachineSpec, Problem, StateSpec, TransitionSpec, explain, problems
+from statecache.core.spec import (
+    EventSpec,
+    MachineSpec,
+    Problem,
+    StateSpec,
+    TimeoutSeconds,
+    TransitionSpec,
+    explain,
+    problems,
+)
 
 
 def load(path: str | os.PathLike[str]) -> MachineSpec:
@@ -112,7 +121,7 @@ class _State(_Part):
     title: str | None = None
     initial: bool = False
     final: bool = False
-    timeout_seconds: float | None = None
+    timeout_seconds: TimeoutSeconds | None = None
     on_timeout: str | None = None
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, NamedTuple, NoReturn
 
-from statecache.core import errors
+from statecache.core import errors, spreadsheet
 from statecache.core.wording import shown
 
 FIELD_BYTES_MAX = 16 * 1024 * 1024
@@ -62,6 +62,7 @@ class Refused(NamedTuple):
 def from_csv(lines: Iterable[str], columns: Columns, delimiter: str = ",") -> Iterator[Row | Refused]:
     """Read the rows of a CSV file, whose first line names the columns. An empty field is a missing one.
 
+    A file with the columns of our own export is one: apostrophes that keep formulas from a spreadsheet are taken off.
     Raises ``InvalidDataError`` for a missing column and for a file that is no CSV from some line on.
     """
     csv.field_size_limit(FIELD_BYTES_MAX)
@@ -71,6 +72,7 @@ def from_csv(lines: Iterable[str], columns: Columns, delimiter: str = ",") -> It
         raise errors.InvalidDataError("the event log is refused: it is empty, not even a line of column names")
     _check_columns(columns, header, delimiter)
     named = columns.named()
+    guarded = spreadsheet.GUARDED if tuple(header) == spreadsheet.COLUMNS else frozenset()
     while True:
         line = reader.line_num + 1
         fields = _checked(reader, line)
@@ -82,8 +84,10 @@ def from_csv(lines: Iterable[str], columns: Columns, delimiter: str = ",") -> It
             raw = dict(zip(header, fields, strict=False)) | {"": fields[len(header) :]} if fields else {}
             yield Refused(line, f"it has {len(fields)} fields, the first line names {len(header)} columns", raw)
             continue
-        raw = dict(zip(header, fields, strict=True))
-        yield _row(line, {name: raw[name] for name in named if raw[name] != ""}, columns, raw)
+        texts = dict(zip(header, fields, strict=True))
+        given = {name: texts[name] for name in named if texts[name] != ""}
+        given |= {name: spreadsheet.plain(given[name]) for name in guarded & given.keys()}
+        yield _row(line, given, columns, texts)
 
 
 def _checked(reader: Any, line: int | None) -> list[str] | None:

@@ -26,6 +26,7 @@ TITLE_LENGTH_MAX = 500
 VERSION_MAX = 2**31 - 1
 HOT_TTL_SECONDS_MAX = 1e9
 TIMEOUT_SECONDS_MIN, TIMEOUT_SECONDS_MAX = 0.001, 1e9
+TimeoutSeconds = Annotated[pydantic.StrictFloat, pydantic.Field(ge=TIMEOUT_SECONDS_MIN, le=TIMEOUT_SECONDS_MAX)]
 
 # Titles may hold what real event logs hold, line breaks included, but nothing that steers a terminal.
 _TITLE_REFUSED = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -46,9 +47,7 @@ class StateSpec(_Part):
     title: str | None = None
     initial: pydantic.StrictBool = False
     final: pydantic.StrictBool = False
-    timeout_seconds: (
-        Annotated[pydantic.StrictFloat, pydantic.Field(ge=TIMEOUT_SECONDS_MIN, le=TIMEOUT_SECONDS_MAX)] | None
-    ) = None
+    timeout_seconds: TimeoutSeconds | None = None
     on_timeout: str | None = None
 
 

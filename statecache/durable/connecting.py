@@ -11,17 +11,13 @@ from statecache.durable import engine, migrate, schema
 from statecache.durable.rows import StoreRow
 
 PARTITION_COUNT = 16
-_BEGIN = (
-    "name another one (--database-url), or begin one with 'statecache flusher', 'machine register' or 'import', or from Python "
-    "with StateCache.connect"
-)
 
 
 def identity(connection: sa.Connection) -> StoreRow:
     """Read the store's row."""
     row = connection.execute(_IDENTITY).first()
     if row is None:
-        raise errors.ConfigurationError(f"the database has our tables but no store in them: {_BEGIN}")
+        raise errors.ConfigurationError(f"the database has our tables but no store in them: {engine.BEGIN}")
     return StoreRow(*row)
 
 
@@ -44,7 +40,9 @@ def check(
     _check_encoding(database)
     found = migrate.revision(database)
     if found is None and not create:
-        raise errors.ConfigurationError(f"there is no store in {database.name}, it has none of our tables: {_BEGIN}")
+        raise errors.ConfigurationError(
+            f"there is no store in {database.name}, it has none of our tables: {engine.BEGIN}"
+        )
     if found is None:
         migrate.upgrade_database(database)
     else:
@@ -74,10 +72,7 @@ def _check_revision(database: engine.Database, found: str) -> None:
             f"{database.name} has schema version {found}, this version of statecache needs {migrate.HEAD}: "
             "run 'statecache db upgrade'"
         )
-    raise errors.ConfigurationError(
-        f"{database.name} has schema version {found}, this version of statecache knows {migrate.HEAD} at most: "
-        "upgrade the statecache package"
-    )
+    raise migrate.newer(database.name, found)
 
 
 def adopt(database: engine.Database, namespace: str) -> None:

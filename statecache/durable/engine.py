@@ -21,11 +21,13 @@ after the limit that the server was told. A machine that is gone is noticed by T
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 import os
 import sqlite3
 import time
+import urllib.parse
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -34,7 +36,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import URL, make_url
 
 from statecache.core import errors
-from statecache.durable import faults, patience
+from statecache.durable import faults, patience, schema
 
 T = TypeVar("T")
 
@@ -46,6 +48,12 @@ BUSY_TIMEOUT_SECONDS = 15.0
 _SQLITE_BEGIN = "statecache_sqlite_begin"
 _SQLITE_WRITE = "BEGIN IMMEDIATE"
 _FILES = "statecache_files"
+_HAS_OUR_TABLES = f"SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = '{schema.store.name}'"
+BEGIN = (
+    "name another one (--database-url), or begin one with 'statecache flusher', 'machine register' or 'import', or from Python "
+    "with StateCache.connect"
+)
+"""What to do where there is no store."""
 _CACHE, _CACHE_OF_WRITERS = -8192, -65536
 """KiB of pages that a connection may keep."""
 # The role's own statement_timeout may be less than a batch takes: then it would end each time anew.
@@ -338,12 +346,17 @@ class Database:
         self.patience.close()
 
 
-def open_database(url: str) -> Database:
-    """Make the connections' pool; nothing is connected yet. Raises ``ConfigurationError`` for a URL that cannot work."""
+def open_database(url: str, *, create: bool = True) -> Database:
+    """Make the connections' pool; nothing is connected yet. Raises ``ConfigurationError`` for a URL that cannot work.
+
+    Without ``create`` an SQLite file must be there, and one that has none of our tables stays as it is.
+    """
     parsed = _parse(url)
     is_sqlite = parsed.get_backend_name() == "sqlite"
     if is_sqlite and (not parsed.database or ":memory:" in parsed.database or parsed.query.get("mode") == "memory"):
         raise errors.ConfigurationError("an in-memory SQLite database is refused: it is not durable; name a file")
+    if is_sqlite and not create:
+        _check_file_is_there(parsed)
     try:
         engine = _create_engine(parsed)
     except sa.exc.NoSuchModuleError as error:
@@ -355,7 +368,7 @@ def open_database(url: str) -> Database:
     if engine.dialect.is_async:
         raise errors.ConfigurationError(f"{parsed.drivername!r} is an asyncio driver: name a synchronous one")
     if is_sqlite:
-        sa.event.listen(engine, "connect", _prepare_sqlite)
+        sa.event.listen(engine, "connect", functools.partial(_prepare_sqlite, create))
         sa.event.listen(engine, "begin", _begin_sqlite)
     elif engine.dialect.driver == "psycopg":
         sa.event.listen(engine, "after_cursor_execute", _rearm_idle_timeout)
@@ -408,8 +421,17 @@ def _parse(url: str) -> URL:
     return parsed
 
 
-def _prepare_sqlite(connection: sqlite3.Connection, record: sa.pool.ConnectionPoolEntry) -> None:
-    _switch_to_wal(connection)
+def _check_file_is_there(url: URL) -> None:
+    """SQLite makes a file that is missing as soon as it is asked anything."""
+    path = url.database or ""
+    if url.query.get("uri") and path.startswith("file:"):
+        path = urllib.parse.unquote(urllib.parse.urlsplit(path).path)
+    if not os.path.exists(path):
+        raise errors.ConfigurationError(f"there is no store in {os.path.abspath(path)}, there is no such file: {BEGIN}")
+
+
+def _prepare_sqlite(create: bool, connection: sqlite3.Connection, record: sa.pool.ConnectionPoolEntry) -> None:
+    _switch_to_wal(connection, create)
     for pragma in ("synchronous=FULL", f"cache_size={_CACHE}", "temp_store=MEMORY", "wal_autocheckpoint=20000"):
         connection.execute(f"PRAGMA {pragma}")
     path = connection.execute("PRAGMA database_list").fetchone()[2]
@@ -432,12 +454,14 @@ def _is_read_only(error: BaseException) -> bool:
     )
 
 
-def _switch_to_wal(connection: sqlite3.Connection) -> None:
-    """The first connection to a file turns it to WAL. SQLite does not wait for others while it does, so we do."""
+def _switch_to_wal(connection: sqlite3.Connection, create: bool) -> None:
+    """The first connection to a file turns it to WAL; without ``create`` only one that is ours. SQLite does not wait for others
+    while it does, so we do."""
     deadline = time.monotonic() + BUSY_TIMEOUT_SECONDS
     while True:
         try:
-            if connection.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
+            is_wal = connection.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
+            if not is_wal and (create or connection.execute(_HAS_OUR_TABLES).fetchone()):
                 connection.execute("PRAGMA journal_mode=WAL")
             return
         except sqlite3.OperationalError as error:

@@ -41,6 +41,13 @@ def revision(database: engine.Database) -> str | None:
     return database.read(ask)
 
 
+def newer(name: str, found: str) -> errors.ConfigurationError:
+    """The error for tables of a newer version than this one."""
+    return errors.ConfigurationError(
+        f"{name} has schema version {found}, this version of statecache knows {HEAD} at most: upgrade the statecache package"
+    )
+
+
 def lock(connection: sa.Connection) -> None:
     """Wait for others who create or upgrade. SQLite needs nothing: its write transactions are alone anyway."""
     if connection.dialect.name == "postgresql":

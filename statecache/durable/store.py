@@ -53,7 +53,7 @@ class DurableStore:
         ``partition_count=None`` and ``namespace=None`` take the store as it is. Raises ``ConfigurationError`` (URL, driver,
         login, schema version, partition count, namespace) or ``UnavailableError``.
         """
-        database = engine.open_database(url)
+        database = engine.open_database(url, create=create)
         try:
             connecting.check(database, partition_count, namespace, create, now_ms)
         except BaseException:

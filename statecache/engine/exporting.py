@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import msgspec
 
-from statecache.core import errors, model
+from statecache.core import errors, model, spreadsheet
 
 if TYPE_CHECKING:
     from statecache.engine.cache import StateCache
@@ -37,10 +37,6 @@ _STEP_BYTES_MAX = 16 * 1024 * 1024
 _WAITING_BYTES_MAX = 4 * 1024 * 1024
 """Lines that are in memory, not in the file yet."""
 _LEFT_SECONDS = 86_400
-COLUMNS = (
-    "machine", "id", "version", "event", "from_state", "to_state", "at", "occurred_at", "transition_id", "actor", "reason",
-    "patch", "unset", "increments", "machine_version", "entry_id", "covers_from", "complete",
-)  # fmt: skip
 
 
 class Step(msgspec.Struct, frozen=True):
@@ -69,7 +65,7 @@ def run(cache: StateCache, machine: str, path: Path, step: Step | None = None, *
         file.truncate(step.bytes)
         file.seek(step.bytes)
         if not step.bytes and form is _csv:
-            file.write(packed(_csv_line(COLUMNS)))
+            file.write(packed(_csv_line(spreadsheet.COLUMNS)))
         lines: list[bytes] = []
         transitions, last = step.transitions, step.after
         instances = size = waiting = 0
@@ -176,12 +172,9 @@ def _csv(row: model.Transition) -> bytes:
     values = _values(row)
     for name in ("patch", "unset", "increments"):
         values[name] = json.dumps(values[name], ensure_ascii=False) if values[name] else ""
-    return _csv_line([_cell(values[name]) for name in COLUMNS])
-
-
-def _cell(value: object) -> object:
-    """A text that a spreadsheet would take for a formula is shown as text."""
-    return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
+    for name in spreadsheet.GUARDED:
+        values[name] = None if values[name] is None else spreadsheet.guarded(values[name])
+    return _csv_line([values[name] for name in spreadsheet.COLUMNS])
 
 
 def _csv_line(values: Sequence[object]) -> bytes:

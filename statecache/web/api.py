@@ -1,12 +1,16 @@
-"""``/api/v1``: the store for programs. Ids travel in the query or in the body, never in the path: an id may be ``..``."""
+"""``/api/v1``: the store for programs. Ids travel in the query or in the body, never in the path: an id may be ``..``.
+
+Nothing is taken for what it is not: a body's ``true`` or ``"5"`` is no number, and a query's number is digits alone.
+"""
 
 from __future__ import annotations
 
+import re
 from datetime import datetime, timedelta
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from statecache.core import spec
 from statecache.engine import claims
@@ -19,20 +23,39 @@ _WRITE = problems.documented(400, 401, 403, 404, 409, 411, 412, 413, 421, 422, 4
 
 router = APIRouter(prefix=PREFIX)
 
+_NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?")
+_MOMENT = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt ][0-9]{2}:.*")
+
+
+def _number(value: object) -> object:
+    """Refuse in a query what only Python reads as a number: ``1_000``, `` 1 ``."""
+    if isinstance(value, str) and not _NUMBER.fullmatch(value):
+        raise ValueError("it is no number")
+    return value
+
+
+def _moment(value: object) -> object:
+    """Refuse what pydantic would read as seconds or milliseconds since 1970, or as a day."""
+    if not (isinstance(value, str) and _MOMENT.fullmatch(value)):
+        raise ValueError("it is no time of ISO 8601, such as 2026-01-31T12:00:00Z")
+    return value
+
+
 Id = Annotated[str, Query(description="The instance's id; percent-encoded, as every query.")]
-Limit = Annotated[int, Query(ge=1, le=1000, description="How many at most.")]
+Limit = Annotated[int, Query(ge=1, le=1000, description="How many at most."), BeforeValidator(_number)]
+Moment = Annotated[datetime, Field(strict=False), BeforeValidator(_moment)]
 Seconds = Annotated[float, Field(gt=0, le=30, allow_inf_nan=False)]
 
 
 class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     id: str
     data: dict[str, Any] | None = None
     actor: str | None = None
     reason: str | None = None
     transition_id: str | None = Field(None, description="Makes the call repeatable: it is applied once.")
-    occurred_at: datetime | None = None
+    occurred_at: Moment | None = None
     durability: Literal["hot", "fsync", "replica", "durable"] | None = None
     timeout_seconds: Seconds | None = None
 
@@ -80,8 +103,10 @@ def instance(
     request: Request,
     machine: str,
     id: Id,
-    version: Annotated[int | None, Query(ge=1, description="As it was at this version.")] = None,
-    when: Annotated[datetime | None, Query(description="As it was at this moment.")] = None,
+    version: Annotated[
+        int | None, Query(ge=1, description="As it was at this version."), BeforeValidator(_number)
+    ] = None,
+    when: Annotated[Moment | None, Query(description="As it was at this moment.")] = None,
 ) -> documents.Instance:
     """One instance as it is, with who holds it, or as it was."""
     handle = _site(request).handle(machine)
@@ -95,7 +120,7 @@ def history(
     request: Request,
     machine: str,
     id: Id,
-    after: Annotated[int, Query(ge=0, description="Only versions above this one.")] = 0,
+    after: Annotated[int, Query(ge=0, description="Only versions above this one."), BeforeValidator(_number)] = 0,
     limit: Limit = 100,
 ) -> documents.History:
     """How it got there: transitions, oldest first, those too that are not in SQL yet."""
@@ -166,7 +191,9 @@ def find(
     request: Request,
     machine: str,
     state: str | None = None,
-    older_than_seconds: Annotated[float | None, Query(ge=0, le=1e9, allow_inf_nan=False)] = None,
+    older_than_seconds: Annotated[
+        float | None, Query(ge=0, le=1e9, allow_inf_nan=False), BeforeValidator(_number)
+    ] = None,
     stuck: Annotated[bool, Query(description="Only those past their state's timeout that no event moves on.")] = False,
     limit: Limit = 100,
 ) -> documents.Snapshots:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import textwrap
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from statecache.core.spec import MachineSpec, steps
+from statecache.web import labels as labelling
 from statecache.web import layout
 
 LARGE_STATES = 12
@@ -18,7 +20,6 @@ _LINE_CHARACTERS = 18
 _LINES_MAX = 3
 _CHARACTER_WIDTH = 7.4
 _LINE_HEIGHT = 16.0
-_LABEL_WIDTH = 6.4
 _LABEL_CHARACTERS = 22
 _MARGIN = 14.0
 _CORNER = 7.0
@@ -167,7 +168,7 @@ def _draw(
     on_line = set(itertools.pairwise(main))
     labels = {pair: _label(pair, events, title) for pair, events in moves.items()}
     arrows = [
-        layout.Arrow(*pair, weight=_weight(pair, line_kinds[pair], on_line), room=len(labels[pair]) * _LABEL_WIDTH)
+        layout.Arrow(*pair, weight=_weight(pair, line_kinds[pair], on_line), room=labelling.width(labels[pair]))
         for pair in moves
         if pair[0] in sizes and pair[1] in sizes
     ]
@@ -183,9 +184,11 @@ def _draw(
         boxes.append(_box(name, title[name], texts[name], place, top, " ".join(words), count))
     lines = [_line(course, top, labels, line_kinds) for course in made.courses]
     by_name = {box.name: box for box in boxes}
-    lines += [_loop(by_name[pair[0]], labels[pair], line_kinds[pair]) for pair in loops]
+    turns = [_loop(by_name[pair[0]], labels[pair], line_kinds[pair]) for pair in loops]
+    width, height = made.width + 2 * _MARGIN, made.height + top + _MARGIN
+    lines = [*_with_labels_apart(lines, made.courses, boxes, turns, top, height), *turns]
     lines.sort(key=lambda line: line.kind == "taken")  # above the others
-    return Picture(boxes, lines, made.width + 2 * _MARGIN, made.height + top + _MARGIN, told, left_out)
+    return Picture(boxes, lines, width, height, told, left_out)
 
 
 def _weight(pair: tuple[str, str], kind: str, main: Collection[tuple[str, str]]) -> float:
@@ -237,10 +240,31 @@ def _line(
         half = (x + to_x) / 2
         path += f"C{half:.1f} {y:.1f} {half:.1f} {to_y:.1f} {to_x:.1f} {to_y:.1f}"
     head = f"M{end_x:.1f} {end_y:.1f}l{-way * 8} -4.5v9z"
-    x, y = points[len(points) // 2]
-    if len(points) == 2:
-        x, y = (points[0][0] + end_x) / 2, (points[0][1] + end_y) / 2
-    return Line(path, head, labels[pair], round(x, 1), round(y - 5, 1), kinds[pair])
+    return Line(path, head, labels[pair], 0, 0, kinds[pair])
+
+
+def _with_labels_apart(
+    lines: Sequence[Line],
+    courses: Sequence[layout.Course],
+    boxes: Sequence[Box],
+    loops: Sequence[Line],
+    top: float,
+    height: float,
+) -> list[Line]:
+    pairs = {(course.arrow.source, course.arrow.target) for course in courses}
+    asked = tuple(
+        labelling.Label(
+            line.label,
+            tuple((x + _MARGIN, y + top) for x, y in course.points),
+            course.back,
+            (course.arrow.target, course.arrow.source) in pairs,
+        )
+        for line, course in zip(lines, courses, strict=True)
+    )
+    taken = [labelling.Area(box.left, box.top, box.left + box.width, box.top + box.height) for box in boxes]
+    taken += [labelling.area(line.label, line.x, line.y) for line in loops if line.label]
+    spots = labelling.placed(asked, tuple(taken), height)
+    return [dataclasses.replace(line, x=x, y=y) for line, (x, y) in zip(lines, spots, strict=True)]
 
 
 def _loop(box: Box, label: str, kind: str) -> Line:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from statecache.core import eventlog
+from statecache.engine.logfile import LogFile
 from tests.acceptance import command
 from tests.support import worlds
 
@@ -70,3 +73,44 @@ def test_retention_and_export(world: worlds.World, tmp_path: Path) -> None:
     done = _run(world, "retention", "--older-than", "0s", "--archive", folder).document
     assert (done["instances"], len(done["files"])) == (5, 1)
     assert [row["event"] for row in _run(world, "history", "order:o1").document] == ["@archived", "deliver"]
+
+
+ODD = ("@x", "'@x", "''@x", "=x", "'=x", "-1", "'-1", "+1", "-", "'", "x'y", "x,y", 'x"y', "\ufeffx", "é =x")
+
+
+def test_an_export_as_csv_gives_back_what_is_stored(world: worlds.World, tmp_path: Path) -> None:
+    """No cell of others is a formula, no two ids share a cell, and an import reads the ids that were exported."""
+    for id in ODD:
+        world.orders.start(id, {"note": f"'{id}"}, actor=id, reason=f"'{id}", transition_id=f"-{id}")
+        world.orders.transition(id, "pay", actor=id)
+    world.flush()
+    file, lines = tmp_path / "orders.csv", tmp_path / "orders.jsonl"
+    assert _run(world, "export", "order", file).document["transitions"] == 20 + 2 * len(ODD)
+    _run(world, "export", "order", lines)
+    with file.open(encoding="utf-8", newline="") as text:
+        rows = list(csv.DictReader(text))
+    written = [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines()]
+    others = ("id", "transition_id", "actor", "reason")
+    assert not [row for row in rows for name in others if row[name][:1] in ("=", "+", "-", "@")]
+    assert [[row[name].removeprefix("'") for name in others] for row in rows] == [
+        [one[name] or "" for name in others] for one in written
+    ]
+    words = ("event", "from_state", "to_state", "at", "version", "entry_id")
+    assert [[row[name] for name in words] for row in rows] == [
+        ["" if one[name] is None else str(one[name]) for name in words] for one in written
+    ]
+    columns = ["--machine", "order", "--id", "id", "--event", "event", "--at", "at"]
+    read = _run(world, "import", file, *columns, "--dry-run").document
+    assert (read["cases"], read["refused"]) == (5 + len(ODD), 5 + len(ODD)), "what is refused is each @start"
+    log = LogFile(file, eventlog.Columns("id", "event", "at", "actor"))
+    assert {row.id for row in log if isinstance(row, eventlog.Row)} >= set(ODD)
+
+
+def test_an_export_that_has_no_place_is_told_by_its_name(world: worlds.World, tmp_path: Path) -> None:
+    missing = tmp_path / "nowhere" / "orders.csv"
+    told = _run(world, "export", "order", missing)
+    assert (told.code, ".part" in told.err) == (2, False), told.err
+    assert told.error["message"] == f"{missing} is refused: there is no folder {missing.parent}"
+    long = tmp_path / f"{'x' * 250}.csv"
+    told = _run(world, "export", "order", long)
+    assert (told.code, told.error["message"]) == (2, f"{long}: File name too long")

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -287,3 +288,76 @@ def test_a_projects_own_package_of_the_name_workers(tmp_path: Path, place: str, 
     assert f"another package 'workers' hides that of statecache: {own} is found before" in told["message"]
     assert "PYTHONPATH" in told["message"]
     assert not (tmp_path / "data").exists()
+
+
+LOOKING = (
+    "status", "where order:1", "ls order", "machine list", "verify", "db check", "db upgrade --dry-run", "recover --dry-run",
+    "import FOLDER/log.csv --machine order --id case --event event --at at --dry-run",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("command", LOOKING)
+def test_a_look_through_a_mistyped_path_makes_no_file(
+    redis_url: str, namespace: str, tmp_path: Path, command: str
+) -> None:
+    """The error names the file that is not there. An empty file, and a database of others, stay as they are to the byte."""
+    (tmp_path / "log.csv").write_text(LOG, encoding="utf-8")
+    looked = tmp_path / "looked"
+    looked.mkdir()
+    given = [
+        *command.replace("FOLDER", str(tmp_path)).split(),
+        "--redis-url",
+        redis_url,
+        "--namespace",
+        namespace,
+        "--json",
+    ]
+    missing = looked / "mistyped.db"
+    for url in (f"sqlite:///{missing}", f"sqlite:///file:{missing}?uri=true"):
+        told = run_here(*given, "--database-url", url)
+        assert (told.code, told.error["type"]) == (exits.USAGE, "ConfigurationError"), (told.out, told.err)
+        assert f"there is no store in {missing}, there is no such file" in told.error["message"]
+    assert list(looked.iterdir()) == []
+    (looked / "empty.db").touch()
+    with contextlib.closing(sqlite3.connect(looked / "others.db")) as others:
+        others.execute("CREATE TABLE notes (text TEXT)")
+        others.commit()
+    before = {path.name: path.read_bytes() for path in looked.iterdir()}
+    for name in before:
+        told = run_here(*given, "--database-url", f"sqlite:///{looked / name}")
+        assert told.code == (exits.FOUND if command.startswith("db") else exits.USAGE), (told.out, told.err)
+    assert {path.name: path.read_bytes() for path in looked.iterdir()} == before
+
+
+def test_an_upgrade_makes_the_file(tmp_path: Path) -> None:
+    made = tmp_path / "new.db"
+    assert run_here("db", "upgrade", "--database-url", f"sqlite:///{made}").code == exits.DONE
+    assert run_here("db", "check", "--database-url", f"sqlite:///{made}").code == exits.DONE
+    assert made.stat().st_size > 4096
+
+
+def test_a_database_of_a_newer_version(sqlite_url: str) -> None:
+    """There is no work that an upgrade could do: a dry run says so, and ends as the upgrade."""
+    assert run_here("db", "upgrade", "--database-url", sqlite_url).code == exits.DONE
+    engine = sa.create_engine(sqlite_url)
+    with engine.begin() as connection:
+        connection.execute(sa.text("UPDATE statecache_alembic SET version_num = '0099'"))
+    engine.dispose()
+    for more in ([], ["--dry-run"]):
+        told = run_here("db", "upgrade", *more, "--database-url", sqlite_url, "--json")
+        assert (told.code, told.error["type"]) == (exits.USAGE, "ConfigurationError"), more
+        assert "has schema version 0099" in told.error["message"]
+        assert "upgrade the statecache package" in told.error["message"]
+    told = run_here("db", "check", "--database-url", sqlite_url)
+    assert (told.code, "upgrade the statecache package" in told.out) == (exits.FOUND, True), told.out
+
+
+def test_a_data_folder_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A setting, where no shell has put the folder in for the tilde."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "data").mkdir()
+    config = tmp_path / "statecache.toml"
+    config.write_text('data_dir = "~/data"\n', encoding="utf-8")
+    assert run_here("db", "upgrade", "--config", config).code == exits.DONE
+    assert (tmp_path / "data" / "statecache.db").exists()
+    assert run_here("db", "check", "--config", config).code == exits.DONE

@@ -36,6 +36,8 @@ def test_it_serves_a_folder_until_a_signal(data_folder: Path) -> None:
         process.send(signal.SIGTERM)
         assert process.wait() == 0, process.printed
         assert "Traceback" not in process.printed
+        assert "no longer serving, closing the store; signal again to stop now" in process.printed
+        assert "batch" not in process.printed
 
 
 def test_what_it_writes_into_a_folder_is_flushed(data_folder: Path) -> None:

@@ -170,6 +170,63 @@ def test_refusals_are_problems(world: worlds.World, web: webs.Served) -> None:
         assert told | more == told
 
 
+NOT_AS_DOCUMENTED: tuple[dict[str, Any], ...] = (
+    {"increment": {"n": True}}, {"increment": {"n": "5"}}, {"increment": {"n": " 1 "}}, {"increment": {"n": "1_000"}},
+    {"increment": {"n": "NaN"}}, {"increment": {"n": None}}, {"expect_version": True}, {"expect_version": "1"},
+    {"expect_version": 1.5}, {"occurred_at": 1_700_000_000}, {"occurred_at": 1.5}, {"occurred_at": "1700000000"},
+    {"occurred_at": True}, {"occurred_at": "2024-01-01"}, {"timeout_seconds": "5"}, {"timeout_seconds": True},
+    {"unset": "abc"}, {"unset": [1]}, {"actor": 5}, {"id": 1}, {"event": 5}, {"data": [["a", 1]]}, {"durability": "HOT"},
+)  # fmt: skip
+
+
+def test_a_body_is_converted_by_nobody(world: worlds.World, web: webs.Served) -> None:
+    world.start("1", n=1)
+    for body in NOT_AS_DOCUMENTED:
+        for answer in (
+            web.post("/api/v1/transitions/order", json={"id": "1", "event": "pay", **body}, headers=web.bearer),
+            web.post("/api/v1/instances/order", json={"id": "2", **body}, headers=web.bearer),
+        ):
+            found = (answer.status_code, answer.json().get("type"))
+            assert found == (422, "urn:statecache:InvalidRequest"), (body, answer.text)
+    assert world.orders.get("1").version == 1
+
+
+def test_a_body_as_documented(world: worlds.World, web: webs.Served) -> None:
+    world.start("1", n=1)
+    more = {
+        "increment": {"n": 2, "f": 0.5},
+        "expect_version": 1,
+        "unset": [],
+        "timeout_seconds": 5,
+        "durability": "hot",
+    }
+    assert move(web, "1", "pay", occurred_at="2024-01-01T12:00:00+02:00", **more).status_code == 200
+    assert world.orders.get("1").data == {"n": 3, "f": 0.5}
+    row = web.get("/api/v1/history/order?id=1&after=1&limit=1").json()["transitions"][0]
+    assert datetime.datetime.fromisoformat(row["occurred_at"]) == datetime.datetime(2024, 1, 1, 10, tzinfo=datetime.UTC)
+
+
+ODD_QUERIES = (
+    "instances/order?id=1&version=1_0", "instances/order?id=1&version=%201", "instances/order?id=1&version=%2B1",
+    "instances/order?id=1&when=1700000000", "instances/order?id=1&when=2024-01-01", "history/order?id=1&after=0_1",
+    "history/order?id=1&limit=1_0", "find/order?older_than_seconds=1_0", "find/order?limit=%201", "where?id=1&limit=1_0",
+)  # fmt: skip
+
+
+def test_a_query_as_only_python_reads_it_is_refused(world: worlds.World, web: webs.Served) -> None:
+    world.start("1")
+    for query in ODD_QUERIES:
+        answer = web.get(f"/api/v1/{query}")
+        found = (answer.status_code, answer.json().get("type"))
+        assert found == (422, "urn:statecache:InvalidRequest"), (query, answer.text)
+    for query in (
+        "instances/order?id=1&version=1",
+        "find/order?older_than_seconds=1.5e2&limit=10",
+        "history/order?id=1&after=0",
+    ):
+        assert web.get(f"/api/v1/{query}").status_code == 200, query
+
+
 def test_a_parked_instance_is_locked(world: worlds.World, web: webs.Served) -> None:
     world.start("1", ["pay"])
     world.flush()

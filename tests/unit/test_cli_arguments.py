@@ -54,6 +54,9 @@ def test_data_from_json_and_pairs(tmp_path: Path) -> None:
         ("[" * 100_000, [], "it is no JSON"),
         (None, ["a"], "--set 'a' is refused: it is name=value"),
         (None, ["=1"], "--set '=1' is refused"),
+        (None, ["a=" + "9" * 5000], "is refused: it has a number of too many digits"),
+        (None, ["a=[1, " + "9" * 5000 + "]"], "is refused: it has a number of too many digits"),
+        (None, ["a=" + "[" * 100_000], "--set a='[[["),
     ],
 )
 def test_data_that_is_none_is_refused(document: str | None, pairs: list[str], message: str) -> None:
@@ -62,10 +65,15 @@ def test_data_that_is_none_is_refused(document: str | None, pairs: list[str], me
     assert message in str(caught.value)
 
 
+def test_digits_in_quotes_are_text() -> None:
+    digits = "9" * 5000
+    assert arguments.data(None, [f'a="{digits}"', f"b=x{digits}"]) == {"a": digits, "b": f"x{digits}"}
+
+
 def test_increments_are_numbers() -> None:
     assert arguments.increments(["a=1", "b=-0.5"]) == {"a": 1, "b": -0.5}
     assert arguments.increments([]) is None
-    for wrong in ("a=x", "a=true", "a"):
+    for wrong in ("a=x", "a=true", "a", "a=" + "9" * 5000):
         with pytest.raises(errors.InvalidDataError, match="--increment"):
             arguments.increments([wrong])
 

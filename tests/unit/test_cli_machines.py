@@ -54,6 +54,19 @@ def test_no_command_is_help(command: Callable[..., Result]) -> None:
         (["ls", "order", "--limit", "many"], "Invalid value for '--limit'"),
         (["ls", "order", "--limit", "0"], "Invalid value for '--limit'"),
         (["machine", "show", "x.yaml", "--format", "art"], "'art' is not one of"),
+        (["status", "--watch", "--interval", "inf"], "Invalid value for '--interval'"),
+        *(
+            ([*words.split(), "9" * 23], f"Invalid value for '{words.split()[-1]}'")
+            for words in (
+                "status --recoveries",
+                "ls order --limit",
+                "claims --limit",
+                "dead-letters list --limit",
+                "warm --limit",
+                "jobs list --limit",
+                "demo --orders",
+            )
+        ),
     ],
 )
 def test_a_wrong_command_line_is_one_sentence_and_code_2(
@@ -133,6 +146,15 @@ def test_show_draws_a_file_in_every_form(command: Callable[..., Result]) -> None
     assert command("machine", "show", path, "--format", "dot").out.startswith("digraph")
     assert command("machine", "show", path, "--format", "yaml").out.startswith("name: order")
     assert json.loads(command("machine", "show", path, "--json").out)["name"] == "order"
+
+
+def test_a_highlight_that_is_not_drawn_is_refused(command: Callable[..., Result]) -> None:
+    path = Path(__file__).parents[2] / "config" / "machines" / "order.yaml"
+    for more in ([], ["--format", "dot"], ["--format", "yaml"], ["--format", "mermaid", "--json"]):
+        told = command("machine", "show", path, "--highlight", "paid", *more)
+        assert (told.code, told.out) == (2, ""), more
+        assert "--highlight 'paid' is refused: only --format mermaid fills a state" in told.err
+    assert "class paid here" in command("machine", "show", path, "--highlight", "paid", "--format", "mermaid").out
 
 
 def test_a_dry_run_needs_no_store_and_keeps_the_side_file(

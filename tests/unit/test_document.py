@@ -160,6 +160,14 @@ def test_a_written_machine_is_pleasant_to_read() -> None:
             "lamp.yaml:3: states.off.initial: 'yes' is refused: input should be a valid bool",
         ),
         ("initial: true", "start: true", "lamp.yaml:3: states.off.start: there is no such key"),
+        *(
+            (
+                "  on:\n",
+                f"  on: {{timeout_seconds: {value}}}\n",
+                f"lamp.yaml:4: states.on.timeout_seconds: {shown} is refused: ",
+            )
+            for value, shown in (("0", "0"), ("-1", "-1"), ("1e10", "10000000000.0"), (".nan", "nan"), ("'5'", "'5'"))
+        ),
         ("  on:\n", "  on: 1\n", "lamp.yaml:4: states.on: 1 is refused: input should be a valid dictionary"),
         ("crack: {from: [off, on], ", "crack: {form: off, ", "lamp.yaml:10: events.crack.from: it is missing\n"),
         (

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 
-from statecache.core import errors, eventlog
+from statecache.core import errors, eventlog, spreadsheet
 from statecache.core.eventlog import Columns, Refused, Row
 
 COLUMNS = Columns("case", "event", "at", "who", {"note": "note"})
@@ -77,6 +79,30 @@ def test_csv_rows() -> None:
         {},
     )
     assert (rows[1].line, rows[1].event, rows[1].actor, rows[1].data) == (4, "a\nb", None, {"note": "x, y"})
+
+
+ODD = ("@x", "'@x", "''@x", "=x", "'=x", "-1", "+1", "-", "'", " =x", "x'y", "x,y", 'x"y', "\ufeffx", "\t=x")
+
+
+def test_a_text_and_its_cell_belong_to_each_other() -> None:
+    cells = [spreadsheet.guarded(text) for text in ODD]
+    assert [spreadsheet.plain(cell) for cell in cells] == list(ODD)
+    assert not [cell for cell in cells if cell[0] in "=+-@\t\r"]
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_apostrophes_of_our_own_export_are_taken_off(ours: bool) -> None:
+    """A file of others means them."""
+    header = spreadsheet.COLUMNS if ours else spreadsheet.COLUMNS[:-1]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, header, extrasaction="ignore")
+    writer.writeheader()
+    for id in ODD:
+        guarded = spreadsheet.guarded(id)
+        writer.writerow({"id": guarded, "event": "pay", "at": "2024-05-31", "actor": guarded})
+    rows = eventlog.from_csv(io.StringIO(text.getvalue(), newline=""), Columns("id", "event", "at", "actor"))
+    wanted = ODD if ours else [spreadsheet.guarded(id) for id in ODD]
+    assert [(row.id, row.actor) for row in rows if isinstance(row, Row)] == [(id, id) for id in wanted]
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,36 @@ def test_a_password_that_should_be_quoted_is_not_shown(password: str) -> None:
     assert "unter" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "partition_count",
+        "replicas",
+        "lag_target_seconds",
+        "flush_batch_entries",
+        "metrics_port",
+        "hot_memory_share",
+        "namespace",
+    ],
+)
+def test_a_truth_value_is_no_number(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "statecache.toml"
+    path.write_text(f"{name} = true\n", encoding="utf-8")
+    with pytest.raises(
+        errors.ConfigurationError, match=f"{name} = True in the config file is refused: it is no truth value"
+    ):
+        settings.Settings(config_file=path)
+
+
+def test_truth_values_where_they_belong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "statecache.toml"
+    path.write_text("auto_recover = false\npartition_count = 1\n", encoding="utf-8")
+    monkeypatch.setenv("STATECACHE_WARM_AFTER_RECOVERY", "false")
+    monkeypatch.setenv("STATECACHE_REPLICAS", "2")
+    made = settings.Settings(config_file=path)
+    assert (made.auto_recover, made.partition_count, made.warm_after_recovery, made.replicas) == (False, 1, False, 2)
+
+
 def test_refusal_names_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STATECACHE_FLUSH_INTERVAL_MS", "fast")
     with pytest.raises(errors.ConfigurationError, match=r"'fast' in the environment \(STATECACHE_FLUSH_INTERVAL_MS\)"):

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import strategies as st
 
 from statecache.core.spec import EventSpec, MachineSpec, StateSpec, TransitionSpec
-from statecache.web import drawing, layout
+from statecache.web import drawing, labels, layout
 from tests.support.worlds import Order
 
 
@@ -47,6 +47,59 @@ def test_everything_is_drawn_and_no_two_boxes_overlap(made: MachineSpec) -> None
         apart_x = abs(one.x - other.x) >= (one.width + other.width) / 2
         apart_y = abs(one.y - other.y) >= (one.height + other.height) / 2
         assert apart_x or apart_y, (one, other)
+
+
+def there_and_back(*pairs: str, titled: str = "") -> MachineSpec:
+    """Letters are states, ``a`` the initial one; ``ab`` is a move there, ``ab+`` one there and one back, ``aa`` a loop."""
+    ways = [way for pair in pairs for way in ([pair[:2], pair[1::-1]] if pair.endswith("+") else [pair])]
+    events = [
+        EventSpec(
+            name=f"go_{way}",
+            title=f"{titled} {way}" if titled else None,
+            transitions=(TransitionSpec(source=way[0], target=way[1]),),
+        )
+        for way in ways
+    ]
+    states = [StateSpec(name=name, initial=name == "a") for name in sorted({name for way in ways for name in way})]
+    return MachineSpec(name="made_up", states=tuple(states), events=tuple(events))
+
+
+LABELLED = [
+    there_and_back("ab+"),
+    there_and_back("ab+", "bc+", "cd+"),
+    there_and_back("ab+", "ac+", "ad+", "ae+"),
+    there_and_back("ab+", "ac+", "bc+", "bd+", "cd+", titled="a long title"),
+    there_and_back("aa", "ab+", "bb", "bc", "ca", "cd", "dd", "da", titled="once more from"),
+    there_and_back("ab", "ac", "ad", "bd", "cd", "de", "eb", "ec", "ea"),
+]
+
+
+@pytest.mark.parametrize("made", LABELLED, ids=lambda made: " ".join(event.name[3:] for event in made.events))
+def test_no_label_covers_another_or_a_box(made: MachineSpec) -> None:
+    way = drawing.Way("b", [(None, "a"), ("a", "b")])
+    for picture in (drawing.of_counts(made, {"a": 5}), drawing.of_instance(made, way)):
+        assert picture is not None
+        told = [line for line in picture.lines if line.label]
+        assert len(told) == len(made.events)
+        areas = {line.label: labels.area(line.label, line.x, line.y) for line in told}
+        boxes = {
+            box.name: labels.Area(box.left, box.top, box.left + box.width, box.top + box.height)
+            for box in picture.boxes
+        }
+        for (name, one), (other_name, other) in itertools.combinations([*areas.items(), *boxes.items()], 2):
+            wide = min(one.right, other.right) - max(one.left, other.left)
+            high = min(one.bottom, other.bottom) - max(one.top, other.top)
+            apart = min(wide, high) < 1  # a pixel: how high letters are is estimated
+            assert apart or {name, other_name} <= boxes.keys(), (name, other_name)
+        assert max(one.bottom for one in areas.values()) <= picture.height
+
+
+def test_opposite_arrows_have_their_labels_on_their_outer_sides() -> None:
+    picture = drawing.of_instance(there_and_back("ab+", "bc"), drawing.Way("b", [(None, "a"), ("a", "b")]))
+    there, back = (next(line for line in picture.lines if line.label == label) for label in ("go ab", "go ba"))
+    height = {line.label: float(line.path.split()[1].partition("C")[0]) for line in (there, back)}
+    assert there.y < height["go ab"] < height["go ba"] < back.y - 9
+    assert there.x == back.x
 
 
 def test_a_line_is_drawn_straight() -> None:
