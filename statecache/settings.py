@@ -252,7 +252,7 @@ class Settings(pydantic_settings.BaseSettings):
     @pydantic.field_validator("redis_url", "rq_redis_url")
     @classmethod
     def _check_redis_url(cls, url: str | None) -> str | None:
-        if url is not None and not re.match(r"(rediss?://\S|unix:///\S)", url):
+        if url is not None and not re.match(r"(rediss?://\S|unix://([^/?#@\s]*@)?/\S)", url):
             raise ValueError("it must begin with redis://, rediss:// or unix:///")
         if url is not None and re.match(r"rediss?://[^/?#@]*(@[^/?#@]*)?/(?!\d*([?#]|$))", url):
             raise ValueError("behind the host stands the number of a database, or nothing: redis://host:6379/0")

@@ -14,6 +14,7 @@ from statecache.core import errors
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from statecache.durable import grants
     from statecache.engine.cache import StateCache
     from statecache.engine.recovery import Report
     from statecache.engine.status import Status
@@ -309,17 +310,40 @@ def db_upgrade(
 
 
 def db_check(store: options.Store) -> int:
-    """Tell the tables' schema version; exit code 1 unless it is this version's."""
-    from statecache.durable import migrate
+    """Tell the tables' schema version, and which rights this role lacks (PostgreSQL); exit code 1 unless it is this version's,
+    and the role may write all or nothing."""
+    from statecache.durable import engine, grants, migrate
 
-    url, found = _revision(store, create=False)
-    _tell_revision(store, url, found, found)
-    return exits.DONE if found == migrate.HEAD else exits.FOUND
+    url = _database_url(store)
+    database = engine.open_database(url, create=False)
+    try:
+        rights = grants.of_role(database)
+        try:
+            found = migrate.revision(database)
+        except errors.ConfigurationError as error:
+            if rights is None or not rights.missing:
+                raise
+            raise errors.ConfigurationError(f"{rights.lacks}: {rights.advice}") from error
+    finally:
+        database.close()
+    _tell_revision(store, url, found, found, rights)
+    may_work = rights is None or not rights.missing or rights.may_read
+    return exits.DONE if found == migrate.HEAD and may_work else exits.FOUND
 
 
 def _revision(store: options.Store, *, create: bool) -> tuple[str, str | None]:
     """The database's URL and its tables' schema version. Without ``create`` an SQLite file must be there."""
     from statecache.durable import engine, migrate
+
+    url = _database_url(store)
+    database = engine.open_database(url, create=create)
+    try:
+        return url, migrate.revision(database)
+    finally:
+        database.close()
+
+
+def _database_url(store: options.Store) -> str:
     from statecache.engine.embedded import EmbeddedServer
 
     settings = store.settings()
@@ -329,19 +353,20 @@ def _revision(store: options.Store, *, create: bool) -> tuple[str, str | None]:
         if not folder.is_dir():
             raise errors.ConfigurationError(f"there is no folder {folder}: name the database (--database-url)")
         url = EmbeddedServer(folder).database_url
-    database = engine.open_database(url, create=create)
-    try:
-        return url, migrate.revision(database)
-    finally:
-        database.close()
+    return url
 
 
-def _tell_revision(store: options.Store, url: str, before: str | None, now: str | None) -> None:
+def _tell_revision(
+    store: options.Store, url: str, before: str | None, now: str | None, rights: grants.Rights | None = None
+) -> None:
     from statecache.durable import migrate
     from statecache.settings import redact
 
     if store.as_json:
-        output.emit({"database_url": redact(url), "before": before, "now": now, "wanted": migrate.HEAD})
+        told: dict[str, Any] = {"database_url": redact(url), "before": before, "now": now, "wanted": migrate.HEAD}
+        if rights is not None:
+            told |= {"role": rights.role, "missing_rights": rights.missing, "advice": rights.advice}
+        output.emit(told)
         return
     was = f"schema version {before}" if before else "no tables of statecache"
     if before != now:
@@ -354,3 +379,5 @@ def _tell_revision(store: options.Store, url: str, before: str | None, now: str 
             f"{redact(url)}: {was}, this version of statecache needs {migrate.HEAD}"
             + ("" if now == migrate.HEAD else advice)
         )
+    if rights is not None and rights.missing:
+        output.say(f"{rights.lacks}: {rights.advice}")

@@ -97,7 +97,7 @@ _MESSAGES: dict[type[errors.StateCacheError], str] = {
 _LOGIN = "SQL refuses the login: check the user, the password and the database's name in database_url"
 _CONFIGURATIONS = (
     (("28", "3D"), _LOGIN),
-    (("42501",), "SQL does not give this user a right that it needs: check the user in database_url, and its grants"),
+    (("42501",), "SQL does not give this user a right that it needs: 'statecache db check' tells what to grant"),
     (
         ("SQLITE_CANTOPEN", "SQLITE_NOTADB", "SQLITE_PERM", "SQLITE_READONLY"),
         "SQLite cannot use this file: check its path (database_url, data_dir), and whether this user may write there",

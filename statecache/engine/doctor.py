@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from statecache.core import errors
-from statecache.durable import recoveries
+from statecache.durable import grants, recoveries
 from statecache.engine import servers
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ def examine(cache: StateCache) -> list[Check]:
         *_persistence(facts, settings),
         *_clock(cache),
         *_database(cache),
+        *_rights(cache),
         *_open_ends(cache),
     ]
 
@@ -133,6 +134,16 @@ def _database(cache: StateCache) -> Iterator[Check]:
         yield Check("database durability", FAIL, shown, advice)
     else:
         yield Check("database durability", OK, shown)
+
+
+def _rights(cache: StateCache) -> Iterator[Check]:
+    found = grants.of_role(cache.durable.database)
+    if found is None:
+        return
+    if found.missing:
+        yield Check("database rights", WARN if found.may_read else FAIL, found.lacks, found.advice)
+    else:
+        yield Check("database rights", OK, f"the role {found.role} may do all that is needed")
 
 
 def _open_ends(cache: StateCache) -> Iterator[Check]:

@@ -6,7 +6,8 @@ it gets its name.
 
 Whoever goes on in several parts (a job) has a ``mark`` of its own in that other name: nobody else writes there in between. And
 whoever writes has a lock on the file, which the kernel drops with its process: of two that write under one name, the second is
-refused. What was left behind a day ago is removed by the next export into the same file.
+refused. What was left behind a day ago is removed by the next export into the same file. Of an export that fails (a full
+disk) only what can be gone on with stays: without a mark nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -62,31 +63,55 @@ def run(cache: StateCache, machine: str, path: Path, step: Step | None = None, *
     with _locked(part) as file:
         if step is None or os.fstat(file.fileno()).st_size < step.bytes:  # new, or cut: another disk, perhaps
             step = Step(0, 0, "")
-        file.truncate(step.bytes)
-        file.seek(step.bytes)
-        if not step.bytes and form is _csv:
-            file.write(packed(_csv_line(spreadsheet.COLUMNS)))
-        lines: list[bytes] = []
-        transitions, last = step.transitions, step.after
-        instances = size = waiting = 0
-        for row in cache.durable.iterate_transitions(machine, after=(machine, last) if last else None):
-            if transitions > step.transitions and row.id != last:
-                instances += 1
-                if instances == _STEP_INSTANCES or size > _STEP_BYTES_MAX:
-                    _put(file, packed, lines)
-                    step = _written(file, transitions, last)
-                    instances = size = waiting = 0
+        steps = _steps(cache, machine, file, form, packed, step)
+        try:
+            for step in steps:
+                if step.after is not None:
                     yield step
-            lines.append(form(row))
-            size, waiting = size + len(lines[-1]), waiting + len(lines[-1])
-            if waiting > _WAITING_BYTES_MAX:  # of one instance with a long history, too
-                _put(file, packed, lines)
-                waiting = 0
-            transitions, last = transitions + 1, row.id
-        _put(file, packed, lines)
-        step = _written(file, transitions, last)
-        part.rename(path)
+            part.rename(path)
+        except GeneratorExit:  # whoever left it here may go on
+            raise
+        except BaseException:
+            if mark and step.bytes:
+                os.ftruncate(file.fileno(), step.bytes)
+            else:
+                part.unlink(missing_ok=True)
+            raise
     yield Step(step.transitions, step.bytes, None)
+
+
+def _steps(
+    cache: StateCache,
+    machine: str,
+    file: io.FileIO,
+    form: Callable[[model.Transition], bytes],
+    packed: Callable[[bytes], bytes],
+    step: Step,
+) -> Iterator[Step]:
+    """Write what is behind a step; the last step that this yields has no ``after``."""
+    file.truncate(step.bytes)
+    file.seek(step.bytes)
+    if not step.bytes and form is _csv:
+        _write(file, packed(_csv_line(spreadsheet.COLUMNS)))
+    lines: list[bytes] = []
+    transitions, last = step.transitions, step.after
+    instances = size = waiting = 0
+    for row in cache.durable.iterate_transitions(machine, after=(machine, last) if last else None):
+        if transitions > step.transitions and row.id != last:
+            instances += 1
+            if instances == _STEP_INSTANCES or size > _STEP_BYTES_MAX:
+                _put(file, packed, lines)
+                step = _written(file, transitions, last)
+                instances = size = waiting = 0
+                yield step
+        lines.append(form(row))
+        size, waiting = size + len(lines[-1]), waiting + len(lines[-1])
+        if waiting > _WAITING_BYTES_MAX:  # of one instance with a long history, too
+            _put(file, packed, lines)
+            waiting = 0
+        transitions, last = transitions + 1, row.id
+    _put(file, packed, lines)
+    yield _written(file, transitions, None)
 
 
 def can_go_on(path: Path, mark: str = "") -> bool:
@@ -107,9 +132,10 @@ def _sweep(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(part: Path) -> Iterator[BinaryIO]:
-    """The unfinished file, for this process alone; made if there is none."""
-    with os.fdopen(os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b") as file:
+def _locked(part: Path) -> Iterator[io.FileIO]:
+    """The unfinished file, for this process alone; made if there is none. Nothing of it is in a buffer, whose rest would be
+    written behind a failure."""
+    with os.fdopen(os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b", buffering=0) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -124,13 +150,18 @@ def _locked(part: Path) -> Iterator[BinaryIO]:
         yield file
 
 
-def _put(file: BinaryIO, packed: Callable[[bytes], bytes], lines: list[bytes]) -> None:
-    file.write(packed(b"".join(lines)))
+def _put(file: io.FileIO, packed: Callable[[bytes], bytes], lines: list[bytes]) -> None:
+    _write(file, packed(b"".join(lines)))
     lines.clear()
 
 
-def _written(file: BinaryIO, transitions: int, last: str | None) -> Step:
-    file.flush()
+def _write(file: io.FileIO, text: bytes) -> None:
+    left = memoryview(text)
+    while left:
+        left = left[file.write(left) :]
+
+
+def _written(file: io.FileIO, transitions: int, last: str | None) -> Step:
     os.fsync(file.fileno())  # a step is noted elsewhere, where it may outlive a power loss
     return Step(transitions, file.tell(), last)
 

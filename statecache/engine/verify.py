@@ -11,6 +11,9 @@ Three passes, each over everything:
 It reads while writers write and flushers flush: whatever looks wrong is looked at again, alone, before it is called a finding.
 Then history and checkpoint come from one snapshot; where a log does not go on, the watermark is asked whether it was flushed
 and trimmed meanwhile; a hash that has moved on meanwhile is compared at the version that it had.
+
+With a backlog every hash of it differs from its checkpoint. So a log is read once for many of them, first behind its watermark
+alone; below that, where ``log_keep_seconds`` keeps what is flushed long since, only for those that look wrong all the same.
 """
 
 from __future__ import annotations
@@ -33,6 +36,8 @@ Answer = TypeVar("Answer")
 
 _LOOKS = 4
 _PAGE = 500
+_TOGETHER = 10_000
+"""Unflushed entries of the hashes for which a log is read once. They are in memory; fewer are more readings of the backlog."""
 
 
 class Finding(msgspec.Struct, frozen=True):
@@ -94,8 +99,8 @@ def verify(
 ) -> Findings:
     """Compare everything with everything, and change nothing.
 
-    Cost: one pass over history, checkpoints, backlog and hot hashes; memory: one page of each. Raises
-    ``UnavailableError`` and ``RecoveringError``.
+    Cost: one pass over history, checkpoints and hot hashes, and one over the backlog for each ten thousand entries of it; memory:
+    one page of each, and those entries. Raises ``UnavailableError`` and ``RecoveringError``.
     """
     found: list[Finding] = []
     instances = transitions = hot = 0
@@ -115,15 +120,7 @@ def slices(cache: StateCache, machine: str | None = None, cursor: Cursor | None 
     if phase in ("histories", "logs"):
         for partition in range(int(place[0]) if phase == "logs" else 0, cache.settings.partition_count):
             yield Slice(["logs", partition + 1], tuple(_log_findings(cache, partition)))
-    scan = str(place[0]) if phase == "hot" else "0"
-    while True:
-        scan, page = cache.hot.scan(scan, machine)
-        found: list[Finding] = []
-        for address in _suspects(cache, page) if page else []:
-            _note(found, address, _settled(lambda address=address: _hot_problem(cache, *address)))  # type: ignore[misc]
-        yield Slice(None if scan == "0" else ["hot", scan], tuple(found), hot=len(page))
-        if scan == "0":
-            return
+    yield from _hot_slices(cache, machine, str(place[0]) if phase == "hot" else "0")
 
 
 def _history_slices(cache: StateCache, machine: str | None, after: fold.Instance | None) -> Iterator[Slice]:
@@ -144,6 +141,22 @@ def _history_slices(cache: StateCache, machine: str | None, after: fold.Instance
     yield Slice(["logs", 0], tuple(found), instances, transitions)
 
 
+def _hot_slices(cache: StateCache, machine: str | None, scan: str) -> Iterator[Slice]:
+    """A slice is a page of the SCAN, or as many as it takes to read the logs for ``_TOGETHER`` entries."""
+    suspects: dict[fold.Instance, int] = {}
+    hot = 0
+    while True:
+        scan, page = cache.hot.scan(scan, machine)
+        suspects |= _suspects(cache, page) if page else {}
+        hot += len(page)
+        if scan != "0" and 0 < sum(suspects.values()) < _TOGETHER:
+            continue
+        yield Slice(None if scan == "0" else ["hot", scan], tuple(_hot_findings(cache, list(suspects))), hot=hot)
+        if scan == "0":
+            return
+        suspects, hot = {}, 0
+
+
 Problem = tuple[str, str] | None
 """(kind, detail)."""
 
@@ -157,14 +170,18 @@ def _settled(look: Callable[[], Problem]) -> Problem:
     """Look until nothing is wrong, a few times: what is wrong only while somebody writes is no finding."""
     problem: Problem = None
     for attempt in range(_LOOKS):
-        try:
-            problem = look()
-        except UnreadableError as error:
-            problem = "history", str(error)
+        problem = _looked(look)
         if problem is None:
             return None
         time.sleep(0.01 * 2**attempt)
     return problem
+
+
+def _looked(look: Callable[[], Problem]) -> Problem:
+    try:
+        return look()
+    except UnreadableError as error:
+        return "history", str(error)
 
 
 # --- SQL ---------------------------------------------------------------------------------------------------------------
@@ -291,16 +308,17 @@ def _watermark(cache: StateCache, partition: int) -> entry.EntryId:
 # --- Redis -------------------------------------------------------------------------------------------------------------
 
 
-def _suspects(cache: StateCache, page: Sequence[fold.Instance]) -> list[fold.Instance]:
-    """Those of a page whose hash is not simply their checkpoint."""
+def _suspects(cache: StateCache, page: Sequence[fold.Instance]) -> dict[fold.Instance, int]:
+    """Those of a page whose hash is not simply their checkpoint, and how many entries they may have in the log."""
     checkpoints = cache.durable.checkpoints(page)
     keyspace = cache.hot.keyspace
     hashes = _asked(cache, lambda: cache.hot.hashes([(keyspace.partition_of(*one), *one) for one in page]))
-    return [
-        address
-        for address, fields in zip(page, hashes, strict=True)
-        if _difference(fields, _as_folded(checkpoints.get(address))) is not None
-    ]
+    suspects = {}
+    for address, fields in zip(page, hashes, strict=True):
+        expected = _as_folded(checkpoints.get(address))
+        if _difference(fields, expected) is not None:
+            suspects[address] = max(1, _stand(fields)[1] - expected.version)
+    return suspects
 
 
 def _as_folded(checkpoint: model.Checkpoint | None) -> _Folded:
@@ -313,25 +331,69 @@ def _as_folded(checkpoint: model.Checkpoint | None) -> _Folded:
     return _Folded(checkpoint.state, checkpoint.version, data)
 
 
-def _hot_problem(cache: StateCache, machine: str, id: str) -> Problem:
-    """Compare one hash with its checkpoint and the unflushed entries behind that."""
-    partition = cache.hot.keyspace.partition_of(machine, id)
+def _hot_findings(cache: StateCache, suspects: Sequence[fold.Instance]) -> list[Finding]:
+    """Look at all of a partition together behind its watermark, at what looks wrong then in its whole log, and at what is left
+    alone."""
+    partitions: dict[int, list[fold.Instance]] = {}
+    for address in suspects:
+        partitions.setdefault(cache.hot.keyspace.partition_of(*address), []).append(address)
+    found: list[Finding] = []
+    for partition, left in partitions.items():
+        for whole in (False, True):
+            problems = _hot_problems(cache, partition, left, whole=whole) if left else []
+            left = [address for address, problem in zip(left, problems, strict=True) if problem]
+        for address in left:
+            _note(found, address, _settled(partial(_hot_problem_alone, cache, partition, address)))
+    return found
+
+
+def _hot_problem_alone(cache: StateCache, partition: int, address: fold.Instance) -> Problem:
+    return _hot_problems(cache, partition, [address], whole=True)[0]
+
+
+def _hot_problems(
+    cache: StateCache, partition: int, addresses: Sequence[fold.Instance], *, whole: bool
+) -> list[Problem]:
+    """Compare hashes of a partition with their checkpoints and the unflushed entries behind those, in one reading of its log.
+
+    The order of the reads counts: what leaves the log between them is in SQL by then.
+    """
+    hashes = _asked(cache, lambda: cache.hot.hashes([(partition, *one) for one in addresses]))
+    wanted = {one: [""] for one in addresses}
+    code, entries = _asked(cache, lambda: cache.hot.find_many(partition, wanted, whole=whole))
+    if code != "OK":
+        cache.admission.ensure(code, cache.deadline(None))
+        return [("hot", f"Redis was {code}")] * len(addresses)
+    records = fold.by_instance(cache.driver.not_discarded(entries))
+    known = cache.durable.lookup([(*one, partition) for one in addresses])
+    return [
+        _looked(partial(_hot_problem, cache, partition, one, fields, records.get(one, []), kept))
+        for one, fields, kept in zip(addresses, hashes, known, strict=True)
+    ]
+
+
+def _hot_problem(
+    cache: StateCache,
+    partition: int,
+    address: fold.Instance,
+    fields: Mapping[bytes, bytes],
+    entries: Sequence[entry.Entry],
+    known: model.Lookup,
+) -> Problem:
+    machine, id = address
 
     def hash_() -> Mapping[bytes, bytes]:
         return _asked(cache, lambda: cache.hot.hashes([(partition, machine, id)])[0])
 
-    fields = hash_()
-    code, entries = _asked(cache, lambda: cache.hot.find(partition, machine, id, whole=True))
-    if code != "OK":
-        cache.admission.ensure(code, cache.deadline(None))
-        return "hot", f"Redis was {code}"
-    letters = [letter.entry for letter in cache.durable.letters(machine, id)]
-    (known,) = cache.durable.lookup([(machine, id, partition)])
+    letters: list[entry.Entry] = []
+    if known.letters:  # before what SQL knows: one that was retried in between is in the checkpoint
+        letters = [letter.entry for letter in cache.durable.letters(machine, id)]
+        (known,) = cache.durable.lookup([(machine, id, partition)])
     expected = _as_folded(known.checkpoint)
     # A parked hash is ahead of its checkpoint by its letters, or was hydrated from the checkpoint alone.
     if letters and _difference(fields, expected) is None:
         return None
-    unflushed, lost = _unflushed(cache, partition, known, cache.driver.not_discarded(entries))
+    unflushed, lost = _unflushed(cache, partition, known, entries)
     if lost is not None:
         return "log", (
             f"entry {lost.entry_id}, version {lost.version}, is not in SQL, whose watermark is {known.watermark} already: "

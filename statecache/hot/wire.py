@@ -39,6 +39,7 @@ from statecache.core import errors
 from statecache.hot import failures
 
 _READ_BYTES = 65536
+_FILES = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile")
 LOOK_SECONDS = 0.0002
 EXCHANGE_SECONDS_MIN = 0.1
 """What an exchange may take however near the deadline is: an item that is cut off would be neither applied nor refused."""
@@ -234,7 +235,10 @@ class EmulatedWire(Wire):
 def pool_of(
     url: str, socket_timeout_seconds: float, pool_class: Any = redis.ConnectionPool, retry_class: Any = Retry
 ) -> Any:
-    """redis-py's pool for a URL, with its own retries off: what knows how to make a connection."""
+    """redis-py's pool for a URL, with its own retries off: what knows how to make a connection.
+
+    Raises ``ConfigurationError`` for a URL with which none can be made, also where a file that it names cannot be read.
+    """
     try:
         pool = pool_class.from_url(
             url, socket_timeout=socket_timeout_seconds, socket_connect_timeout=min(socket_timeout_seconds, 2.0)
@@ -248,14 +252,31 @@ def pool_of(
             decode_responses=False,
         )
         pool.connection_class(**pool.connection_kwargs)  # not connected: an unknown option of the URL shows up here
-        return pool
     except TypeError as error:
         raise errors.ConfigurationError(f"the Redis URL is refused, it has an option that is none: {error}") from None
+    except redis.RedisError as error:  # of the connection's making, which no longer holds the URL
+        raise errors.ConfigurationError(f"the Redis URL is refused: {error}") from None
     except ValueError:
         # The parser's message may hold a piece of the password: an unquoted "#" or "/" makes it look like a port.
         raise errors.ConfigurationError(
             "the Redis URL is refused: it should look like redis://user:password@host:6379/0 (special characters in the "
             "password %-encoded), with options that have valid values"
+        ) from None
+    for option in _FILES:
+        if path := pool.connection_kwargs.get(option):
+            _check_file(option, path)
+    return pool
+
+
+def _check_file(option: str, path: str) -> None:
+    """Else every attempt to connect would fail, as if the server could not be reached."""
+    try:
+        with open(path, "rb") as file:
+            file.read(1)
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise errors.ConfigurationError(
+            f"the Redis URL is refused: the file {path!r} of its option {option} cannot be read: {why}"
         ) from None
 
 

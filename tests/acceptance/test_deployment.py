@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,10 +37,13 @@ SERVICES = {*OURS, "redis", "postgres", "prometheus", "grafana"}
 
 def _new_secrets() -> dict[str, str]:
     """What a person's .env holds: the output of the script that the page tells them to run."""
-    made = secured.shell(REPOSITORY / "config" / "compose-env.sh")
+    made = secured.shell(REPOSITORY / "config" / "compose-env.sh", "-")
     assert made.returncode == 0, made.stderr
-    lines = [line for line in made.stdout.splitlines() if not line.startswith("#")]
-    return dict(line.split("=", 1) for line in lines)
+    return _secrets_in(made.stdout)
+
+
+def _secrets_in(text: str) -> dict[str, str]:
+    return dict(line.split("=", 1) for line in text.splitlines() if not line.startswith("#"))
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +72,31 @@ def test_compose_reads_it_as_we_do(variables: dict[str, str], services: dict[str
     for name, service in services.items():
         assert found[name].get("environment", {}) == service.get("environment", {})
         assert found[name]["healthcheck"].get("test") == service["healthcheck"].get("test")
+
+
+def test_the_secrets_are_in_a_file_for_its_owner_alone(tmp_path: Path) -> None:
+    """Whatever the umask is. It is made beside the compose file, wherever the script is called from, and never again over one
+    that is there; another name may be given."""
+    script = tmp_path / "config" / "compose-env.sh"
+    script.parent.mkdir()
+    shutil.copy(REPOSITORY / "config" / "compose-env.sh", script)
+    for arguments, file in (((), tmp_path / ".env"), ((str(tmp_path / "other"),), tmp_path / "other")):
+        before = os.umask(0)
+        try:
+            made = secured.shell(script, *arguments)
+        finally:
+            os.umask(before)
+        assert (made.returncode, made.stdout) == (0, ""), made.stderr
+        assert file.stat().st_mode & 0o777 == 0o600
+        text = file.read_text()
+        found = _secrets_in(text)
+        assert (found.keys(), len({*found.values()})) == (_new_secrets().keys(), len(found))
+        again = secured.shell(script, *arguments)
+        assert again.returncode == 1
+        assert f"{file.name} is there already, and is left as it is" in again.stderr
+        assert file.read_text() == text
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".env", "config", "other"]
+    assert secured.shell(script, str(tmp_path / "nowhere" / ".env")).returncode != 0
 
 
 @pytest.mark.parametrize("name", sorted(_new_secrets()))

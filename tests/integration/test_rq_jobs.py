@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import fcntl
 import gzip
 import json
 import os
 import re
+import resource
 import signal
+import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import rq
@@ -24,6 +28,7 @@ from statecache.core import errors
 from statecache.durable import schema
 from statecache.engine import exporting
 from statecache.engine import verify as verification
+from tests.acceptance import command
 from tests.acceptance.test_metrics_process import values
 from tests.support import processes, refusing, worlds
 from tests.support.background import Background, Worker
@@ -538,6 +543,62 @@ def test_export_removes_what_was_left_long_ago(world: worlds.World, tmp_path: Pa
         os.utime(part, (time.time() - 90_000,) * 2)
     list(exporting.run(world.cache, "order", folder / "orders.jsonl"))
     assert sorted(folder.iterdir()) == sorted([new, other, folder / "orders.jsonl"])
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv.gz"])
+def test_export_that_fails_leaves_only_what_can_be_gone_on_with(
+    world: worlds.World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """The disk is full at the third step: of a job the first two stay, of an export that nobody goes on with nothing."""
+    monkeypatch.setattr(exporting, "_STEP_INSTANCES", 3)
+    for number in range(10):
+        world.start(f"o{number}", ["pay"])
+    world.flush()
+    folder = tmp_path / "out"
+    folder.mkdir()
+    whole, path = tmp_path / f"whole.{kind}", folder / f"orders.{kind}"
+    list(exporting.run(world.cache, "order", whole))
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    for mark, steps in (("", 2), ("", 0), ("job", 0), ("job", 2)):
+        seen: list[exporting.Step] = []
+        with monkeypatch.context() as patch:
+            patch.setattr(exporting, "_written", mock.Mock(side_effect=_some(exporting._written, steps, full)))
+            with pytest.raises(OSError, match="No space left"):
+                seen.extend(exporting.run(world.cache, "order", path, mark=mark))
+        assert len(seen) == steps
+        left = {part.name: part.stat().st_size for part in folder.iterdir()}
+        assert left == ({f".orders.{kind}.job.part": seen[-1].bytes} if mark and seen else {})
+    list(exporting.run(world.cache, "order", path, seen[-1], mark="job"))
+    assert path.read_bytes() == whole.read_bytes()
+
+
+def _some(original: Callable[..., Any], count: int, error: Exception) -> Callable[..., Any]:
+    """A function that works some times, and then fails."""
+    left = iter(range(count))
+
+    def some(*arguments: Any) -> Any:
+        if next(left, None) is None:
+            raise error
+        return original(*arguments)
+
+    return some
+
+
+def test_export_that_no_file_has_room_for(world: worlds.World, tmp_path: Path) -> None:
+    """A process whose files may not grow: the command fails, names the reason, and leaves nothing hidden behind."""
+    world.orders.start_many([(f"o{number}", {"note": "x" * 300}) for number in range(2000)])
+    world.flush()
+    folder = tmp_path / "out"
+    folder.mkdir()
+    place = ("--redis-url", world.redis_url, "--database-url", world.database_url, "--namespace", world.namespace)
+    done = subprocess.run(
+        command.words("export", "order", folder / "orders.jsonl", *place),
+        cwd=command.REPOSITORY, env=command.environment(), capture_output=True, text=True, check=False, timeout=90,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)),
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "File too large" in done.stderr
+    assert not list(folder.iterdir())
 
 
 def test_export_is_on_the_disk_before_a_step_is_told(

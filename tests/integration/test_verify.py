@@ -11,6 +11,7 @@ from unittest import mock
 import pytest
 import sqlalchemy as sa
 
+from statecache import Move
 from statecache.core import entry, errors
 from statecache.durable import queries, schema
 from statecache.engine import letters, verify
@@ -54,7 +55,7 @@ def begin_one_by_one(*actions: Callable[[], None]) -> Callable[[], None]:
     return action
 
 
-_HOT = ("read", "hashes", "find")
+_HOT = ("read", "hashes", "find_many")
 _SQL = ("partitions", "lookup", "checkpoints", "history", "letters")
 
 
@@ -87,8 +88,8 @@ def test_an_instance_that_never_stands_still(world: World, flush: bool) -> None:
     with before_each(world.cache.hot, _HOT, once) as hot, before_each(world.durable, _SQL, once) as sql:
         found = verify.verify(world.cache)
     assert found.findings == ()
-    assert set(hot) >= {"read", "hashes"}
-    assert "partitions" in sql
+    assert set(hot) == set(_HOT)
+    assert {"partitions", "lookup"} <= set(sql)
     assert found.hot == 1
 
 
@@ -293,3 +294,64 @@ def test_a_hole_behind_large_entries_is_found(start_redis: Any, sqlite_url: str,
         world.start("b", ["note", "note"])
         world.client.xdel(world.keyspace.log(0), world.log()[-2])
         assert [each.kind for each in verify._log_findings(world.cache, 0)] == ["log"]
+
+
+def _log_readings(world: World) -> tuple[list[bool], int]:
+    """Verify: for each reading of a log whether it was that of the whole log, and the number of script calls of them all."""
+    hot = world.hot
+    with (
+        mock.patch.object(hot, "find_many", wraps=hot.find_many) as readings,
+        mock.patch.object(hot, "_call", wraps=hot._call) as calls,
+        mock.patch.object(hot, "find", side_effect=AssertionError("one instance's log")),
+    ):
+        assert not verify.verify(world.cache).findings
+    scripts = sum(call.args[0] == "find" for call in calls.call_args_list)
+    return [call.kwargs["whole"] for call in readings.call_args_list], scripts
+
+
+def test_a_backlog_is_read_once_for_many_instances(redis_url: str, database_url: str, namespace: str) -> None:
+    """Four times as many unflushed instances are no more readings of the log; what is kept below the watermark is not read."""
+    with World(redis_url, database_url, namespace, log_keep_seconds=3600.0) as world:
+        world.orders.start_many([f"kept{number}" for number in range(50)])
+        world.flush()
+        world.orders.transition_many([Move(f"kept{number}", "pay") for number in range(50)])
+        few = _log_readings(world)
+        assert few == ([False, False], 2)
+        world.orders.start_many([f"more{number}" for number in range(150)])
+        assert _log_readings(world) == few
+        refusing.refuse(world.durable)
+        world.orders.transition_many([Move(f"more{number}", "pay", reason=refusing.REASON) for number in range(150)])
+        world.flush()
+        refusing.accept(world.durable)
+        assert len(world.durable.parked_instances()) == 150
+        world.orders.transition_many([Move(f"kept{number}", "note") for number in range(50)])
+        assert _log_readings(world) == few
+
+
+def test_the_readings_of_a_backlog_are_bounded(
+    redis_url: str, sqlite_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind so many entries a slice ends, whose cursor is that of the next; nothing is passed over in between."""
+    monkeypatch.setattr(verify, "_TOGETHER", 1500)
+    with World(redis_url, sqlite_url, namespace, partition_count=1) as world:
+        ids = [f"o{number}" for number in range(3500)]
+        world.orders.start_many(ids)
+        readings, _ = _log_readings(world)
+        assert readings == [False] * 2
+        for id in ids[::500]:
+            world.client.hset(world.keyspace.instance(0, "order", id), "x", "1")
+        slices = [one for one in verify.slices(world.cache, cursor=["hot", "0"]) if one.hot]
+        assert sum(one.hot for one in slices) == len(ids)
+        assert len(slices) == 2
+        found = [one.address for part in slices for one in part.findings]
+        assert sorted(found) == sorted(f"order:{id}" for id in ids[::500])
+        rest = list(verify.slices(world.cache, cursor=slices[0].cursor))
+        assert [one.address for part in rest for one in part.findings] == [one.address for one in slices[1].findings]
+
+
+def test_a_record_that_nobody_can_read_is_of_no_instance(redis_url: str, sqlite_url: str, namespace: str) -> None:
+    """It begins as an instance's own entries do; that is told of its log, and the instance itself is looked at all the same."""
+    with World(redis_url, sqlite_url, namespace, partition_count=1) as world:
+        world.start("a", ["note"])
+        world.forge(entry.SEPARATOR.join(("order", "a", "what", "is", "this")))
+        assert [(one.kind, one.address) for one in verify.verify(world.cache).findings] == [("log", "partition 0")]

@@ -96,7 +96,7 @@ def _sqlite(name: str) -> sqlite3.OperationalError:
         (psycopg.OperationalError('FATAL: database "x" does not exist'), "the database's name in database_url"),
         (psycopg.errors.lookup("28P01")("no"), "check the user, the password"),
         (psycopg.errors.lookup("3D000")("no"), "the database's name in database_url"),
-        (psycopg.errors.lookup("42501")("no"), "its grants"),
+        (psycopg.errors.lookup("42501")("no"), "db check"),
         (psycopg.OperationalError('invalid sslmode value: "sometimes"'), "the options at its end"),
         (psycopg.ProgrammingError('invalid connection option "x"'), "the options at its end"),
         (psycopg.errors.lookup("42P01")("no"), "run 'statecache db upgrade'"),

@@ -74,6 +74,8 @@ def test_settings_cannot_be_changed() -> None:
         ("instance_fields_max", 10_000, r"instance_fields_max = 10000 .*less than or equal to 3000"),
         ("redis_url", "localhost:6379", "it must begin with redis://, rediss:// or unix:///"),
         ("redis_url", "", "it must begin with redis://"),
+        ("redis_url", "unix://host/run/redis.sock", "it must begin with redis://"),
+        ("redis_url", "unix://u:p@", "it must begin with redis://"),
         ("redis_url", "redis://u:p@host:6379/orders", "behind the host stands the number of a database"),
         ("rq_redis_url", "rediss://host/0/1?x=1", "behind the host stands the number of a database"),
         ("database_url", "orders.db", "it must be an SQLAlchemy URL"),
@@ -87,16 +89,26 @@ def test_refusal_names_setting_value_and_rule(name: str, value: object, message:
 
 
 @pytest.mark.parametrize(
-    "url", ["redis://host", "redis://host/", "redis://u:p@host/15?a=b/c", "redis://[::1]:6379?db=3"]
+    "url",
+    [
+        "redis://host",
+        "redis://host/",
+        "redis://u:p@host/15?a=b/c",
+        "redis://[::1]:6379?db=3",
+        "unix:///run/redis.sock",
+        "unix://u:p%40s%2Fs@/run/redis.sock?db=2",
+        "unix://:p@/run/redis.sock",
+    ],
 )
 def test_a_url_with_or_without_a_database(url: str) -> None:
     assert settings.Settings(redis_url=url).redis_url == url
 
 
 @pytest.mark.parametrize("password", ["hunter/2", "hunter/2@2", "hunter#2", "hunter?2"])
-def test_a_password_that_should_be_quoted_is_not_shown(password: str) -> None:
+@pytest.mark.parametrize("url", ["redis://u:{}@host:6379/0", "unix://u:{}@/run/redis.sock?db=one"])
+def test_a_password_that_should_be_quoted_is_not_shown(url: str, password: str) -> None:
     with pytest.raises(errors.ConfigurationError) as caught:
-        HotStore(keys.Keyspace("x", 1), url=settings.Settings(redis_url=f"redis://u:{password}@host:6379/0").redis_url)
+        HotStore(keys.Keyspace("x", 1), url=settings.Settings(redis_url=url.format(password)).redis_url)
     assert "unter" not in str(caught.value)
 
 
@@ -221,6 +233,7 @@ def test_every_setting_is_documented() -> None:
         ("redis://user:p?w@host", "redis://user:***@host"),
         ("redis://user:p#w@host", "redis://user:***@host"),
         ("unix:///run/redis.sock?db=1&password=pw", "unix:///run/redis.sock?db=1&password=***"),
+        ("unix://u:pw@/run/redis.sock?db=1", "unix://u:***@/run/redis.sock?db=1"),
         ("postgresql+psycopg://u:pw@h/db?sslmode=require", "postgresql+psycopg://u:***@h/db?sslmode=require"),
         ("postgresql://h/db?user=a@b&sslpassword=pw&apikey=k", "postgresql://h/db?user=a@b&sslpassword=***&apikey=***"),
         ("host=h user=u password=pw", "host=h user=u password=***"),

@@ -6,12 +6,14 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import redis
 import redis.asyncio
 
+from statecache.core import errors
 from statecache.hot import wire
 
 
@@ -177,3 +179,35 @@ def test_an_option_of_the_url_does_not_change_what_wires_rest_on(pool_class: Any
     assert options["retry_on_error"] == []
     assert options["retry"].get_retries() == 0
     assert (options["db"], options["socket_timeout"], options["client_name"]) == (3, 7.0, "me")
+
+
+@pytest.mark.parametrize("pool_class", [redis.ConnectionPool, redis.asyncio.ConnectionPool])
+def test_a_url_that_no_connection_can_be_made_with_is_refused(pool_class: Any, tmp_path: Path) -> None:
+    """Before anybody connects; what it says names the option and the file, and no password."""
+    there = tmp_path / "there.pem"
+    there.write_text("a certificate")
+    wrong = [
+        ("ssl_cert_reqs=maybe", "maybe"),
+        ("ssl_bogus=1", "ssl_bogus"),
+        (
+            f"ssl_ca_certs={tmp_path}/none.pem",
+            f"'{tmp_path}/none.pem' of its option ssl_ca_certs cannot be read: No such file",
+        ),
+        (f"ssl_ca_certs={there}&ssl_certfile={tmp_path}", "ssl_certfile cannot be read: Is a directory"),
+        (f"ssl_certfile={there}&ssl_keyfile={there}.key", "there.pem.key' of its option ssl_keyfile"),
+        ("ssl_keyfile=%00", "ssl_keyfile cannot be read"),
+    ]
+    for options, told in wrong:
+        with pytest.raises(errors.ConfigurationError) as caught:
+            wire.pool_of(f"rediss://u:hunter2@localhost:1/0?ssl_password=hunter2&{options}", 5.0, pool_class)
+        assert told in str(caught.value)
+        assert "hunter2" not in str(caught.value)
+        assert caught.value.__suppress_context__
+    assert wire.pool_of(f"rediss://localhost:1/0?ssl_ca_certs={there}", 5.0, pool_class)
+
+
+def test_a_socket_file_with_a_user_before_it() -> None:
+    """As redis-py reads it: what stands before the @ is user and password, what stands behind it the file."""
+    options = wire.pool_of("unix://ann:p%40s%2Fs@/run/r%20s.sock?db=2", 5.0).connection_kwargs
+    found = [options[name] for name in ("username", "password", "path", "db")]
+    assert found == ["ann", "p@s/s", "/run/r s.sock", 2]
