@@ -1066,6 +1066,47 @@ def test_flush_raises_when_redis_was_recovered_meanwhile(lite: World) -> None:
     lite.flush()
 
 
+@pytest.mark.parametrize("auto_recover", [True, False])
+def test_flush_finds_that_the_log_was_deleted(
+    redis_url: str, sqlite_url: str, namespace: str, client: str, auto_recover: bool
+) -> None:
+    """A stranger deletes a log, and nobody flushes. A new one numbers from 0 again, below SQL's watermark: what is in it was
+    acknowledged, and is not in SQL."""
+    with World(redis_url, sqlite_url, namespace, client=client, partition_count=1, auto_recover=auto_recover) as world:
+        world.start("1", ["pay", "note", "note"])
+        world.flush()
+        world.client.delete(world.keyspace.log(0))
+        world.orders.transition("1", "note")
+        with pytest.raises(errors.RecoveringError if auto_recover else errors.IntegrityError):
+            world.cache.flush()
+
+
+def test_flush_beside_writers_takes_no_log_for_deleted(world: World) -> None:
+    """The log goes on, and is flushed, between the two looks of a flush: SQL is ahead of what was the log's end."""
+    world.start("1")
+    world.flush()
+    row = world.durable.partitions([world.partition_of("1")])[0]
+
+    def go_on() -> None:
+        world.orders.transition("1", "note")
+        world.flush()
+
+    with before_call(world.durable, "partitions", go_on):
+        world.cache.flush()
+    assert world.durable.identity().epoch == row.epoch
+
+
+def test_flush_of_a_log_that_was_trimmed_to_nothing(lite: World) -> None:
+    lite.start("1", ["pay"])
+    lite.flush()
+    epoch = lite.durable.identity().epoch
+    lite.client.xtrim(lite.keyspace.log(lite.partition_of("1")), maxlen=0, approximate=False)
+    lite.cache.flush()
+    lite.cache.recover()
+    lite.cache.flush()
+    assert lite.durable.identity().epoch == epoch + 1
+
+
 def test_embedded_thread_flushes_by_itself(redis_url: str, sqlite_url: str, namespace: str) -> None:
     with World(redis_url, sqlite_url, namespace) as world:
         world.cache.start_flusher()
