@@ -196,7 +196,7 @@ def take_next(
     cache, ttl_ms, name = handle.cache, ttl_ms_of(ttl), worker_of(worker)
     check_kind("state", state, str)
     state = codec.plain_text(state)
-    until_ms = handle.calls.find_bound(state, older_than, PAGE)
+    until_ms = handle.find_bound(state, older_than, PAGE)
     deadline = cache.deadline(timeout)
     after, nonce = (0, ""), nonce_of_a_call()
     while True:

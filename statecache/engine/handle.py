@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from statecache import metrics
 from statecache.core import codec, entry, errors, flows, model
 from statecache.core.machine import StateMachine
+from statecache.core.spec import readable
 from statecache.engine import claims as claiming
 from statecache.engine.calls import Build, Calls, Start, as_ids, as_list, check_kind
 
@@ -286,16 +287,27 @@ class MachineHandle:
     ) -> list[model.Snapshot]:
         """Instances in a state, those first that have been there longest: from SQL, as of the watermark.
 
-        Without a state: in any. ``stuck``: those that are past their state's timeout and that no event moves on, see
+        A state may be one that only another registered version of the machine has. Without a state: in any. ``stuck``: those that are past their state's timeout and that no event moves on, see
         ``engine/timeouts.py``.
         """
         state = codec.plain_text(state)
-        older_than_ms = self.calls.find_bound(state, older_than, limit)
+        older_than_ms = self.find_bound(state, older_than, limit)
         with self._in_time():
             if stuck:
                 late = self._cache.timeouts.stuck(self.name, state, limit, older_than_ms)
                 return self.calls.found([one.row for one in late])
             return self.calls.found(self._cache.durable.find(self.name, state, older_than_ms, limit))
+
+    def find_bound(self, state: str | None, older_than: timedelta | None, limit: int) -> int | None:
+        """As ``Calls.find_bound``, with the states of all registered versions. One more look at SQL for one that is not ours."""
+
+        def registered() -> set[str]:
+            with self._in_time():
+                rows = self._cache.durable.machines()
+            specs = [readable(row.spec) for row in rows if row.name == self.name]
+            return {one.name for spec in specs if spec is not None for one in spec.states}
+
+        return self.calls.find_bound(state, older_than, limit, registered)
 
     def counts(self) -> dict[str, int]:
         """Instances by state: from SQL, as of the watermark."""

@@ -122,6 +122,31 @@ def test_find_is_oldest_first_and_knows_age_and_limit(world: World) -> None:
     assert len(world.orders.find(state="paid", older_than=datetime.timedelta(seconds=-5))) == 4
 
 
+def test_a_state_that_a_newer_version_has_removed_can_be_asked_for(lite: World) -> None:
+    """Instances stand there, and ``counts`` shows them: they can be found and claimed by a handle of any version."""
+    lite.start("1", ["pay"])
+    lite.start("2")
+    lite.flush()
+
+    class Shorter(StateMachine):
+        name = "order"
+        version = 2
+        placed = State(initial=True)
+        settled = State(final=True)
+        settle = placed.to(settled)
+
+    newer = lite.cache.machine(Shorter)
+    assert newer.counts() == {"paid": 1, "placed": 1}
+    assert [one.id for one in newer.find("paid")] == ["1"]
+    assert newer.find("paid", stuck=True) == []
+    claimed = newer.claim_next("paid")
+    assert claimed is not None
+    assert claimed.id == "1"
+    assert lite.orders.find("settled") == []
+    with pytest.raises(errors.InvalidDataError, match="state 'gone' is refused: machine 'order' has placed, settled"):
+        newer.find("gone")
+
+
 def test_backlog_is_in_history_and_not_in_counts(world: World) -> None:
     """``history`` and ``at`` include what is not flushed; ``counts`` and ``find`` are as of the watermark."""
     world.start("1", ["pay"], amount=1)
