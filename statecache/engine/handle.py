@@ -287,8 +287,8 @@ class MachineHandle:
     ) -> list[model.Snapshot]:
         """Instances in a state, those first that have been there longest: from SQL, as of the watermark.
 
-        A state may be one that only another registered version of the machine has. Without a state: in any. ``stuck``: those that are past their state's timeout and that no event moves on, see
-        ``engine/timeouts.py``.
+        A state may be one that only another registered version of the machine has. Without a state: in any. ``stuck``: those
+        that are past their state's timeout and that no event moves on, see ``engine/timeouts.py``.
         """
         state = codec.plain_text(state)
         older_than_ms = self.find_bound(state, older_than, limit)
@@ -299,7 +299,7 @@ class MachineHandle:
             return self.calls.found(self._cache.durable.find(self.name, state, older_than_ms, limit))
 
     def find_bound(self, state: str | None, older_than: timedelta | None, limit: int) -> int | None:
-        """As ``Calls.find_bound``, with the states of all registered versions. One more look at SQL for one that is not ours."""
+        """As ``Calls.find_bound``, with the states of all registered versions: one more look at SQL for another's."""
 
         def registered() -> set[str]:
             with self._in_time():
