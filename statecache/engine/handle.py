@@ -6,13 +6,14 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from statecache import metrics
 from statecache.core import codec, entry, errors, flows, model
 from statecache.core.machine import StateMachine
-from statecache.core.spec import readable
 from statecache.engine import claims as claiming
+from statecache.engine import finals
 from statecache.engine.calls import Build, Calls, Start, as_ids, as_list, check_kind
 
 if TYPE_CHECKING:
@@ -291,23 +292,14 @@ class MachineHandle:
         that are past their state's timeout and that no event moves on, see ``engine/timeouts.py``.
         """
         state = codec.plain_text(state)
-        older_than_ms = self.find_bound(state, older_than, limit)
         with self._in_time():
+            older_than_ms = self.calls.find_bound(
+                state, older_than, limit, partial(finals.states, self._cache.durable, self.name)
+            )
             if stuck:
                 late = self._cache.timeouts.stuck(self.name, state, limit, older_than_ms)
                 return self.calls.found([one.row for one in late])
             return self.calls.found(self._cache.durable.find(self.name, state, older_than_ms, limit))
-
-    def find_bound(self, state: str | None, older_than: timedelta | None, limit: int) -> int | None:
-        """As ``Calls.find_bound``, with the states of all registered versions: one more look at SQL for another's."""
-
-        def registered() -> set[str]:
-            with self._in_time():
-                rows = self._cache.durable.machines()
-            specs = [readable(row.spec) for row in rows if row.name == self.name]
-            return {one.name for spec in specs if spec is not None for one in spec.states}
-
-        return self.calls.find_bound(state, older_than, limit, registered)
 
     def counts(self) -> dict[str, int]:
         """Instances by state: from SQL, as of the watermark."""
