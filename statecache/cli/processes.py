@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -71,7 +72,7 @@ def flusher(
 
     The signal lets it finish the batch under way and hand over to the others, or, as the last one, flush what is there
     (drain_timeout_seconds); a second one stops it at once. Under systemd (Type=notify, WatchdogSec) it says how it is.
-    Progress is logged; with --json it is a line of JSON every few seconds.
+    Progress is logged; with --json it is a line of JSON every few seconds, and with --once one at the end.
     """
     from statecache.engine import watching
     from statecache.settings import systemd_variables
@@ -86,7 +87,10 @@ def flusher(
             watching.endpoint(cache, metrics_port),
         ):
             if once:
-                worker.once(cache)
+                began = time.monotonic()
+                count = worker.once(cache)
+                if store.as_json:
+                    _tell_json(count, time.monotonic() - began, count)
             else:
                 worker.run(cache, _tell_json if store.as_json else worker.log_progress, notifier)
     except worker.StopNow as now:

@@ -587,7 +587,8 @@ def history(partition: int, machine: str, id: str) -> Generator[Wish, Any, list[
     """All transitions of an instance, those too that are not in SQL yet.
 
     SQL first, then the log: what was flushed in between is missing from the log, which shows as a gap, or as a hash that is
-    further on than both; SQL is read again. No answer is given with a gap in it.
+    further on than both; SQL is read again. No answer is given with a gap in it. What a cold instance has is all in SQL: only
+    if SQL is no older than what Redis has dropped (H9), and its rows no older than that look.
     """
     attempt = 0
     before = -1
@@ -607,7 +608,23 @@ def history(partition: int, machine: str, id: str) -> Generator[Wish, Any, list[
             before, whole = version, True  # flushed between the two reads, or SQL went back; else it is parked
             continue
         if not fresh or fresh[0].version == version + 1:
-            break
+            if hot_version is not None:
+                break
+            code, cold, evicted_to = yield Where(partition)
+            if code != "OK":
+                yield Admit(code)
+                continue
+            if not cold:
+                break
+            found: model.Lookup = yield Lookup(partition, machine, id)
+            if found.watermark < evicted_to:
+                attempt = yield from sql_is_older(f"{machine}:{id}", attempt)
+                continue
+            reached = fresh[-1].version if fresh else version
+            if found.checkpoint is None or not found.checkpoint.version > reached > before:
+                break
+            before = reached  # flushed between the two looks at SQL; else its rows are not whole, which verify tells
+            continue
         whole = True
         if not (yield Pause(attempt, "GAP")):
             raise errors.IntegrityError(

@@ -88,7 +88,7 @@ class StateCache:
         settings = self.settings
         self._stop = threading.Event()
         self.admission = Admission(
-            self.hot, self.durable, self.recover, auto_recover=settings.auto_recover, revive=self._revive
+            self.hot, self.durable, self._recover_untrue, auto_recover=settings.auto_recover, revive=self._revive
         )
         self.driver = Driver(
             self.hot,
@@ -211,8 +211,9 @@ class StateCache:
             )
             cache = cls(settings, hot, durable, server=server, metrics=metrics, on_recovering=on_recovering)
             try:
-                servers.check(hot.server_facts())
-                cache._admit_at_connect(row.namespace, admit_seconds)
+                facts = hot.server_facts()
+                servers.check(facts)
+                cache._admit_at_connect(row.namespace, admit_seconds, servers.has_evicted(facts))
                 if settings.durability in CONFIRMED:
                     cache.confirmation(settings.durability, cache.deadline(None))
             except errors.UnavailableError as error:
@@ -229,9 +230,11 @@ class StateCache:
             cache.start_flusher()
         return cache
 
-    def _admit_at_connect(self, noted_namespace: str, seconds: float | None = None) -> None:
+    def _admit_at_connect(self, noted_namespace: str, seconds: float | None = None, has_evicted: bool = False) -> None:
         try:
             self.admission.ensure("EPOCH", self.deadline(seconds))
+            if has_evicted and self._recover_evicted():
+                self.admission.ensure("EPOCH", self.deadline(seconds))
             if not noted_namespace:
                 self.durable.adopt(self.settings.namespace)
         except errors.RecoveringError as error:
@@ -499,20 +502,28 @@ class StateCache:
     # --- recovery ----------------------------------------------------------------------------------------------------
 
     def recover(self, *, dry_run: bool = False, progress: Any = lambda text: None) -> recovery.Report:
-        """Reconcile Redis with SQL: see ``engine/recovery.py``. It takes its time, also within a call that has a deadline."""
-        with self.durable.until(None):
-            return self._recover(dry_run, progress)
+        """Reconcile Redis with SQL: see ``engine/recovery.py``. It takes its time, also within a call that has a deadline.
 
-    def _recover(self, dry_run: bool, progress: Any) -> recovery.Report:
-        return recovery.recover(
-            self.hot,
-            self.durable,
-            self.finals,
-            backlog_limit=self.settings.backlog_limit_entries,
-            dry_run=dry_run,
-            progress=progress,
-            on_beat=self.on_recovering,
-        )
+        From then on SQL is asked about every instance that is not hot, starts included: who asks for this has a reason to
+        doubt that Redis has all it should have.
+        """
+        return self._recover(dry_run, progress, doubt=True)
+
+    def _recover_untrue(self) -> recovery.Report:
+        return self._recover(False, lambda text: None, doubt=False)
+
+    def _recover(self, dry_run: bool, progress: Callable[[str], None], doubt: bool) -> recovery.Report:
+        with self.durable.until(None):
+            return recovery.recover(
+                self.hot,
+                self.durable,
+                self.finals,
+                backlog_limit=self.settings.backlog_limit_entries,
+                dry_run=dry_run,
+                doubt=doubt,
+                progress=progress,
+                on_beat=self.on_recovering,
+            )
 
     def _recover_hole(self, hole: str) -> bool:
         """A log does not go on where SQL stands, though Redis is the one that was admitted: SQL went back, or somebody
@@ -521,10 +532,20 @@ class StateCache:
             return False
         _log.warning("recovering: %s", hole)
         try:
-            self.recover()
+            self._recover_untrue()
         except errors.RecoveringError as error:
             _log.info("another process recovers: %s", error)
         return True
+
+    def _recover_evicted(self) -> bool:
+        """The server may have deleted hashes by itself: what is not hot would not exist where nothing counts as cold. True if
+        that was recovered."""
+        positions = self.hot.positions(range(self.settings.partition_count))
+        if all(position is None or position.cold for position in positions):
+            return False
+        return self._recover_hole(
+            "the server has deleted keys to make room (evicted_keys), or may have: instances perhaps"
+        )
 
     def _revive(self) -> None:
         """Start the embedded server again if it died; any other server is its operator's."""

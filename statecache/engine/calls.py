@@ -92,9 +92,14 @@ class Calls:
                 )
         return self._folded(kept)
 
-    def find_bound(self, state: str | None, older_than: timedelta | None, limit: int) -> int | None:
-        """Check the arguments of ``find``; returns the time before which instances must have changed last."""
-        if state is not None and state not in self.definition.states:
+    def find_bound(
+        self, state: str | None, older_than: timedelta | None, limit: int, of_other_versions: Callable[[], set[str]]
+    ) -> int | None:
+        """Check the arguments of ``find``; returns the time before which instances must have changed last.
+
+        A state may be one that only another version of the machine has: instances stand there until something moves them.
+        """
+        if state is not None and state not in self.definition.states and state not in of_other_versions():
             raise errors.InvalidDataError(
                 f"state {wording.shown(state)} is refused: machine {self.name!r} has {', '.join(self.definition.states)}"
             )

@@ -11,10 +11,12 @@ import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 from statecache.core import claims, codec, errors, model, wording
 from statecache.core.claims import Held
+from statecache.engine import finals
 from statecache.engine.calls import check_kind, check_limit
 from statecache.hot import claims as hot_claims
 
@@ -196,8 +198,9 @@ def take_next(
     cache, ttl_ms, name = handle.cache, ttl_ms_of(ttl), worker_of(worker)
     check_kind("state", state, str)
     state = codec.plain_text(state)
-    until_ms = handle.calls.find_bound(state, older_than, PAGE)
     deadline = cache.deadline(timeout)
+    with cache.durable.until(deadline):
+        until_ms = handle.calls.find_bound(state, older_than, PAGE, partial(finals.states, cache.durable, handle.name))
     after, nonce = (0, ""), nonce_of_a_call()
     while True:
         with cache.durable.until(deadline):

@@ -63,10 +63,12 @@ def _server(facts: Mapping[str, str]) -> Iterator[Check]:
 
 def _memory(facts: Mapping[str, str], settings: Mapping[str, str]) -> Iterator[Check]:
     policy = facts.get("maxmemory_policy", "noeviction")
-    if policy == "noeviction":
+    if not servers.evicts(facts):
         yield Check("maxmemory-policy", OK, policy)
     else:
-        advice = "set maxmemory-policy noeviction: under any other the server deletes instances and logs when memory is short"
+        advice = (
+            "set maxmemory-policy noeviction: under this one the server deletes instances and logs when memory is short"
+        )
         yield Check("maxmemory-policy", FAIL, policy, advice)
     if facts.get("maxmemory", "0") == "0":
         advice = (

@@ -6,13 +6,19 @@ import logging
 import time
 
 from statecache.core import definition, errors
-from statecache.core.spec import MachineSpec
+from statecache.core.spec import MachineSpec, readable
 from statecache.durable.store import DurableStore
 
 _log = logging.getLogger(__name__)
 _UNKNOWN_SECONDS = 5.0
 """For so long a machine that was not registered, or whose definition could not be read, is not asked for again."""
 _UNKNOWN_MAX = 1000
+
+
+def states(durable: DurableStore, machine: str) -> set[str]:
+    """The states that any registered version of a machine has; not those of definitions that cannot be read."""
+    specs = [readable(row.spec) for row in durable.machines() if row.name == machine]
+    return {state.name for spec in specs if spec is not None for state in spec.states}
 
 
 class Finals:

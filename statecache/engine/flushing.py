@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from statecache.core import entry, errors
+from statecache.durable.rows import PartitionRow
 from statecache.engine import commits
 from statecache.engine.leases import someone_flushes
 from statecache.hot import scripts
@@ -51,6 +52,7 @@ class Flushing:
                     "see 'statecache status'"
                 )
             behind = {row.partition: row.watermark for row in rows if row.watermark < tails[row.partition]}
+            behind = behind or self._ending_early(rows, owner, tails, deadline, until)
             if not behind:
                 return
             now = time.monotonic()
@@ -84,6 +86,27 @@ class Flushing:
             if refused is None:
                 return stamp, {partition: reply.last for partition, reply in enumerate(replies)}
             self._cache.admission.ensure(refused, deadline)
+
+    def _ending_early(
+        self,
+        rows: Sequence[PartitionRow],
+        owner: scripts.Stamp,
+        tails: Mapping[int, entry.EntryId],
+        deadline: float,
+        until: float,
+    ) -> dict[int, entry.EntryId]:
+        """The watermarks of partitions whose logs end below them, though nobody has recovered: a stranger deleted the log, and
+        what is written into a new one has ids that SQL has had. The flusher finds that hole and asks for a recovery.
+
+        A log that has gone on since its end was read, and was flushed, is behind what SQL has too: until it is read again.
+        """
+        ahead = {row.partition: row.watermark for row in rows if row.watermark > tails[row.partition]}
+        if not ahead:
+            return {}
+        stamp, now = self._cache.driver.patiently(lambda: self._tails(deadline), until)
+        if stamp != owner:
+            return ahead  # recovered meanwhile: SQL says so at the next look
+        return {partition: watermark for partition, watermark in ahead.items() if now[partition] < watermark}
 
     def push(self, deadline: float, partitions: Sequence[int] | None = None) -> bool:
         """Run a step of the flusher; raises ``IntegrityError`` if a hole stops it."""

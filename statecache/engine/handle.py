@@ -6,12 +6,14 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from statecache import metrics
 from statecache.core import codec, entry, errors, flows, model
 from statecache.core.machine import StateMachine
 from statecache.engine import claims as claiming
+from statecache.engine import finals
 from statecache.engine.calls import Build, Calls, Start, as_ids, as_list, check_kind
 
 if TYPE_CHECKING:
@@ -286,12 +288,14 @@ class MachineHandle:
     ) -> list[model.Snapshot]:
         """Instances in a state, those first that have been there longest: from SQL, as of the watermark.
 
-        Without a state: in any. ``stuck``: those that are past their state's timeout and that no event moves on, see
-        ``engine/timeouts.py``.
+        A state may be one that only another registered version of the machine has. Without a state: in any. ``stuck``: those
+        that are past their state's timeout and that no event moves on, see ``engine/timeouts.py``.
         """
         state = codec.plain_text(state)
-        older_than_ms = self.calls.find_bound(state, older_than, limit)
         with self._in_time():
+            older_than_ms = self.calls.find_bound(
+                state, older_than, limit, partial(finals.states, self._cache.durable, self.name)
+            )
             if stuck:
                 late = self._cache.timeouts.stuck(self.name, state, limit, older_than_ms)
                 return self.calls.found([one.row for one in late])

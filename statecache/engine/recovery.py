@@ -41,7 +41,7 @@ from statecache.durable import recoveries
 from statecache.durable.faults import CommitUnknown, Superseded
 from statecache.durable.rows import Advance, PartitionRow
 from statecache.durable.store import DurableStore
-from statecache.engine import admission, processes
+from statecache.engine import admission, processes, servers
 from statecache.engine.lines import DIVERGED, INTACT, NEW, PAGE, SQL_BEHIND, TAIL_LOST, WIPED, Lines, fitting
 from statecache.hot import scripts
 from statecache.hot.answers import Fenced, Probed
@@ -121,24 +121,28 @@ def recover(
     *,
     backlog_limit: int,
     dry_run: bool = False,
+    doubt: bool = False,
     progress: Callable[[str], None] = lambda text: None,
     on_beat: Callable[[], None] = lambda: None,
 ) -> Report:
     """Reconcile Redis with SQL and open it for a new epoch.
 
     When it returns, every partition serves; cold instances come back by themselves when they are asked for. With
-    ``dry_run`` nothing is changed, and the report tells what the real run would find and do at this moment. ``on_beat`` is
-    called at the beginning and about once a second: a recovery takes as long as it takes, and somebody may take it for dead.
+    ``dry_run`` nothing is changed, and the report tells what the real run would find and do at this moment. ``doubt``: hashes
+    may be gone that nobody dropped, so every partition is marked cold; the same where the server evicts by itself.
+    ``on_beat`` is called at the beginning and about once a second: a recovery takes as long as it takes, and somebody may take
+    it for dead.
 
     Raises ``ConfigurationError`` when the two stores do not belong together, ``UnavailableError`` when one cannot be
     reached, ``RecoveringError`` when another recovery took over. Cost: O(partitions + instances dropped).
     """
     hot.wires.discard_idle()
+    doubt = doubt or servers.has_evicted(hot.server_facts())
     superseded: Superseded | None = None
     above = 0
     for _ in range(_ATTEMPTS):
         on_beat()
-        attempt = _Attempt(hot, durable, finals, backlog_limit, dry_run, progress, on_beat, above)
+        attempt = _Attempt(hot, durable, finals, backlog_limit, dry_run, doubt, progress, on_beat, above)
         try:
             return attempt.run()
         except Superseded as error:
@@ -211,6 +215,7 @@ class _Attempt:
         finals: fold.Finals,
         backlog_limit: int,
         dry_run: bool,
+        doubt: bool,
         progress: Callable[[str], None],
         on_beat: Callable[[], None],
         above: int,
@@ -220,6 +225,7 @@ class _Attempt:
         self.finals = finals
         self.backlog_limit = backlog_limit
         self.dry_run = dry_run
+        self.doubt = doubt
         self.progress = progress
         self.on_beat = on_beat
         self.above = above
@@ -349,6 +355,8 @@ class _Attempt:
         )  # fmt: skip
         if kind in _REWRITTEN and not self.dry_run:
             self._rewrite(row, fenced, probed, mend, part)
+        if self.doubt and not self.dry_run:
+            self._mark_cold(row, fenced, watermark)
         self.progress(f"partition {row.partition}: {kind}")
         return part
 
@@ -414,6 +422,23 @@ class _Attempt:
         if names:
             self._drop(row.partition, fenced, row.watermark, names)
         return len(names)
+
+    def _mark_cold(self, row: PartitionRow, fenced: Fenced, watermark: entry.EntryId) -> None:
+        """Hashes may be gone that nobody dropped: from now on SQL is asked about what is not hot. One with entries that SQL has
+        not yet must not come back before they are there: it is cold up to the last of them."""
+        last = {
+            (one.machine, one.id): one.entry_id
+            for one in self.lines.entries(row.partition, watermark, fenced.identity)
+            if not one.is_mark and one.machine != entry.FOREIGN
+        }
+        instances = list(last)
+        for start in range(0, len(instances), PAGE):
+            page = instances[start : start + PAGE]
+            hashes = self.hot.hashes([(row.partition, *one) for one in page])
+            gone = [last[one] for one, fields in zip(page, hashes, strict=True) if not fields]
+            watermark = max([watermark, *gone])
+            self._beat()
+        self._drop(row.partition, fenced, watermark, [])
 
     def _drop(self, partition: int, fenced: Fenced, evicted_to: entry.EntryId, names: list[str]) -> None:
         if self.dry_run:
@@ -528,7 +553,7 @@ class _Attempt:
             identity=fenced.identity,
             watermark=entry.EntryId.parse(part.watermark),
             limit=self.backlog_limit,
-            new=part.kind == NEW,
+            new=part.kind == NEW and not self.doubt,
             report=msgspec.json.encode(part).decode(),
         )
         if code.startswith("TAKEN"):

@@ -13,7 +13,10 @@ VALKEY_OLDEST = (7, 2)
 
 
 def check(facts: Mapping[str, str], *, warn: bool = True) -> None:
-    """Refuse a server that is too old (``ConfigurationError``); warn about one that may lose what it was given.
+    """Refuse a server that is too old, or deletes keys when memory is short (``ConfigurationError``).
+
+    The latter lose more than can be found: logs with what SQL has not yet, and hashes that are ahead of SQL, which then come
+    back from SQL as they were. Without a limit of memory none is deleted, and a word of warning will do.
 
     ``facts`` are those of ``HotStore.server_facts``; none (an emulated server) are not judged.
     """
@@ -25,13 +28,26 @@ def check(facts: Mapping[str, str], *, warn: bool = True) -> None:
         raise errors.ConfigurationError(
             f"this server is {name} {text}: {name} {oldest[0]}.{oldest[1]} or newer is needed (Redis 7.0, Valkey 7.2)"
         )
+    if not warn or not evicts(facts):
+        return
+    told = (
+        f"the server's maxmemory-policy is {facts['maxmemory_policy']}: it may delete instances and logs when memory is short; "
+        "set it to noeviction (see 'statecache doctor')"
+    )
+    if facts.get("maxmemory", "0") != "0":
+        raise errors.ConfigurationError(told)
+    _log.warning("%s", told)
+
+
+def evicts(facts: Mapping[str, str]) -> bool:
+    """Whether the server's policy lets it delete keys of ours. ``volatile-*`` does not: none of them expires."""
+    return facts.get("maxmemory_policy", "noeviction").startswith("allkeys-")
+
+
+def has_evicted(facts: Mapping[str, str]) -> bool:
+    """Whether keys of ours may be gone that nobody dropped. Under ``volatile-*`` what was evicted is taken for others'."""
     policy = facts.get("maxmemory_policy", "noeviction")
-    if warn and policy != "noeviction":
-        _log.warning(
-            "the server's maxmemory-policy is %s: it may delete instances and logs when memory is short; "
-            "set it to noeviction (see 'statecache doctor')",
-            policy,
-        )
+    return evicts(facts) or (policy == "noeviction" and facts.get("evicted_keys", "0") != "0")
 
 
 def name_and_version(facts: Mapping[str, str]) -> tuple[str, str]:

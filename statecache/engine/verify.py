@@ -6,7 +6,8 @@ Three passes, each over everything:
    transition begins where the one before it ended, and the checkpoint is the fold of them all; none is without a history;
 2. the logs: behind its watermark each goes on without a hole;
 3. Redis: every hot hash is its checkpoint with its open dead letters and the unflushed entries of the log folded on; none of
-   the log's entries of it stands at SQL's watermark or below and is not in SQL.
+   the log's entries of it stands at SQL's watermark or below and is not in SQL. An instance of SQL has a hash, where nothing
+   of its partition is cold.
 
 It reads while writers write and flushers flush: whatever looks wrong is looked at again, alone, before it is called a finding.
 Then history and checkpoint come from one snapshot; where a log does not go on, the watermark is asked whether it was flushed
@@ -99,8 +100,8 @@ def verify(
 ) -> Findings:
     """Compare everything with everything, and change nothing.
 
-    Cost: one pass over history, checkpoints and hot hashes, and one over the backlog for each ten thousand entries of it; memory:
-    one page of each, and those entries. Raises ``UnavailableError`` and ``RecoveringError``.
+    Cost: one pass over history, checkpoints and hot hashes, and one over the backlog for each ten thousand entries of it;
+    memory: one page of each, and those entries. Raises ``UnavailableError`` and ``RecoveringError``.
     """
     found: list[Finding] = []
     instances = transitions = hot = 0
@@ -125,6 +126,7 @@ def slices(cache: StateCache, machine: str | None = None, cursor: Cursor | None 
 
 def _history_slices(cache: StateCache, machine: str | None, after: fold.Instance | None) -> Iterator[Slice]:
     found: list[Finding] = []
+    kept: list[fold.Instance] = []
     instances = transitions = 0
     address = after
     for address, rows, checkpoint in _instances(cache, machine, after):
@@ -132,12 +134,16 @@ def _history_slices(cache: StateCache, machine: str | None, after: fold.Instance
         if isinstance(rows, UnreadableError):
             _note(found, address, ("history", str(rows)))
             continue
+        if checkpoint is not None:
+            kept.append(address)
         transitions += len(rows)
         if _sql_problem(rows, checkpoint):
             _note(found, address, _settled(lambda address=address: _sql_problem_of(cache, *address)))  # type: ignore[misc]
         if instances % 1000 == 0 or transitions > 10 * _PAGE:
+            found += _vanished(cache, kept)
             yield Slice(["histories", *address], tuple(found), instances, transitions)
-            found, instances, transitions = [], 0, 0
+            found, kept, instances, transitions = [], [], 0, 0
+    found += _vanished(cache, kept)
     yield Slice(["logs", 0], tuple(found), instances, transitions)
 
 
@@ -306,6 +312,41 @@ def _watermark(cache: StateCache, partition: int) -> entry.EntryId:
 
 
 # --- Redis -------------------------------------------------------------------------------------------------------------
+
+
+def _vanished(cache: StateCache, instances: Sequence[fold.Instance]) -> list[Finding]:
+    """Those of some instances of SQL that have no hash, though nothing of their partition is cold: for every call they do not
+    exist. The server has deleted their hashes to make room, or somebody did."""
+    found: list[Finding] = []
+    positions = _asked(cache, lambda: cache.hot.positions(range(cache.settings.partition_count)))
+    all_hot = {partition for partition, position in enumerate(positions) if position and not position.cold}
+    places = [(partition, *one) for one in instances if (partition := cache.hot.keyspace.partition_of(*one)) in all_hot]
+    hashes = _asked(cache, lambda: cache.hot.hashes(places)) if places else []
+    for (partition, *address), fields in zip(places, hashes, strict=True):
+        if not fields:
+            machine, id = address
+            _note(found, (machine, id), _settled(partial(_vanished_problem, cache, partition, machine, id)))
+    return found
+
+
+def _vanished_problem(cache: StateCache, partition: int, machine: str, id: str) -> Problem:
+    """What drops a hash marks the partition cold in the same step, and SQL is asked first: so a hash that is not there, and
+    then a partition that is not cold, of a Redis that is true, are no race with an eviction, a flush, or a deletion."""
+    if cache.durable.checkpoint(machine, id) is None:
+        return None
+    if _asked(cache, lambda: cache.hot.own_field(partition, machine, id)) is not None:
+        return None
+    (reply,) = _asked(cache, lambda: cache.hot.read([(partition, entry.ZERO)], entries=0, bytes_max=1))
+    if reply.code != "OK":
+        cache.admission.ensure(reply.code, cache.deadline(None))
+        return "hot", f"Redis was {reply.code}"
+    position = _asked(cache, lambda: cache.hot.position(partition))
+    if position is None or position.cold:
+        return None
+    return "hot", (
+        "SQL has it, but Redis has no hash, though nothing of its partition is cold: somebody deleted it, or the server, to "
+        "make room; no call finds it until 'statecache recover' was run"
+    )
 
 
 def _suspects(cache: StateCache, page: Sequence[fold.Instance]) -> dict[fold.Instance, int]:

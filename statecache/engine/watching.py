@@ -33,7 +33,7 @@ from statecache import metrics
 from statecache.core import entry, errors
 from statecache.durable import recoveries, watching
 from statecache.durable.rows import PartitionRow, RecoveryRow, StoreRow
-from statecache.engine import status
+from statecache.engine import servers, status
 from statecache.hot import scripts
 from statecache.hot import watching as hot_watching
 
@@ -192,7 +192,7 @@ def _of_redis(found: InRedis) -> Iterator[Reading]:
         yield Reading("statecache_backlog_entries", (str(partition),), unflushed.entries)
     facts = found.overview.facts
     for setting, good in (
-        ("maxmemory_policy", facts.get("maxmemory_policy") == "noeviction"),
+        ("maxmemory_policy", "maxmemory_policy" in facts and not servers.evicts(facts)),
         ("appendonly", facts.get("aof_enabled") == "1"),
         (
             "aof_writes",

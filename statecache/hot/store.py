@@ -640,11 +640,11 @@ class HotStore:
         return Fill(int(count), used, int(facts.get("maxmemory", 0)))
 
     def server_facts(self, deadline: float | None = None) -> dict[str, str]:
-        """INFO server, memory and persistence as texts."""
+        """INFO server, memory, persistence, replication and stats as texts."""
         with self._exchange("INFO", deadline) as line:
             if self.emulated:
                 return {}
-            text = line.call(resp.command("INFO", "server", "memory", "persistence", "replication")).decode()
+            text = line.call(resp.command("INFO", "server", "memory", "persistence", "replication", "stats")).decode()
         return dict(part.split(":", 1) for part in text.split("\r\n") if ":" in part)
 
     # --- plumbing ----------------------------------------------------------------------------------------------------

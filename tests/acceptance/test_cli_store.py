@@ -214,6 +214,16 @@ def test_a_reader_that_goes_away_is_no_error(folder: Path, up: dict[str, Any]) -
     assert b"Traceback" not in said
 
 
+def test_flusher_once_tells_what_it_did(redis_url: str, sqlite_url: str, namespace: str) -> None:
+    where = ["--redis-url", redis_url, "--database-url", sqlite_url, "--namespace", namespace]
+    assert run_here("machine", "register", ORDER, *where).code == 0
+    assert run_here("start", "order:1", *where).code == 0
+    for flushed in (1, 0):
+        told = run_here("flusher", "--once", "--json", *where)
+        assert (told.code, told.document["flushed"], told.document["total"]) == (0, flushed, flushed), told.out
+        assert told.document["seconds"] >= 0
+
+
 # --- servers of others -------------------------------------------------------------------------------------------------
 
 

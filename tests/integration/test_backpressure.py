@@ -185,3 +185,42 @@ def test_a_policy_that_evicts_is_warned_about(
         StateCache.connect(redis_url=server.url, database_url=sqlite_url, namespace=namespace),
     ):
         assert "maxmemory-policy is allkeys-lru" in caplog.text
+
+
+def test_a_policy_that_evicts_is_refused_where_memory_has_a_limit(
+    start_redis: Callable[..., servers.ValkeyServer], sqlite_url: str, namespace: str
+) -> None:
+    server = start_redis(maxmemory="64mb", maxmemory_policy="allkeys-lru")
+    with pytest.raises(errors.ConfigurationError, match="maxmemory-policy is allkeys-lru"):
+        StateCache.connect(redis_url=server.url, database_url=sqlite_url, namespace=namespace)
+    with server.client() as client:
+        assert client.dbsize() == 0
+        client.config_set("maxmemory-policy", "volatile-lru")  # evicts what expires: nothing of ours does
+    StateCache.connect(redis_url=server.url, database_url=sqlite_url, namespace=namespace).close()
+
+
+def test_what_the_server_evicted_is_looked_up_in_sql_after_the_next_connect(
+    start_redis: Callable[..., servers.ValkeyServer], sqlite_url: str, namespace: str
+) -> None:
+    """Under another policy the server has deleted keys, hashes of ours among them, and somebody has set it back. Whoever
+    connects then sees that keys were evicted, and has every partition marked cold: once."""
+    server = start_redis(appendonly="no")
+    with worlds.World(server.url, sqlite_url, namespace) as world:
+        ids = ["a", "b", "c"]
+        world.orders.start_many(ids)
+        world.flush()
+        for number in range(100):
+            world.client.set(f"another{number}", "x" * 10_000, ex=1000)
+        world.client.config_set("maxmemory-policy", "volatile-lru")  # so that it takes none that the recovery finds
+        world.client.config_set("maxmemory", world.client.info("memory")["used_memory"] - 100_000)
+        world.client.get("another0")
+        waiting.wait_until(lambda: world.client.info("stats")["evicted_keys"] > 0, "keys are evicted")
+        world.client.config_set("maxmemory", 0)
+        world.client.config_set("maxmemory-policy", "noeviction")
+        world.client.delete(*(world.keyspace.instance(world.partition_of(id), "order", id) for id in ids))
+        other = world.more().machine(worlds.Order)
+        assert all(isinstance(one, model.Snapshot) for one in other.get_many(ids))
+        epoch = world.durable.identity().epoch
+        world.more()
+        assert world.durable.identity().epoch == epoch
+        world.verify()

@@ -122,6 +122,31 @@ def test_find_is_oldest_first_and_knows_age_and_limit(world: World) -> None:
     assert len(world.orders.find(state="paid", older_than=datetime.timedelta(seconds=-5))) == 4
 
 
+def test_a_state_that_a_newer_version_has_removed_can_be_asked_for(lite: World) -> None:
+    """Instances stand there, and ``counts`` shows them: they can be found and claimed by a handle of any version."""
+    lite.start("1", ["pay"])
+    lite.start("2")
+    lite.flush()
+
+    class Shorter(StateMachine):
+        name = "order"
+        version = 2
+        placed = State(initial=True)
+        settled = State(final=True)
+        settle = placed.to(settled)
+
+    newer = lite.cache.machine(Shorter)
+    assert newer.counts() == {"paid": 1, "placed": 1}
+    assert [one.id for one in newer.find("paid")] == ["1"]
+    assert newer.find("paid", stuck=True) == []
+    claimed = newer.claim_next("paid")
+    assert claimed is not None
+    assert claimed.id == "1"
+    assert lite.orders.find("settled") == []
+    with pytest.raises(errors.InvalidDataError, match="state 'gone' is refused: machine 'order' has placed, settled"):
+        newer.find("gone")
+
+
 def test_backlog_is_in_history_and_not_in_counts(world: World) -> None:
     """``history`` and ``at`` include what is not flushed; ``counts`` and ``find`` are as of the watermark."""
     world.start("1", ["pay"], amount=1)
@@ -1064,6 +1089,47 @@ def test_flush_raises_when_redis_was_recovered_meanwhile(lite: World) -> None:
     ):
         lite.cache.flush()
     lite.flush()
+
+
+@pytest.mark.parametrize("auto_recover", [True, False])
+def test_flush_finds_that_the_log_was_deleted(
+    redis_url: str, sqlite_url: str, namespace: str, client: str, auto_recover: bool
+) -> None:
+    """A stranger deletes a log, and nobody flushes. A new one numbers from 0 again, below SQL's watermark: what is in it was
+    acknowledged, and is not in SQL."""
+    with World(redis_url, sqlite_url, namespace, client=client, partition_count=1, auto_recover=auto_recover) as world:
+        world.start("1", ["pay", "note", "note"])
+        world.flush()
+        world.client.delete(world.keyspace.log(0))
+        world.orders.transition("1", "note")
+        with pytest.raises(errors.RecoveringError if auto_recover else errors.IntegrityError):
+            world.cache.flush()
+
+
+def test_flush_beside_writers_takes_no_log_for_deleted(world: World) -> None:
+    """The log goes on, and is flushed, between the two looks of a flush: SQL is ahead of what was the log's end."""
+    world.start("1")
+    world.flush()
+    row = world.durable.partitions([world.partition_of("1")])[0]
+
+    def go_on() -> None:
+        world.orders.transition("1", "note")
+        world.flush()
+
+    with before_call(world.durable, "partitions", go_on):
+        world.cache.flush()
+    assert world.durable.identity().epoch == row.epoch
+
+
+def test_flush_of_a_log_that_was_trimmed_to_nothing(lite: World) -> None:
+    lite.start("1", ["pay"])
+    lite.flush()
+    epoch = lite.durable.identity().epoch
+    lite.client.xtrim(lite.keyspace.log(lite.partition_of("1")), maxlen=0, approximate=False)
+    lite.cache.flush()
+    lite.cache.recover()
+    lite.cache.flush()
+    assert lite.durable.identity().epoch == epoch + 1
 
 
 def test_embedded_thread_flushes_by_itself(redis_url: str, sqlite_url: str, namespace: str) -> None:

@@ -6,6 +6,7 @@ Those of single calls are in ``test_holes.py``; what an evictor meets between it
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from typing import Any
 from unittest import mock
 
@@ -164,6 +165,48 @@ def test_h9_sql_goes_back_between_the_two_looks_of_a_read(world: World, bulk: bo
     else:
         with restored, pytest.raises(errors.IntegrityError, match="SQL is older"):
             world.orders.get("2", timeout=1.0)
+
+
+def test_h9_history_of_a_cold_instance_that_sql_has_forgotten(
+    redis_url: str, sqlite_url: str, namespace: str, client: str
+) -> None:
+    """H9. SQL is restored below ``evicted_to``: the rows that it has left are no history of what was dropped since. A flusher
+    brings them back from the log that was kept."""
+    with World(redis_url, sqlite_url, namespace, client=client, log_keep_seconds=3600.0) as world:
+        world.start("1")
+        world.flush()
+        saved = world.sql_copy()
+        world.orders.transition("1", "pay")
+        world.start("2")
+        world.flush()
+        for id in ("1", "2"):
+            assert world.evict(id) == "OK"
+        world.sql_back(saved)
+        asked = (
+            lambda: world.orders.history("1", timeout=0.5),
+            lambda: world.orders.history("2", timeout=0.5),
+            lambda: world.orders.at("1", when=datetime.now(UTC), timeout=0.5),
+        )
+        for ask in asked:
+            with pytest.raises(errors.IntegrityError, match="SQL is older than what Redis has dropped"):
+                ask()
+        world.flush()
+        assert [row.version for row in world.orders.history("1")] == [1, 2]
+        assert world.orders.at("1", when=datetime.now(UTC)).state == "paid"
+
+
+def test_history_of_a_cold_instance_that_is_moved_flushed_and_evicted_between_its_looks(world: World) -> None:
+    """Its rows are read; then another program moves it, and it is flushed and evicted again: the second look at SQL shows
+    more than those rows."""
+    cold(world, "1")
+
+    def move() -> None:
+        moved_by_another(world, "1")()
+        world.flush()
+        assert world.evict("1") == "OK"
+
+    with after_call(world.durable, "recorded", move):
+        assert [row.version for row in world.orders.history("1")] == [1, 2]
 
 
 def test_h9_bulk_call_of_which_sql_has_forgotten_some(world: World) -> None:

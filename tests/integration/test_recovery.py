@@ -18,7 +18,7 @@ from statecache.core import errors, model
 from statecache.durable import recoveries, schema
 from statecache.durable.faults import CommitUnknown
 from statecache.durable.store import DurableStore
-from statecache.engine import admission, letters, lines, processes, recovery
+from statecache.engine import admission, letters, lines, processes, recovery, verify
 from tests.acceptance import command
 from tests.support import refusing
 from tests.support.worlds import Order, World, after_call, before_call, forged, together
@@ -273,6 +273,46 @@ def test_the_index_of_entries_is_completed_when_it_is_wanted(
     assert len(done) == (1 if name == "tail lost" else 0)
     assert not done or min(beats) < done[0]
     _check_afterwards(world, damage)
+
+
+def _vanish(world: World, *ids: str) -> None:
+    for id in ids:
+        world.client.delete(world.keyspace.instance(world.partition_of(id), "order", id))
+
+
+def test_what_vanished_by_itself_is_there_again_after_a_recovery_that_was_asked_for(world: World) -> None:
+    """Hashes are deleted while nothing is cold: no call finds the instances, and verify says so. One has an entry that SQL has
+    not yet: it must not come back at the version before that."""
+    world.start("1", ["pay"])
+    world.start("2", ["pay"])
+    world.start("3")
+    world.flush()
+    late = world.orders.transition("2", "note", {"late": True})
+    _vanish(world, "1", "2")
+    with pytest.raises(errors.NotFoundError):
+        world.orders.get("1")
+    found = verify.verify(world.cache).findings
+    assert sorted((one.kind, one.address) for one in found) == [("hot", "order:1"), ("hot", "order:2")]
+    assert world.cache.recover().kinds == {"intact": 2}
+    with pytest.raises(errors.IntegrityError, match="SQL is older"):
+        world.orders.transition("2", "note", timeout=0.3)
+    world.flush()
+    assert (world.orders.get("1").version, world.orders.get("2").version) == (2, late.version)
+    assert world.orders.transition("2", "note").version == late.version + 1
+    with pytest.raises(errors.AlreadyExistsError):
+        world.orders.start("1")
+    world.flush()
+    world.verify()
+
+
+def test_a_recovery_that_nobody_asked_for_leaves_the_partitions_as_they_are(lite: World) -> None:
+    """A restart costs no start its look at SQL."""
+    lite.start("1")
+    lite.flush()
+    lite.disown()
+    lite.client.script_flush("SYNC")
+    assert lite.orders.transition("1", "pay").version == 2
+    assert {lite.meta(partition)["cold"] for partition in range(2)} == {"0"}
 
 
 def test_false_alarm_costs_nothing_but_an_epoch(world: World) -> None:

@@ -235,6 +235,15 @@ def test_an_entry_below_the_watermark_that_sql_has_not_is_found(world: World) ->
     assert lost.entry_id not in str(verify.verify(world.cache).findings)
 
 
+def test_an_instance_evicted_between_the_looks_at_its_hash_is_no_finding(world: World) -> None:
+    """Nothing is cold yet; then its hash is evicted, behind the look at what is cold."""
+    world.start("a")
+    world.flush()
+    with before_call(world.hot, "hashes", lambda: world.evict("a")):
+        assert not verify.verify(world.cache).findings
+    assert not world.is_hot("a")
+
+
 def test_a_letter_that_stands_for_a_range_is_no_finding(redis_url: str, sqlite_url: str, namespace: str) -> None:
     """SQL went back below an instance that was parked and hot: what it lost is a letter, whose data are not known."""
     with World(redis_url, sqlite_url, namespace, partition_count=1) as world:

@@ -379,7 +379,38 @@ def test_history_of_nothing_is_not_found() -> None:
     call = history()
     call.answer(None)
     call.answer([])
-    assert isinstance(call.error(("OK", [])), errors.NotFoundError)
+    assert isinstance(call.answer(("OK", [])), flows.Where)
+    assert isinstance(call.error(("OK", False, entry.ZERO)), errors.NotFoundError)
+
+
+def cold_history(*versions: int) -> Call:
+    """One of an instance that is not hot, at its look into SQL; so many rows were found."""
+    call = history()
+    call.answer(None)
+    call.answer([_known(version=version) for version in versions])
+    call.answer(("OK", []))
+    assert isinstance(call.answer(("OK", True, W)), flows.Lookup)
+    return call
+
+
+def test_history_of_a_cold_instance_is_that_of_sql() -> None:
+    assert len(cold_history(1, 2).result(model.Lookup(W, KEPT))) == 2
+
+
+def test_history_of_a_cold_instance_waits_for_an_sql_that_is_as_new_as_what_was_dropped() -> None:
+    call = cold_history(1, 2)
+    assert isinstance(call.answer(model.Lookup(entry.EntryId(1, 8), KEPT)), flows.Pause)
+    assert "SQL is older than what Redis has dropped" in str(call.error(False))
+
+
+def test_history_of_a_cold_instance_is_read_again_when_its_rows_came_between_the_looks() -> None:
+    call = cold_history(1)
+    assert isinstance(call.answer(model.Lookup(W, KEPT)), flows.Version)
+    call.answer(None)
+    call.answer([_known(version=1)])
+    call.answer(("OK", []))
+    call.answer(("OK", True, W))
+    assert len(call.result(model.Lookup(W, KEPT))) == 1, "rows are missing: verify tells that, and no look mends it"
 
 
 # --- reads -------------------------------------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ def test_a_server_that_is_too_old_is_refused(facts: dict[str, str], message: str
         {"redis_version": "7.0.15"},
         {"redis_version": "8.2.3"},
         {"redis_version": "7.2.4", "server_name": "valkey", "valkey_version": "9.1.2"},
+        {"redis_version": "7.4.1", "maxmemory_policy": "volatile-lru", "maxmemory": "1000000", "evicted_keys": "3"},
         {},
     ],
 )
@@ -43,5 +44,26 @@ def test_a_server_that_will_do_is_taken_without_a_word(facts: dict[str, str], ca
 
 def test_an_eviction_policy_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        servers.check({"redis_version": "7.4.1", "maxmemory_policy": "allkeys-lru"})
+        servers.check({"redis_version": "7.4.1", "maxmemory_policy": "allkeys-lru", "maxmemory": "0"})
     assert "maxmemory-policy is allkeys-lru" in caplog.text
+
+
+def test_a_server_that_deletes_keys_when_memory_is_short_is_refused() -> None:
+    facts = {"redis_version": "7.4.1", "maxmemory_policy": "allkeys-lfu", "maxmemory": "1000000"}
+    with pytest.raises(errors.ConfigurationError, match="set it to noeviction"):
+        servers.check(facts)
+    servers.check(facts, warn=False)
+
+
+@pytest.mark.parametrize(
+    ("policy", "evicted", "expected"),
+    [
+        ("noeviction", "0", False),
+        ("noeviction", "3", True),
+        ("allkeys-random", "0", True),
+        ("volatile-ttl", "3", False),
+    ],
+)
+def test_when_keys_of_ours_may_be_gone(policy: str, evicted: str, expected: bool) -> None:
+    assert servers.has_evicted({"maxmemory_policy": policy, "evicted_keys": evicted}) is expected
+    assert not servers.has_evicted({})
