@@ -28,6 +28,7 @@ from statecache.engine import durability as durability_levels
 from statecache.engine.admission import Admission
 from statecache.engine.calls import as_receipts, idle_bound
 from statecache.engine.driver import Driver
+from statecache.engine.elsewhere import Elsewhere
 from statecache.engine.embedded import EmbeddedServer
 from statecache.engine.finals import Finals
 from statecache.engine.flusher import Flusher
@@ -87,8 +88,16 @@ class StateCache:
         """What holds locks or threads; made anew in a forked child, where the parent's locks may be held by nobody."""
         settings = self.settings
         self._stop = threading.Event()
+        self.leases = Leases(
+            self.durable, settings.partition_count, lease_seconds=settings.lease_seconds, redis=self.hot.endpoint
+        )
         self.admission = Admission(
-            self.hot, self.durable, self.recover, auto_recover=settings.auto_recover, revive=self._revive
+            self.hot,
+            self.durable,
+            self._recover_admitted,
+            self._elsewhere(),
+            auto_recover=settings.auto_recover,
+            revive=self._revive,
         )
         self.driver = Driver(
             self.hot,
@@ -108,7 +117,6 @@ class StateCache:
             lambda: self.flusher.wake.set(),
         )
         self.flusher = self.make_flusher(range(settings.partition_count))
-        self.leases = Leases(self.durable, settings.partition_count, lease_seconds=settings.lease_seconds)
         self.timeouts = Timeouts(self)
         self.duties = duties.of(self)
 
@@ -499,11 +507,31 @@ class StateCache:
     # --- recovery ----------------------------------------------------------------------------------------------------
 
     def recover(self, *, dry_run: bool = False, progress: Any = lambda text: None) -> recovery.Report:
-        """Reconcile Redis with SQL: see ``engine/recovery.py``. It takes its time, also within a call that has a deadline."""
-        with self.durable.until(None):
-            return self._recover(dry_run, progress)
+        """Reconcile Redis with SQL: see ``engine/recovery.py``. It takes its time, also within a call that has a deadline.
 
-    def _recover(self, dry_run: bool, progress: Any) -> recovery.Report:
+        Where Redis is empty, and flushers live that noted another one, it waits until they fall silent (a lease at most), and
+        raises ``ConfigurationError`` if they go on.
+        """
+        watch = self._elsewhere()
+
+        def look() -> None:
+            if dry_run:
+                watch.tell(progress)
+            else:
+                watch.wait(self.on_recovering)
+
+        with self.durable.until(None):
+            return self._recover(dry_run, progress, look)
+
+    def _recover_admitted(self) -> None:
+        """For the admission, which has looked at the flushers itself."""
+        with self.durable.until(None):
+            self._recover(False, lambda text: None, lambda: None)
+
+    def _elsewhere(self) -> Elsewhere:
+        return Elsewhere(self.hot, self.durable, self.leases.name)
+
+    def _recover(self, dry_run: bool, progress: Any, before: Callable[[], None]) -> recovery.Report:
         return recovery.recover(
             self.hot,
             self.durable,
@@ -512,6 +540,7 @@ class StateCache:
             dry_run=dry_run,
             progress=progress,
             on_beat=self.on_recovering,
+            before=before,
         )
 
     def _recover_hole(self, hole: str) -> bool:

@@ -123,17 +123,20 @@ def recover(
     dry_run: bool = False,
     progress: Callable[[str], None] = lambda text: None,
     on_beat: Callable[[], None] = lambda: None,
+    before: Callable[[], None] = lambda: None,
 ) -> Report:
     """Reconcile Redis with SQL and open it for a new epoch.
 
     When it returns, every partition serves; cold instances come back by themselves when they are asked for. With
     ``dry_run`` nothing is changed, and the report tells what the real run would find and do at this moment. ``on_beat`` is
     called at the beginning and about once a second: a recovery takes as long as it takes, and somebody may take it for dead.
+    ``before`` is called first, and may refuse by an error.
 
     Raises ``ConfigurationError`` when the two stores do not belong together, ``UnavailableError`` when one cannot be
     reached, ``RecoveringError`` when another recovery took over. Cost: O(partitions + instances dropped).
     """
     hot.wires.discard_idle()
+    before()
     superseded: Superseded | None = None
     above = 0
     for _ in range(_ATTEMPTS):
