@@ -29,7 +29,8 @@ class FlusherRow(msgspec.Struct, frozen=True):
     """A flusher and the partitions that it holds.
 
     ``place`` tells which processes can see each other's ids (empty: none). ``silent_ms`` is how long ago its last heartbeat
-    was; ``alive`` that this is less than its lease, ``lease_ms``. Both by the database's clock.
+    was, at ``beat_ms``; ``alive`` that this is less than its lease, ``lease_ms``. All by the database's clock. ``redis`` is the
+    endpoint of the Redis that it works at; None if it has noted none.
     """
 
     name: str
@@ -41,13 +42,16 @@ class FlusherRow(msgspec.Struct, frozen=True):
     lease_ms: int
     alive: bool
     partitions: tuple[int, ...] = ()
+    redis: str | None = None
+    beat_ms: int = 0
 
 
 _BEAT = sa.update(schema.flushers).where(_flushers.name == sa.bindparam("me")).values(beat_ms=clock.Now())
 _LOOK = (
     sa.select(
         _flushers.name, _flushers.host, _flushers.pid, _flushers.place, _flushers.started_ms,
-        (clock.Now() - _flushers.beat_ms).label("silent_ms"), _flushers.lease_ms, _leases.partition,
+        (clock.Now() - _flushers.beat_ms).label("silent_ms"), _flushers.lease_ms, _flushers.redis, _flushers.beat_ms,
+        _leases.partition,
     )
     .select_from(schema.flushers.outerjoin(schema.leases, _leases.holder == _flushers.name))
     .order_by(_flushers.name, _leases.partition)
@@ -59,9 +63,11 @@ def beat(store: DurableStore, name: str) -> bool:
     return bool(store.database.alone(lambda connection: connection.execute(_BEAT, {"me": name}).rowcount))
 
 
-def join(store: DurableStore, name: str, host: str, pid: int, place: str, lease_ms: int) -> None:
+def join(
+    store: DurableStore, name: str, host: str, pid: int, place: str, lease_ms: int, redis: str | None = None
+) -> None:
     """Make a flusher known, and forget those that died long ago. Harmless to repeat."""
-    row = {"name": name, "host": host, "pid": pid, "place": place, "lease_ms": lease_ms}
+    row = {"name": name, "host": host, "pid": pid, "place": place, "lease_ms": lease_ms, "redis": redis}
 
     def write(connection: sa.Connection) -> None:
         gone = clock.Now() - _flushers.beat_ms > FORGOTTEN_AFTER_MS
@@ -74,13 +80,13 @@ def join(store: DurableStore, name: str, host: str, pid: int, place: str, lease_
 def look(store: DurableStore) -> list[FlusherRow]:
     """Return all flushers that are known, the dead too, by name, each with its partitions. One statement."""
     found: dict[str, FlusherRow] = {}
-    for name, host, pid, place, started_ms, silent_ms, lease_ms, partition in store.database.read(
+    for name, host, pid, place, started_ms, silent_ms, lease_ms, redis, beat_ms, partition in store.database.read(
         lambda connection: connection.execute(_LOOK).fetchall()
     ):
         before = found[name].partitions if name in found else ()
         found[name] = FlusherRow(
             name, host, pid, place, started_ms, silent_ms, lease_ms, abs(silent_ms) <= lease_ms,
-            before if partition is None else (*before, partition),
+            before if partition is None else (*before, partition), redis, beat_ms,
         )  # fmt: skip
     return list(found.values())
 

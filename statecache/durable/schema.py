@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sqlalchemy as sa
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 PROTOCOL = 1
 
 metadata = sa.MetaData()
@@ -194,6 +194,8 @@ flushers = sa.Table(
     sa.Column("started_ms", sa.BigInteger, nullable=False),
     sa.Column("beat_ms", sa.BigInteger, nullable=False),
     sa.Column("lease_ms", sa.BigInteger, nullable=False),
+    # NULL where the flusher is older than this column.
+    sa.Column("redis", sa.Text),
 )
 
 leases = sa.Table(

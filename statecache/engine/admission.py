@@ -3,7 +3,8 @@
 Asked whenever a script was refused or is unknown. SQL holds the epoch and owner that count; Redis must have the same in every
 partition, be ready, and be served by the server that the last recovery found true. If all match, the scripts are loaded on the
 connection that compared them, and the call goes on. Otherwise a recovery is under way (its heartbeat is fresh, and its process
-not known to be gone: wait), or is needed: whoever meets the untrue Redis first runs it, unless ``auto_recover`` is off.
+not known to be gone: wait), or is needed: whoever meets the untrue Redis first runs it, unless ``auto_recover`` is off, or the
+Redis is empty because it is another one than that where the store's flushers work (``elsewhere.py``).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from statecache.durable import recoveries
 from statecache.durable.rows import StoreRow
 from statecache.durable.store import DurableStore
 from statecache.engine import processes
+from statecache.engine.elsewhere import Elsewhere
 from statecache.hot import answers, scripts
 from statecache.hot.store import HotStore
 
@@ -38,6 +40,7 @@ class Admission:
         hot: HotStore,
         durable: DurableStore,
         recover: Callable[[], object],
+        elsewhere: Elsewhere,
         *,
         auto_recover: bool,
         revive: Callable[[], None] = lambda: None,
@@ -45,6 +48,7 @@ class Admission:
         self._hot = hot
         self._durable = durable
         self._recover = recover
+        self._elsewhere = elsewhere
         self._auto_recover = auto_recover
         self._revive = revive
         self._lock = threading.RLock()
@@ -55,7 +59,7 @@ class Admission:
 
     def ensure(self, code: str, deadline: float) -> None:
         """Return when Redis is admitted. Raises ``RecoveringError`` or ``UnavailableError`` at the deadline, and
-        ``ConfigurationError`` for a Redis that belongs to another deployment."""
+        ``ConfigurationError`` for a Redis of another deployment, or an empty one while flushers work at another."""
         stamp = self._hot.stamp
         try:
             if not self._lock.acquire(timeout=min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX)):
@@ -80,11 +84,11 @@ class Admission:
         while True:
             try:
                 row = self._durable.identity()
-                codes = self._codes(row, deadline)
-                if codes == {"OK"}:
+                answer = self._answer(row, deadline)
+                if row.epoch and set(answer.codes) == {"OK"}:
                     self._hot.adopt(row.epoch, row.owner)
                     return
-                reason: errors.StateCacheError = self._recover_or_wait(row, codes)
+                reason: errors.StateCacheError = self._recover_or_wait(row, answer)
             except errors.RecoveringError as error:  # another recoverer was faster
                 reason = error
             except errors.UnavailableError as error:
@@ -96,18 +100,18 @@ class Admission:
             time.sleep(min(left, 0.25, 0.002 * 2**attempt * random.uniform(0.5, 1.0)))
             attempt = min(attempt + 1, 10)
 
-    def _codes(self, row: StoreRow, deadline: float) -> set[str]:
+    def _answer(self, row: StoreRow, deadline: float) -> answers.Admission:
         """What the partitions say to SQL's epoch and owner; the scripts are loaded if all say ``OK``."""
         answer = self._hot.admit(scripts.Stamp(row.epoch, row.owner), load=row.epoch > 0, deadline=deadline)
         check_belongs(row, answer, self._hot.keyspace.namespace)
-        return set(answer.codes) if row.epoch else {"EPOCH"}
+        return answer
 
-    def _recover_or_wait(self, row: StoreRow, codes: set[str]) -> errors.StateCacheError:
+    def _recover_or_wait(self, row: StoreRow, answer: answers.Admission) -> errors.StateCacheError:
         """Run a recovery, or find a reason to wait; returns what to tell the caller if time runs out."""
         recovery = recoveries.recovery(self._durable, row.epoch, row.owner) if row.epoch else None
         if recovery is not None and recovery.heartbeat_ms != recoveries.ABANDONED:
             # Between its report and its last "ready" a recovery is finished in SQL, and Redis still says recovering.
-            under_way = recovery.finished_ms is None or "RECOVERING" in codes
+            under_way = recovery.finished_ms is None or "RECOVERING" in answer.codes
             sign_ms = max(recovery.heartbeat_ms, recovery.finished_ms or 0)
             # A process that is known to be gone is not waited for. Superseding is safe whatever we think of it: it is fenced.
             sign = (row.epoch, row.owner, sign_ms)
@@ -121,6 +125,9 @@ class Admission:
                 "is not recovered here (auto_recover is off, or this only looks): if it is the right one, run "
                 "'statecache recover', which tells with --dry-run what it would find"
             )
+        reason = self._elsewhere.reason_to_wait(row, answer)
+        if reason is not None:
+            return reason
         level = logging.WARNING if row.epoch else logging.INFO  # a store that was just made has nothing to lose
         if self._recovered == (row.epoch, row.owner):
             level = logging.DEBUG  # again: no epoch could be taken, because the server takes no writes

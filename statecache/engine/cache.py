@@ -28,6 +28,7 @@ from statecache.engine import durability as durability_levels
 from statecache.engine.admission import Admission
 from statecache.engine.calls import as_receipts, idle_bound
 from statecache.engine.driver import Driver
+from statecache.engine.elsewhere import Elsewhere
 from statecache.engine.embedded import EmbeddedServer
 from statecache.engine.finals import Finals
 from statecache.engine.flusher import Flusher
@@ -87,8 +88,16 @@ class StateCache:
         """What holds locks or threads; made anew in a forked child, where the parent's locks may be held by nobody."""
         settings = self.settings
         self._stop = threading.Event()
+        self.leases = Leases(
+            self.durable, settings.partition_count, lease_seconds=settings.lease_seconds, redis=self.hot.endpoint
+        )
         self.admission = Admission(
-            self.hot, self.durable, self._recover_untrue, auto_recover=settings.auto_recover, revive=self._revive
+            self.hot,
+            self.durable,
+            self._recover_untrue,
+            self._elsewhere(),
+            auto_recover=settings.auto_recover,
+            revive=self._revive,
         )
         self.driver = Driver(
             self.hot,
@@ -108,7 +117,6 @@ class StateCache:
             lambda: self.flusher.wake.set(),
         )
         self.flusher = self.make_flusher(range(settings.partition_count))
-        self.leases = Leases(self.durable, settings.partition_count, lease_seconds=settings.lease_seconds)
         self.timeouts = Timeouts(self)
         self.duties = duties.of(self)
 
@@ -505,14 +513,27 @@ class StateCache:
         """Reconcile Redis with SQL: see ``engine/recovery.py``. It takes its time, also within a call that has a deadline.
 
         From then on SQL is asked about every instance that is not hot, starts included: who asks for this has a reason to
-        doubt that Redis has all it should have.
+        doubt that Redis has all it should have. Where Redis is empty, and flushers live that noted another one, it waits until
+        they fall silent (a lease at most), and raises ``ConfigurationError`` if they go on.
         """
-        return self._recover(dry_run, progress, doubt=True)
+        watch = self._elsewhere()
 
-    def _recover_untrue(self) -> recovery.Report:
-        return self._recover(False, lambda text: None, doubt=False)
+        def look() -> None:
+            if dry_run:
+                watch.tell(progress)
+            else:
+                watch.wait(self.on_recovering)
 
-    def _recover(self, dry_run: bool, progress: Callable[[str], None], doubt: bool) -> recovery.Report:
+        return self._recover(dry_run, progress, look, doubt=True)
+
+    def _recover_untrue(self) -> None:
+        """For the admission, which has looked at the flushers itself."""
+        self._recover(False, lambda text: None, lambda: None, doubt=False)
+
+    def _elsewhere(self) -> Elsewhere:
+        return Elsewhere(self.hot, self.durable, self.leases.name)
+
+    def _recover(self, dry_run: bool, progress: Any, before: Callable[[], None], *, doubt: bool) -> recovery.Report:
         with self.durable.until(None):
             return recovery.recover(
                 self.hot,
@@ -523,6 +544,7 @@ class StateCache:
                 doubt=doubt,
                 progress=progress,
                 on_beat=self.on_recovering,
+                before=before,
             )
 
     def _recover_hole(self, hole: str) -> bool:

@@ -76,6 +76,8 @@ _FITTING_SHARE = 0.8
 _KEPT_MARKS = 200
 """Into about how many parts the kept tail is divided; a part is trimmed when all of it is old enough."""
 _REFUSALS = (Refused, KeyHit)
+_NOT_WELL = (errors.UnavailableError, errors.RecoveringError, errors.ConfigurationError)
+"""Redis or SQL does not serve this flusher. A heartbeat says that they do (``elsewhere.py`` rests on it)."""
 
 
 class Step(msgspec.Struct, frozen=True):
@@ -565,7 +567,7 @@ class Flusher:
             except Exception as error:  # also a mistake of ours: what is still well must not stop with it
                 failures += 1
                 # Others may have the right that this one lacks. Not so a contradiction in a log: it goes with its partition.
-                well = not isinstance(error, (errors.UnavailableError, errors.ConfigurationError))
+                well = not isinstance(error, _NOT_WELL)
                 if isinstance(error, errors.UnavailableError):
                     self._revive()
                 # A database that gave way to another writer is no news, unless it goes on so.

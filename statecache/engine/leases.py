@@ -10,8 +10,9 @@ living flusher holds. No leader, and nothing to agree on: two that take at once 
 - *Dies*: its leases end ``lease_seconds`` after its last heartbeat; on the same machine as soon as its process id is gone.
 - *Stopped, then goes on*: its own clock tells it that its leases have ended: it looks before it flushes. If it was stopped
   right before a commit, the compare-and-set refuses it (P5). A lease never decides what is written.
-- *Alive but of no use* (it cannot reach Redis, every step fails): no heartbeat until a step succeeds again, so others take
-  over; meanwhile it goes on trying with the partitions that it had.
+- *Alive but of no use* (it cannot reach Redis, or that is not recovered: every step fails): no heartbeat until a step succeeds
+  again, so others take over; meanwhile it goes on trying with the partitions that it had. Recoveries rest on that
+  (``elsewhere.py``).
 
 Rejected: shares by hashing the flushers' names, without leases (two believe to hold a partition until both have looked, which
 makes every batch of both fail); a leader who assigns (one more thing that dies); locks held in SQL sessions (they vanish
@@ -41,12 +42,15 @@ LOOKS_A_HEARTBEAT = 4
 class Leases:
     """The leases of one flusher. Its loop calls ``turn``; ``holds`` may be asked by any thread."""
 
-    def __init__(self, durable: DurableStore, partition_count: int, *, lease_seconds: float = 4.0) -> None:
+    def __init__(
+        self, durable: DurableStore, partition_count: int, *, lease_seconds: float = 4.0, redis: str | None = None
+    ) -> None:
         self.host = socket.gethostname()
         self.name = f"{self.host[:32]}-{os.getpid()}-{secrets.token_hex(4)}"
         self._durable = durable
         self._partition_count = partition_count
         self._lease_seconds = lease_seconds
+        self._redis = redis
         self._due = 0.0
         self._ends = 0.0
         self.held: tuple[int, ...] = ()
@@ -89,6 +93,7 @@ class Leases:
                 os.getpid(),
                 processes.place(),
                 max(1, int(self._lease_seconds * 1000)),
+                self._redis,
             )
         rows = leases.look(self._durable)
         living = self._living(rows)

@@ -39,6 +39,11 @@ def has_ended(pid: int, where: str) -> bool:
     return False
 
 
+def same_machine(where: str) -> bool:
+    """Whether a process of that place may run on this machine, as far as the boot tells."""
+    return not where or not place() or where.split(" ")[0] == place().split(" ")[0]
+
+
 def is_gone(text: str | None) -> bool:
     """Whether the process that called itself so (``own``) has ended."""
     pid, _, where = (text or "").partition(" ")

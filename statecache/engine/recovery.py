@@ -124,6 +124,7 @@ def recover(
     doubt: bool = False,
     progress: Callable[[str], None] = lambda text: None,
     on_beat: Callable[[], None] = lambda: None,
+    before: Callable[[], None] = lambda: None,
 ) -> Report:
     """Reconcile Redis with SQL and open it for a new epoch.
 
@@ -131,12 +132,13 @@ def recover(
     ``dry_run`` nothing is changed, and the report tells what the real run would find and do at this moment. ``doubt``: hashes
     may be gone that nobody dropped, so every partition is marked cold; the same where the server evicts by itself.
     ``on_beat`` is called at the beginning and about once a second: a recovery takes as long as it takes, and somebody may take
-    it for dead.
+    it for dead. ``before`` is called first, and may refuse by an error.
 
     Raises ``ConfigurationError`` when the two stores do not belong together, ``UnavailableError`` when one cannot be
     reached, ``RecoveringError`` when another recovery took over. Cost: O(partitions + instances dropped).
     """
     hot.wires.discard_idle()
+    before()
     doubt = doubt or servers.has_evicted(hot.server_facts())
     superseded: Superseded | None = None
     above = 0

@@ -58,7 +58,8 @@ class RecoveryStatus(msgspec.Struct, frozen=True):
 
 class FlusherStatus(msgspec.Struct, frozen=True):
     """A flusher, and the partitions that it holds. ``silent_seconds`` is how long ago its last heartbeat was, by the database's
-    clock; ``alive`` is False when that is longer than its lease, or its process is known to be gone."""
+    clock; ``alive`` is False when that is longer than its lease, or its process is known to be gone. ``redis`` is the endpoint
+    where it works, None if it has noted none."""
 
     name: str
     host: str
@@ -67,6 +68,7 @@ class FlusherStatus(msgspec.Struct, frozen=True):
     started_ms: int
     silent_seconds: float
     partitions: tuple[int, ...]
+    redis: str | None = None
 
 
 class Status(msgspec.Struct, frozen=True):
@@ -117,7 +119,7 @@ def flushers(cache: StateCache) -> tuple[FlusherStatus, ...]:
     return tuple(
         FlusherStatus(
             row.name, row.host, row.pid, row.alive and not leases.has_ended(row), row.started_ms,
-            round(row.silent_ms / 1000, 3), row.partitions,
+            round(row.silent_ms / 1000, 3), row.partitions, row.redis,
         )
         for row in durable_leases.look(cache.durable)
     )  # fmt: skip

@@ -43,13 +43,14 @@ class Probed(msgspec.Struct, frozen=True):
 
 
 class Admission(msgspec.Struct, frozen=True):
-    """What ``admit.lua`` said: the server's identity, a code per partition, and whose Redis this is."""
+    """What ``admit.lua`` said: the server's identity, a code per partition, and whose Redis this is. ``empty``: nobody's."""
 
     identity: str
     codes: list[str]
     deployment: str
     protocol: str
     partitions: str
+    empty: bool = False
 
 
 class Fill(msgspec.Struct, frozen=True):

@@ -20,7 +20,7 @@ import msgspec
 import redis
 
 from statecache.core import entry, failpoints, items, keys
-from statecache.hot import answers, confirmation, failures, packing, resp, scripts, wire
+from statecache.hot import answers, confirmation, endpoint, failures, packing, resp, scripts, wire
 from statecache.hot.answers import Admission, Fenced, Fill, PartitionReply, Position, Probed
 from statecache.hot.packing import Cold
 
@@ -66,6 +66,8 @@ class HotStore:
         pool = client.connection_pool if client is not None else wire.pool_of(url or "", socket_timeout_seconds)
         self.wires = wire.Wires(pool, wire.EmulatedWire if emulated else wire.Wire)
         self.emulated = emulated
+        self.endpoint = None if emulated else endpoint.of(pool)
+        """Where the server is, without user and password."""
         self.identity_interval_seconds = identity_interval_seconds
         self._pack = msgspec.json.encode if emulated else resp.stream
         self._fields_max = resp.bulk(instance_fields_max)
@@ -538,7 +540,9 @@ class HotStore:
             reply = line.call(resp.command("EVAL", script.text, count, *[self.keyspace.meta(p) for p in range(count)]))
             identity, *codes, whose = reply.decode().split("\n")
             deployment, protocol, partitions = whose.split(" ")
-            admission = Admission(identity, [code.split(" ")[0] for code in codes], deployment, protocol, partitions)
+            is_empty = deployment == "-" and all(code == "EPOCH 0 -" for code in codes)
+            heads = [code.split(" ")[0] for code in codes]
+            admission = Admission(identity, heads, deployment, protocol, partitions, is_empty)
             if load and all(code == "OK" for code in admission.codes):
                 failpoints.hit("admission.compared")
                 self._load(line, stamp)

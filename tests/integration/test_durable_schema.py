@@ -173,15 +173,19 @@ def test_an_older_and_a_newer_schema(database_url: str) -> None:
         DurableStore.connect(database_url)
 
 
+def _upgrade_to(revision: str, connection: sa.Connection) -> None:
+    settings = config.Config()
+    folder = importlib.resources.files("statecache.durable") / "migrations"
+    settings.set_main_option("script_location", str(folder))
+    settings.attributes["connection"] = connection
+    command.upgrade(settings, revision)
+
+
 def test_a_store_of_the_first_schema_is_upgraded_with_its_data(database_url: str) -> None:
     """Every partition that is there gets a free lease; recoveries of before tell no process."""
     database = engine.open_database(database_url)
     with database.transaction(limit_seconds=None) as connection:
-        settings = config.Config()
-        folder = importlib.resources.files("statecache.durable") / "migrations"
-        settings.set_main_option("script_location", str(folder))
-        settings.attributes["connection"] = connection
-        command.upgrade(settings, "0001")
+        _upgrade_to("0001", connection)
         for number in range(3):
             values = ", ".join([str(number), "1", "'o'", *"00000"])
             connection.execute(sa.text(f"INSERT INTO statecache_partitions VALUES ({values})"))
@@ -202,6 +206,30 @@ def test_a_store_of_the_first_schema_is_upgraded_with_its_data(database_url: str
     leases.take(store, "me", [0, 1, 2], [])
     assert leases.look(store)[0].partitions == (0, 1, 2)
     store.close()
+
+
+def test_flushers_of_schema_4_have_noted_no_redis(database_url: str) -> None:
+    """One that runs during the upgrade goes on beating, and one of that version could still join."""
+    database = engine.open_database(database_url)
+    joins = sa.text(
+        "INSERT INTO statecache_flushers (name, host, pid, place, started_ms, beat_ms, lease_ms) "
+        "VALUES (:name, 'here', 1, '', 5, 5, 1000)"
+    )
+    with database.transaction(limit_seconds=None) as connection:
+        _upgrade_to("0004", connection)
+        connection.execute(sa.text("INSERT INTO statecache_store VALUES (1, 'd', 1, 4, 3, 1, 'o', 5, 'shop')"))
+        connection.execute(joins, {"name": "before"})
+    migrate.upgrade(database_url)
+    store = DurableStore.connect(database_url, partition_count=None)
+    assert store.identity().schema_version == schema.SCHEMA_VERSION
+    assert leases.beat(store, "before")
+    with database.transaction() as connection:
+        connection.execute(joins, {"name": "behind"})
+    leases.join(store, "new", "here", 1, "", 1000, "redis.example:6379/0")
+    found = {row.name: row.redis for row in leases.look(store)}
+    assert found == {"before": None, "new": "redis.example:6379/0"}  # one so long silent is forgotten
+    store.close()
+    database.close()
 
 
 def test_another_protocol(sqlite_url: str) -> None:

@@ -13,6 +13,7 @@ _ITEM = f"{_LUA}/include/apply_item.lua"
 _LONE = f"{_LUA}/include/apply_lone.lua"
 _RARE = f"{_LUA}/include/apply_rare.lua"
 _GUARD = f"{_LUA}/include/ready_or_fenced.lua"
+_ELSEWHERE = "tests/integration/test_elsewhere.py::"
 _CODES = "tests/lua/test_reply_codes.py::test_code_is_reached_and_writes_what_the_header_says"
 _SCRIPTS = "tests/lua/test_partition_scripts.py::"
 _APPLY = "tests/lua/test_apply.py::"
@@ -1236,5 +1237,26 @@ MUTANTS = [
         "a brake holds that a clock from the future has set",
         (Patch(_RARE, "math.abs(at - m[3]) > 3000", "at - m[3] > 3000"),),
         ("tests/lua/test_apply_lone.py::test_whatever_it_meets",),
+    ),
+    Mutant(
+        "an empty Redis passes for wiped, whoever flushes elsewhere",
+        (Patch("statecache/engine/elsewhere.py", "if not row.epoch or not answer.empty:", "if answer.codes:"),),
+        (f"{_ELSEWHERE}test_an_empty_redis_beside_a_flusher_at_another_one[sqlite]",),
+    ),
+    Mutant(
+        "a single heartbeat proves another Redis",
+        (Patch("statecache/engine/elsewhere.py", "PROVING_BEATS = 2", "PROVING_BEATS = 1"),),
+        (f"{_ELSEWHERE}test_one_heartbeat_proves_nothing_and_two_only_behind_another_look[sqlite]",),
+    ),
+    Mutant(
+        "a flusher that waits for a recovery sends heartbeats",
+        (
+            Patch(
+                "statecache/engine/flusher.py",
+                "(errors.UnavailableError, errors.RecoveringError, ",
+                "(errors.UnavailableError, ",
+            ),
+        ),
+        (f"{_ELSEWHERE}test_a_flusher_that_waits_for_a_recovery_sends_no_heartbeat[sqlite]",),
     ),
 ]
