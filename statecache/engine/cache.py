@@ -55,6 +55,9 @@ class StateCache:
     Make one per process with ``connect`` or ``embedded``, share it between threads, close it at the end (it is a context
     manager). A process may fork after connecting: the child opens connections of its own; it does not inherit the
     flusher's thread.
+
+    In a signal's handler set a flag, and call outside of it. A call made in the handler ends, and spoils nothing of the one
+    that it interrupts; but where that one is at just what it needs (a flush), it waits to its timeout in vain.
     """
 
     def __init__(
@@ -86,7 +89,7 @@ class StateCache:
     def _make_parts(self) -> None:
         """What holds locks or threads; made anew in a forked child, where the parent's locks may be held by nobody."""
         settings = self.settings
-        self._stop = threading.Event()
+        self._stop = threads.Event()
         self.admission = Admission(
             self.hot, self.durable, self.recover, auto_recover=settings.auto_recover, revive=self._revive
         )
