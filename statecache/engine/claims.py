@@ -11,11 +11,11 @@ import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from statecache.core import claims, codec, errors, model, wording
 from statecache.core.claims import Held
-from statecache.engine.calls import check_kind, check_limit
+from statecache.engine.calls import NOT_PICKLED, check_kind, check_limit
 from statecache.hot import claims as hot_claims
 
 if TYPE_CHECKING:
@@ -48,6 +48,9 @@ class Claim:
         if renew:
             kept = weakref.ref(self), self._news
             threading.Thread(target=_keep, args=kept, name=f"statecache-claim-{self.id}", daemon=True).start()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(NOT_PICKLED.format("Claim"))
 
     def __repr__(self) -> str:
         return f"<Claim {self.machine}:{self.id} {self.token} of {self.worker} until {self.expires_at}>"
