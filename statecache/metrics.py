@@ -194,13 +194,16 @@ class Metrics:
     """
 
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
-        self.lock = threading.Lock()
-        """Held, for nanoseconds, by whoever changes or reads a number."""
+        self.lock = threading.RLock()
+        """Held, for nanoseconds, by whoever changes or reads a number. A signal's handler may come in while its own thread
+        holds it, and finds each number as it was, or as it will be."""
         self._cells: dict[str, dict[Labels, list[float]]] = {}
         self._spreads: dict[str, dict[Labels, Spread]] = {}
         self._registry = registry
         self._looks: list[tuple[str, Look]] = []
         self._is_watching = False
+        self._telling: set[int] = set()
+        """The threads that are in ``text``."""
         for name, family in PROCESS.items():
             if not family.labels:
                 self.cell(name) if family.kind == COUNTER else self.spread(name)
@@ -237,7 +240,8 @@ class Metrics:
 
     def after_fork(self) -> None:
         """Begin at zero in a forked child: what the parent counted is the parent's, and its lock may be held by nobody."""
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()
+        self._telling = set()
         for cells in self._cells.values():
             for cell in cells.values():
                 cell[0] = 0.0
@@ -266,10 +270,11 @@ class Metrics:
         """Everything counted so far, for the registry."""
         found: dict[str, list[Reading]] = collections.defaultdict(list)
         with self.lock:
+            # Lists, because a handler's call may add a label meanwhile.
             for name, cells in self._cells.items():
-                found[name] += [Reading(name, labels, cell[0]) for labels, cell in cells.items()]
+                found[name] += [Reading(name, labels, cell[0]) for labels, cell in list(cells.items())]
             for name, spreads in self._spreads.items():
-                found[name] += [Reading(name, labels, spread.copy()) for labels, spread in spreads.items()]
+                found[name] += [Reading(name, labels, spread.copy()) for labels, spread in list(spreads.items())]
         yield from _families(PROCESS, found)
 
     def watch(self, store: str, look: Look) -> Callable[[], None]:
@@ -301,10 +306,24 @@ class Metrics:
         return looks[0][1]() if looks else ()
 
     def text(self) -> bytes:
-        """All metrics as Prometheus' text format."""
+        """All metrics as Prometheus' text format. Raises ``UnavailableError`` in a signal's handler whose thread is just here:
+        the registry has a lock of its own."""
         from prometheus_client import generate_latest
 
-        return generate_latest(self.registry)
+        me = threading.get_ident()
+        if me in self._telling:
+            raise errors.UnavailableError(
+                "this is a signal's handler, and its thread was reading the metrics when the signal came: set a flag in the "
+                "handler, and read them outside"
+            )
+        try:
+            self._telling.add(me)
+            text = generate_latest(self.registry)
+            self._telling.discard(me)
+            return text
+        except BaseException:
+            self._telling.discard(me)  # not in a ``finally``, which a handler may interrupt at its first step
+            raise
 
 
 class StoreCollector:
@@ -370,7 +389,7 @@ def serve(metrics: Metrics, port: int, address: str = "127.0.0.1") -> Iterator[i
 
 _all: weakref.WeakSet[Metrics] = weakref.WeakSet()
 _by_registry: weakref.WeakKeyDictionary[Any, weakref.ref[Metrics]] = weakref.WeakKeyDictionary()
-_making = threading.Lock()
+_making = threading.RLock()
 
 
 @functools.cache
@@ -400,7 +419,7 @@ def of(given: Metrics | CollectorRegistry | None) -> Metrics:
 
 def _after_fork_in_child() -> None:
     global _making
-    _making = threading.Lock()
+    _making = threading.RLock()
     for metrics in list(_all):
         metrics.after_fork()
 

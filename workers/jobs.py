@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from rq.timeouts import JobTimeoutException
 
-from statecache.core import errors, failpoints
+from statecache.core import codec, errors, failpoints, wording
 from statecache.engine import eviction, exporting, retention, warming
 from statecache.engine import letters as engine_letters
 from statecache.engine import verify as engine_verify
@@ -32,13 +32,15 @@ from workers import warmings
 if TYPE_CHECKING:
     from rq.job import Job
 
+    from statecache.durable.store import DurableStore
     from statecache.engine.cache import StateCache
 
 _log = logging.getLogger(__name__)
 RETRIES = 3
 _LETTERS_PAGE = 500
 _FILES_KEPT = 20
-_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,89}\.(jsonl|csv)(\.gz)?")
+_NUMBER_MAX = 10**9 - 1
 _FINDINGS_KEPT = 100
 _FINDINGS_BYTES_MAX = 32 * 1024
 """In a job's notes: up to twice as many are shown, and a job with far more is not believed any more (``queues.py``)."""
@@ -241,8 +243,6 @@ def export(run: Run, *, machine: str, file: str) -> Result:
     folder = run.cache.settings.export_dir
     if folder is None:
         raise errors.ConfigurationError("export_dir is not set: the export job has no folder to write to")
-    if not _FILE_NAME.fullmatch(file):
-        raise errors.InvalidDataError(f"file {file!r} is refused: a plain name of letters, digits, '.', '_' and '-'")
     folder.mkdir(parents=True, exist_ok=True)
     notes = run.notes
     mark = hashlib.sha256(str(run.job.id).encode()).hexdigest()[:12]
@@ -282,11 +282,19 @@ def allowed(cache: StateCache) -> dict[str, Callable[..., Any]]:
 
 def perform(cache: StateCache, body: Body, job: Job, arguments: Mapping[str, Any]) -> Result:
     """Run one part of a job, in the work-horse."""
-    given = checked(body, arguments)
+    try:
+        given = checked(body, arguments)
+    except errors.InvalidDataError:
+        job.retries_left = 0
+        raise
     notes = job.meta.get("notes")
     run = Run(cache, job, time.monotonic() + cache.settings.job_part_seconds, notes if isinstance(notes, dict) else {})
     failpoints.hit("jobs.begun")
-    result = body(run, **given)
+    try:
+        result = body(run, **given)
+    except _THE_SAME_EACH_TIME:
+        job.retries_left = 0
+        raise
     if run.more:
         job.repeats_left, job.repeat_intervals = 1, [0]
         job.retries_left = RETRIES  # it got somewhere
@@ -294,6 +302,8 @@ def perform(cache: StateCache, body: Body, job: Job, arguments: Mapping[str, Any
     return result
 
 
+_THE_SAME_EACH_TIME = (errors.InvalidDataError, errors.NotFoundError, errors.ConfigurationError)
+"""What ends a job at once: it is not tried again."""
 _TYPES: Mapping[str, type] = {"str": str, "int": int, "bool": bool, "float": float}
 
 
@@ -311,11 +321,29 @@ def checked(body: Body, arguments: Mapping[str, Any]) -> dict[str, Any]:
             raise errors.InvalidDataError(f"argument {name!r} is refused: there are {', '.join(known) or 'none'}")
         wanted = known[name][0]
         if type(value) is not wanted and not (wanted is float and type(value) is int):
-            raise errors.InvalidDataError(f"{name} = {value!r} is refused: it must be {wanted.__name__}")
+            raise errors.InvalidDataError(f"{name} = {wording.shown(value)} is refused: it must be {wanted.__name__}")
+        number: Any = value
+        if wanted in (int, float) and not 0 <= number <= _NUMBER_MAX:
+            raise errors.InvalidDataError(f"{name} = {wording.shown(value)} is refused: it must be 0 to {_NUMBER_MAX}")
     for name, (_, default) in known.items():
-        if default is inspect.Parameter.empty and name not in arguments:
+        if default is inspect.Parameter.empty and arguments.get(name, "") == "":
             raise errors.InvalidDataError(f"argument {name!r} is missing")
+    file = arguments.get("file")
+    if file is not None and not _FILE_NAME.fullmatch(file):
+        raise errors.InvalidDataError(
+            f"file {wording.shown(file)} is refused: a plain name of letters, digits, '.', '_' and '-' that ends with .jsonl "
+            "or .csv, or those and .gz"
+        )
+    warmings.numbers(arguments.get("partitions", ""))
     return dict(arguments)
+
+
+def check_store(durable: DurableStore, arguments: Mapping[str, Any]) -> None:
+    """Refuse a machine, or a partition, that the store has not: raises ``NotFoundError`` and ``InvalidDataError``."""
+    machine = arguments.get("machine")
+    if machine and not (codec.NAME.fullmatch(machine) and durable.machine(machine)):
+        raise errors.NotFoundError(f"no machine {wording.shown(machine)} is registered here")
+    warmings.numbers(arguments.get("partitions", ""), durable.identity().partition_count)
 
 
 def parsed(body: Body, words: Mapping[str, str]) -> dict[str, Any]:

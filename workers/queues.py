@@ -37,6 +37,7 @@ from rq.serializers import JSONSerializer
 from rq.utils import now, utcformat, utcparse
 
 from statecache.core import errors
+from statecache.hot import failures, wire
 from statecache.settings import redact
 
 _log = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ TIMEOUT_SECONDS_MAX = 24 * 3600
 REFUSED_KEPT_SECONDS = 7 * 24 * 3600
 """How long a refused job stays in the registry of failed jobs, to be looked at."""
 _ID_LENGTH_MAX = 200
+_CONNECT_SECONDS = 5.0
 _WAIT_SECONDS = 1.0
 """With several queues, how long one is waited at before the others are looked at again."""
 
@@ -80,12 +82,21 @@ class Call(NamedTuple):
 
 @contextlib.contextmanager
 def connected(url: str) -> Iterator[redis.Redis]:
-    """A connection to RQ's Redis. What goes wrong with it within the block becomes ``UnavailableError``."""
-    client = redis.Redis.from_url(url, socket_connect_timeout=5.0)
+    """A connection to RQ's Redis. Raises ``ConfigurationError`` for a URL that is none, and one that it refuses (a password, a
+    database); anything else that goes wrong with it within the block becomes ``UnavailableError``."""
+    try:
+        wire.pool_of(url, _CONNECT_SECONDS)  # not connected: what is wrong with the URL shows up here
+    except errors.ConfigurationError as error:
+        raise errors.ConfigurationError(f"the Redis of the jobs (rq_redis_url, or redis_url): {error}") from None
+    client = redis.Redis.from_url(url, socket_connect_timeout=_CONNECT_SECONDS)
+    client.connection_pool.connection_kwargs["decode_responses"] = False  # whatever the URL asks for: RQ wants bytes
     try:
         client.ping()
         yield client
     except redis.RedisError as error:
+        told = failures.translated(error, f"the jobs', rq_redis_url: {redact(url)}")
+        if isinstance(told, errors.ConfigurationError):
+            raise told from error
         raise errors.UnavailableError(f"the Redis of the jobs ({redact(url)}): {error}") from error
     finally:
         client.close()

@@ -65,7 +65,7 @@ def fan_out(run: Run, machine: str, limit: int, partitions: str) -> dict[str, An
 def _shares(cache: StateCache, machine: str, limit: int, partitions: str) -> dict[str, int]:
     if limit < 0:
         raise errors.InvalidDataError(f"limit {limit} is refused: it must be 1 or more, or 0 for no limit")
-    wanted = _numbers(cache, partitions)
+    wanted = numbers(partitions, cache.settings.partition_count)
     found = warming.shares(cache, limit=limit or None, machine=machine or None)
     return {str(number): share for number, share in found.items() if wanted is None or number in wanted}
 
@@ -74,7 +74,8 @@ def _is_bounded(cache: StateCache, limit: int) -> bool:
     return bool(limit or cache.settings.hot_instances_max)
 
 
-def _numbers(cache: StateCache, partitions: str) -> set[int] | None:
+def numbers(partitions: str, count: int | None = None) -> set[int] | None:
+    """The partitions that a job names, None for all. Raises ``InvalidDataError``, also where there are fewer (``count``)."""
     if not partitions:
         return None
     if not re.fullmatch(r"[0-9]{1,6}(,[0-9]{1,6})*", partitions):
@@ -82,10 +83,8 @@ def _numbers(cache: StateCache, partitions: str) -> set[int] | None:
             f"partitions {partitions[:80]!r} is refused: numbers with commas between, as 0,3,7"
         )
     found = {int(number) for number in partitions.split(",")}
-    if max(found) >= cache.settings.partition_count:
-        raise errors.InvalidDataError(
-            f"partition {max(found)} is refused: they are 0 to {cache.settings.partition_count - 1}"
-        )
+    if count is not None and max(found) >= count:
+        raise errors.InvalidDataError(f"partition {max(found)} is refused: they are 0 to {count - 1}")
     return found
 
 

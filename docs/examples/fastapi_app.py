@@ -2,7 +2,8 @@
 
 Run it: ``uvicorn docs.examples.fastapi_app:app`` (without settings: an embedded server in ``./statecache-data``; otherwise
 ``STATECACHE_REDIS_URL`` and ``STATECACHE_DATABASE_URL``). The cache is opened when the application starts and closed when it
-ends; requests that run at the same time share script calls by themselves.
+ends; this process flushes too, which it need not where a ``statecache flusher`` runs. Requests that run at the same time
+share script calls by themselves.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Order(StateMachine):
 
 @asynccontextmanager
 async def lifespan(app: fastapi.FastAPI) -> AsyncIterator[None]:
-    async with AsyncStateCache.connect() as cache:
+    async with AsyncStateCache.connect(flusher=True) as cache:
         app.state.orders = await cache.machine(Order)
         yield  # on the way out: requests under way are waited for, then every connection is closed
 

@@ -151,12 +151,37 @@ def run_job(
     from workers import desk, jobs
 
     words = dict(_pair(word) for word in arguments or [])
-    given = jobs.parsed(desk.body_of(name), words)
+    try:
+        body = desk.body_of(name)
+    except errors.NotFoundError as error:
+        raise errors.InvalidDataError(str(error)) from None
+    given = jobs.parsed(body, words)
+    _check_store(store, given)
     with _queue(store) as queue:
         job_id = desk.start(queue, name, given)
         view = _awaited(queue, job_id, wait)
     code = _print_job(store, view)
     return exits.UNAVAILABLE if wait and view["status"] not in desk.STATES_OVER else code
+
+
+def _check_store(store: options.Store, given: dict[str, Any]) -> None:
+    """Refuse what the store has not, where it can be asked: if not, the worker finds it out."""
+    from statecache.durable.store import DurableStore
+    from statecache.engine.embedded import EmbeddedServer
+    from workers import jobs
+
+    settings = store.settings()
+    if settings.database_url is None and settings.redis_url is not None:
+        return  # only the queue is known here
+    if not given.get("machine") and not given.get("partitions"):
+        return
+    url = settings.database_url or EmbeddedServer(settings.data_dir).database_url
+    with contextlib.suppress(errors.UnavailableError):
+        durable = DurableStore.connect(url, partition_count=None, namespace=settings.namespace, create=False)
+        try:
+            jobs.check_store(durable, given)
+        finally:
+            durable.close()
 
 
 def _pair(word: str) -> tuple[str, str]:

@@ -28,7 +28,7 @@ from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 from rq.defaults import RQ_KEY_PREFIX
-from rq.job import Job
+from rq.job import Job, JobStatus
 from rq.queue import Queue
 from rq.registry import (
     CanceledJobRegistry,
@@ -375,6 +375,21 @@ class TrackingWorker:
         """In the work-horse: a job whose result is not kept is gone from Redis after this."""
         super().handle_job_success(job, *arguments, **options)  # type: ignore[misc]
         if job.get_result_ttl(1) == 0:
+            self.jobs.look(job.id, facts_of(job))
+
+    def handle_job_failure(self, job: Job, *arguments: Any, **options: Any) -> None:
+        """In the work-horse or, if that died, in the worker: a job whose failure is not kept is gone from Redis after this."""
+        super().handle_job_failure(job, *arguments, **options)  # type: ignore[misc]
+        self._look_at_failed(job)
+
+    def handle_job_retry(self, job: Job, *arguments: Any, **options: Any) -> None:
+        """In the work-horse: a job that asked for one retry too many has failed."""
+        super().handle_job_retry(job, *arguments, **options)  # type: ignore[misc]
+        self._look_at_failed(job)
+
+    def _look_at_failed(self, job: Job) -> None:
+        """What is tried again is still in Redis, and may be under way elsewhere by now: it is looked at there."""
+        if job.failure_ttl == 0 and job.get_status(refresh=False) in (JobStatus.FAILED, JobStatus.STOPPED):
             self.jobs.look(job.id, facts_of(job))
 
     def execute_job(self, job: Job, *arguments: Any, **options: Any) -> None:

@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Awaitable, Callable, Generator, Sequence
 from datetime import timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, Self, TypeVar
 
 from statecache import metrics as metering
 from statecache.core import errors, flows, items, model
@@ -23,7 +23,7 @@ from statecache.core.machine import StateMachine
 from statecache.engine import aside, durability, recovery
 from statecache.engine.aio_handle import AsyncMachineHandle
 from statecache.engine.cache import StateCache
-from statecache.engine.calls import as_receipts
+from statecache.engine.calls import NOT_PICKLED, as_receipts
 from statecache.engine.driver import UNREACHABLE, pause_seconds, shorten_confirmation
 from statecache.engine.handle import CONFIRMED
 from statecache.hot import confirmation
@@ -89,7 +89,7 @@ class AsyncStateCache:
         database_url: str | None = None,
         namespace: str | None = None,
         *,
-        flusher: bool = False,
+        flusher: bool | None = None,
         metrics: metering.Metrics | CollectorRegistry | None = None,
         **settings: Any,
     ) -> Opening[Self]:
@@ -151,6 +151,9 @@ class AsyncStateCache:
         self.sync.driver.closing.set()
         await self.threads.close(self.sync.close)
         _open_caches.discard(self)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(NOT_PICKLED.format("AsyncStateCache"))
 
     async def __aenter__(self) -> Self:
         return self

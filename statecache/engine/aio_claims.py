@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from statecache.core import model
+from statecache.engine.calls import NOT_PICKLED
 from statecache.engine.claims import Claim, ending
 
 if TYPE_CHECKING:
@@ -21,6 +22,9 @@ class AsyncClaim:
         self._briefly = briefly
         self.sync = sync
         self.machine, self.id, self.worker, self.token = sync.machine, sync.id, sync.worker, sync.token
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(NOT_PICKLED.format("AsyncClaim"))
 
     def __repr__(self) -> str:
         return f"<Async{repr(self.sync)[1:]}"

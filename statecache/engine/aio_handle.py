@@ -6,11 +6,11 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from statecache.core import entry, errors, model
 from statecache.engine.aio_claims import AsyncClaim, Claiming
-from statecache.engine.calls import Start, as_ids, as_list, check_kind
+from statecache.engine.calls import NOT_PICKLED, Start, as_ids, as_list, check_kind
 from statecache.engine.claims import TTL_SECONDS, Claim, Held, ending
 from statecache.engine.handle import MachineHandle
 
@@ -26,6 +26,9 @@ class AsyncMachineHandle:
         self._sync = sync
         self.name = sync.name
         self.machine = sync.machine
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(NOT_PICKLED.format("AsyncMachineHandle"))
 
     async def start(
         self,

@@ -10,6 +10,9 @@ An interruption (a signal's handler raises in the main thread) ends only the cal
 ends a lead - leadership to the next, an answer to every follower - can be done twice, and is done again by who was interrupted
 in the midst of it. Followers of an interrupted leader are told that their call is lost, which they repeat with the same id.
 
+A handler may also call itself, and come while its own thread holds the lock, with the queue half changed: it would wait for
+ever, and must not touch the queue. It is told by the lock's owner, and its item leaves alone.
+
 A follower waits no longer than its own timeout, whatever the leader's is: in the queue it goes without having been sent, in
 flight its call is lost to it, and the leader answers nobody.
 
@@ -62,7 +65,8 @@ class Batcher:
     ) -> None:
         self._apply = apply
         self._items_max = min(items_max, BATCH_ITEMS_MAX)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        """Never taken twice: an ``RLock`` because that can tell whose it is."""
         self._queue: deque[_Waiter] = deque()
         self._leaders: dict[int, _Waiter | items.Item] = {}
         """Who leads, by ``id``: waiters that were made leaders, and items of callers that found a place free."""
@@ -73,6 +77,8 @@ class Batcher:
     def apply(self, item: items.Item, timeout_seconds: float | None = None) -> items.Outcome:
         """Apply one item, in company if there is any. The leader's timeout is that of the exchange; whose answer it cuts
         off gets ``LOST`` and asks again. Raises ``ConfigurationError`` when the store was closed."""
+        if self._lock._is_owned():  # type: ignore[attr-defined] # as threading.Condition asks; nothing public tells
+            return self._apply([item], timeout_seconds)[0]
         mine: _Waiter | None = None
         try:
             with self._lock:

@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import msgspec
 
@@ -26,7 +26,7 @@ from statecache.durable.store import DurableStore
 from statecache.engine import commits, duties, recovery, servers, threads, watching
 from statecache.engine import durability as durability_levels
 from statecache.engine.admission import Admission
-from statecache.engine.calls import as_receipts, idle_bound
+from statecache.engine.calls import NOT_PICKLED, as_receipts, idle_bound
 from statecache.engine.driver import Driver
 from statecache.engine.elsewhere import Elsewhere
 from statecache.engine.embedded import EmbeddedServer
@@ -56,6 +56,9 @@ class StateCache:
     Make one per process with ``connect`` or ``embedded``, share it between threads, close it at the end (it is a context
     manager). A process may fork after connecting: the child opens connections of its own; it does not inherit the
     flusher's thread.
+
+    In a signal's handler set a flag, and call outside of it. A call made in the handler ends, and spoils nothing of the one
+    that it interrupts; but where that one is at just what it needs (a flush), it waits to its timeout in vain.
     """
 
     def __init__(
@@ -87,7 +90,7 @@ class StateCache:
     def _make_parts(self) -> None:
         """What holds locks or threads; made anew in a forked child, where the parent's locks may be held by nobody."""
         settings = self.settings
-        self._stop = threading.Event()
+        self._stop = threads.Event()
         self.leases = Leases(
             self.durable, settings.partition_count, lease_seconds=settings.lease_seconds, redis=self.hot.endpoint
         )
@@ -129,7 +132,7 @@ class StateCache:
         database_url: str | None = None,
         namespace: str | None = None,
         *,
-        flusher: bool = False,
+        flusher: bool | None = None,
         metrics: metering.Metrics | CollectorRegistry | None = None,
         **settings: Any,
     ) -> Self:
@@ -137,13 +140,16 @@ class StateCache:
 
         An empty database gets its tables; an empty Redis is made ready. What is not given comes from the environment
         (``STATECACHE_REDIS_URL`` ...) or the config file; without any URL the embedded server of ``data_dir`` is used.
-        With ``flusher`` a thread of this process flushes; otherwise flusher processes do (``statecache flusher``).
+        With ``flusher`` a thread of this process flushes; otherwise flusher processes do (``statecache flusher``). What is not
+        said is True where both servers are the embedded ones, as in ``embedded``, and False elsewhere.
         ``metrics`` is the Prometheus registry to count in; without one it is one of statecache's own, for all stores.
 
         Raises ``ConfigurationError`` when the servers are too old, do not belong together, or refuse the user, and
         ``UnavailableError`` when they cannot be reached.
         """
         wanted = Settings(redis_url=redis_url, database_url=database_url, namespace=namespace, **settings)
+        if flusher is None:
+            flusher = wanted.redis_url is None and wanted.database_url is None
         return cls.open(wanted, flusher=flusher, metrics=metrics)
 
     @classmethod
@@ -159,9 +165,16 @@ class StateCache:
 
         The last process to close stops the server. For one machine: development, tests, small deployments.
         """
-        given = {"redis_url": None, "database_url": None, **settings}
-        wanted = Settings(data_dir=Path(folder), **given)
-        return cls.open(wanted.model_copy(update=given), flusher=flusher, metrics=metrics)
+        if "data_dir" in settings:
+            raise errors.ConfigurationError("data_dir is refused: the folder is the first argument of embedded()")
+        given: object = folder
+        if not isinstance(given, (str, os.PathLike)) or not isinstance(os.fspath(given), str):
+            raise errors.ConfigurationError(
+                f"folder {wording.shown(given)} is refused: it must be a path (str or Path)"
+            )
+        urls = {"redis_url": None, "database_url": None, **settings}
+        wanted = Settings(data_dir=Path(folder), **urls)
+        return cls.open(wanted.model_copy(update=urls), flusher=flusher, metrics=metrics)
 
     @classmethod
     def open(
@@ -330,6 +343,9 @@ class StateCache:
     def server(self) -> EmbeddedServer | None:
         """The embedded server, if this store has one."""
         return self._server
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(NOT_PICKLED.format("StateCache"))
 
     def __repr__(self) -> str:
         return f"<StateCache {self.settings.namespace} at {redact(self.redis_url)} and {redact(self.database_url)}>"

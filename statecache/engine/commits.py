@@ -17,6 +17,9 @@ What can fail: SQL or Redis away: noted as the cause of the waiters' ``Durabilit
 database cannot even be asked about (none of ours): each waiter's question is asked alone, and only its caller hears of it. A
 leader that hangs in SQL beyond a follower's deadline: the follower leaves by itself.
 
+A signal's handler that waits while its own thread leads, or holds the lock, would wait for itself: it has a group of its own,
+which asks SQL, and helps unless its thread is at just that (then it looks on: ``DurabilityTimeout`` if nobody else flushes).
+
 Rejected: to answer from what the flusher has just committed (a second source of truth beside SQL's rows); to skip looks while
 no watermark has moved (a retried dead letter moves none); a thread of its own (a lone caller would pay for two more switches).
 """
@@ -29,7 +32,7 @@ from collections.abc import Callable, Collection, Sequence
 
 from statecache.core import entry, errors, keys, model
 from statecache.durable.store import DurableStore
-from statecache.engine import durability
+from statecache.engine import durability, threads
 
 HELP_AFTER_SECONDS = 1.0
 """Where a flusher is alive, this long without a move of a partition is left to it."""
@@ -42,6 +45,8 @@ _GRACE_SECONDS = 0.5
 """So long after its deadline a follower leaves by itself, if its leader has not told it."""
 _CLOSE_SECONDS = 2.0
 _CLOSE_PAUSE_SECONDS = 0.01
+_NOBODY_YET = 0
+"""Leads while the thread that leadership was handed to has not woken: no thread has this id."""
 _CLOSED = "this StateCache was closed before it was seen in SQL."
 
 Push = Callable[[float, Sequence[int] | None], bool]
@@ -91,7 +96,7 @@ class Waiter:
         self.error: Exception | None = None
         self.looked = self.leads = self.ended = False
         self.tell = tell
-        self.woken = threading.Event()
+        self.woken = threads.Bell()
 
     def judge(self, asked: Sequence[int], standing: Sequence[durability.Standing]) -> None:
         """Take the answers about what was left when SQL was asked. Whoever has left meanwhile has its answers."""
@@ -150,7 +155,8 @@ class GroupCommit:
         self._someone_flushes = someone_flushes
         self._flushes_here = flushes_here
         self._wake = wake
-        self._lock = threading.Lock()  # over what follows, until the blank line
+        # Over what follows, until the blank line. Never taken twice: an RLock because that can tell whose it is.
+        self._lock = threading.RLock()
         self._helper: object | None = None
         self._waiting: dict[Waiter, None] = {}
         self._server: Waiter | None = None
@@ -176,10 +182,24 @@ class GroupCommit:
         mine = Waiter(receipts, self._partition_count, deadline)
         if self._closed:
             mine.expire(_CLOSED)
+        elif self._leader == threading.get_ident() or self._is_within():
+            self._within()._take_part(mine)
         else:
             self._wake()
             self._take_part(mine)
         return mine.answers()
+
+    def _is_within(self) -> bool:
+        """Whether this is a signal's handler that came while its thread holds the lock."""
+        return bool(self._lock._is_owned())  # type: ignore[attr-defined] # as threading.Condition asks; nothing public tells
+
+    def _within(self) -> GroupCommit:
+        """A group for a signal's handler whose thread is at work for this one."""
+        made = GroupCommit(
+            self._durable, self._partition_count, self.help, self._someone_flushes, self._flushes_here, self._wake
+        )
+        made.signal = self.signal
+        return made
 
     def enter(
         self, receipts: Sequence[model.Receipt], deadline: float, tell: Callable[[], None]
@@ -287,7 +307,7 @@ class GroupCommit:
                 if heir is None:
                     self._leader = None
                 else:
-                    heir.leads = True
+                    heir.leads, self._leader = True, _NOBODY_YET
         if heir is not None:
             heir.wake()
 
@@ -418,6 +438,8 @@ class GroupCommit:
 
     def help(self, deadline: float, partitions: Sequence[int] | None) -> bool:
         """Run a step of the flusher, unless another thread does; True if it moved entries."""
+        if self._is_within():
+            return False
         mine = object()
         try:
             with self._lock:

@@ -8,7 +8,6 @@ sent while another flow of that lane wants something else (else the second could
 from __future__ import annotations
 
 import random
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ import msgspec
 
 from statecache.core import claims, entry, errors, failpoints, flows, fold, items, model
 from statecache.durable.store import DurableStore
+from statecache.engine import threads
 from statecache.engine.admission import Admission
 from statecache.engine.batcher import Batcher
 from statecache.engine.calls import Build, version_of
@@ -78,7 +78,7 @@ class Driver:
         self._batcher = Batcher(hot.apply, batch_items_max)
         self._confirming = Batcher(hot.apply, batch_items_max)
         """Of those that wait for a replica or a disk: the others do not wait for these."""
-        self.closing = threading.Event()
+        self.closing = threads.Event()
 
     # --- one flow ----------------------------------------------------------------------------------------------------
 

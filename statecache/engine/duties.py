@@ -43,7 +43,7 @@ class Duties:
 
     def __init__(self, duties: Sequence[Duty], stopping: threading.Event | None = None) -> None:
         self.duties = tuple(duties)
-        self.stopping = stopping or threading.Event()
+        self.stopping = stopping or threads.Event()
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
@@ -95,7 +95,7 @@ class Duties:
 
 def of(cache: StateCache) -> Duties:
     """The duties of a store, by its settings: one line for each kind."""
-    stopping = threading.Event()
+    stopping = threads.Event()
     evictor = eviction.Evictor(cache)
     duties = [
         Duty("eviction", cache.settings.eviction_interval_seconds, lambda: evictor.turn(stopping.is_set)),

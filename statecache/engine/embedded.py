@@ -94,7 +94,10 @@ class EmbeddedServer:
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.folder = Path(folder).expanduser().resolve()
+        try:
+            self.folder = Path(folder).expanduser().resolve()
+        except (ValueError, RuntimeError, OSError) as error:  # a NUL; nobody's home; a loop of links
+            raise errors.ConfigurationError(f"the data folder {str(folder)!r} cannot be used: {error}") from error
         self._server_lock = lockfile.LockFile(self.folder / "server.lock")
         self._users_lock = lockfile.LockFile(self.folder / "users.lock")
         self._data = self.folder / "redis"

@@ -153,7 +153,7 @@ class Flusher:
         self.lag_target_seconds = lag_target_seconds
         self.backlog_limit = backlog_limit
         self.log_keep_seconds = log_keep_seconds
-        self.wake = threading.Event()
+        self.wake = threads.Bell()
         self._lock = threading.Lock()
         self._cache = folds.Folds()
         self._stamp = scripts.NEVER

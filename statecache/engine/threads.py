@@ -1,6 +1,45 @@
-"""Ending threads of which nobody knows whether they have begun."""
+"""Threads: ending those of which nobody knows whether they have begun, and waking others from wherever one is.
 
+``threading.Event`` has a plain lock around its own, so a signal's handler that sets or asks one which its own thread is just
+setting, or waiting for, waits for ever. Those that a handler's call may come to are made here.
+"""
+
+import contextlib
 import threading
+
+
+class Bell:
+    """Wakes one thread, once for each time that it was rung (or more often): nothing but a lock, so that no ring is lost."""
+
+    def __init__(self) -> None:
+        self._silent = threading.Lock()
+        self._silent.acquire()
+
+    def set(self) -> None:
+        """Ring; no harm if it rings already."""
+        with contextlib.suppress(RuntimeError):
+            self._silent.release()
+
+    def wait(self, timeout_seconds: float = -1.0) -> bool:
+        """Wait for a ring, and take it; False if none came in time."""
+        return self._silent.acquire(timeout=timeout_seconds)
+
+    def is_set(self) -> bool:
+        """Whether it rings."""
+        return not self._silent.locked()
+
+    def clear(self) -> None:
+        """Take a ring that nobody waited for."""
+        self._silent.acquire(blocking=False)
+
+
+class Event(threading.Event):
+    """An event around whose lock its own thread may come a second time. A waiter that a handler interrupts with ``set`` in the
+    midst of lying down sleeps on to its timeout: for waits that are short."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._cond = threading.Condition()  # with an RLock, as is its default
 
 
 def join(thread: threading.Thread, timeout_seconds: float | None = None) -> None:

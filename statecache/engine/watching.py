@@ -78,7 +78,7 @@ class StoreWatch:
     ) -> None:
         self._cache = cache
         self._shared_seconds = shared_seconds
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal's handler may ask while its thread does
         self._past = Recoveries()
         self._sql: _Asked[InSql] = _Asked("sql", timeout_seconds)
         self._redis: _Asked[InRedis] = _Asked("redis", timeout_seconds)

@@ -43,15 +43,52 @@ def test_jobs_from_the_command_line(world: worlds.World) -> None:
     shown = _run(world, "jobs", "show", first["id"])
     assert (shown.code, shown.document["result"]["instances"]) == (0, 5)
     for arguments, code, words in (
-        (("jobs", "run", "nothing"), 1, "it is one of verify"),
+        (("jobs", "run", "nothing"), 2, "it is one of verify"),
         (("jobs", "run", "verify", "machine"), 2, "it is KEY=VALUE"),
         (("jobs", "run", "verify", "x=1"), 2, "there are machine"),
         (("jobs", "run", "evict", "idle_seconds=soon"), 2, "must be float"),
+        (("jobs", "run", "evict", "idle_seconds=-1"), 2, "must be 0 to"),
+        (("jobs", "run", "retention", "older_than_days=-5"), 2, "must be 0 to"),
+        (("jobs", "run", "retention", "older_than_days=nan"), 2, "must be 0 to"),
+        (("jobs", "run", "retention", "older_than_days=inf"), 2, "must be 0 to"),
+        (("jobs", "run", "warm", "limit=-1"), 2, "must be 0 to"),
+        (("jobs", "run", "warm", "partitions=x"), 2, "numbers with commas"),
+        (("jobs", "run", "warm", "partitions=0,99"), 2, "partition 99 is refused"),
+        (("jobs", "run", "verify", "machine=nope"), 1, "no machine 'nope' is registered"),
+        (("jobs", "run", "export", "machine=", "file=x.csv"), 2, "'machine' is missing"),
+        (("jobs", "run", "export", "machine=order", "file=../../x.csv"), 2, "a plain name"),
+        (("jobs", "run", "export", "machine=order", "file=x.xml"), 2, "ends with .jsonl"),
         (("jobs", "show", "nothing"), 1, "there is no job"),
         (("jobs", "cancel", first["id"]), 2, "is finished already"),
     ):
         found = _run(world, *arguments)
         assert (found.code, words in found.error["message"]) == (code, True), found
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://localhost:port/0", "redis://[::1/0", "redis://localhost/0?nonsense=1", "redis://localhost/0?socket_timeout=x",
+        "http://localhost", "redis://localhost/zero",
+    ],
+)  # fmt: skip
+def test_url_of_the_jobs_that_is_none(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was said to be a bug in statecache."""
+    monkeypatch.setenv("STATECACHE_RQ_REDIS_URL", url)
+    found = command.run_here("jobs", "list", "--json")
+    assert (found.code, found.error["type"]) == (2, "ConfigurationError"), found
+
+
+def test_url_of_the_jobs_that_is_refused(world: worlds.World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A password, a database: as for ``redis_url``. What the URL says of decoding harms nobody."""
+    for change, code in (("/4000", 2), ("?decode_responses=true", 0)):
+        base = world.redis_url.rpartition("/")[0] if change[0] == "/" else world.redis_url
+        monkeypatch.setenv("STATECACHE_RQ_REDIS_URL", base + change)
+        found = _run(world, "jobs", "list")
+        assert found.code == code, found
+    place = ("--redis-url", world.redis_url, "--database-url", world.database_url, "--namespace", world.namespace)
+    worked = command.run("worker", "--burst", "--no-scheduler", *place, env={"STATECACHE_RQ_REDIS_URL": base + change})
+    assert worked.code == 0, worked
 
 
 def test_server_of_the_jobs_that_is_away(world: worlds.World) -> None:

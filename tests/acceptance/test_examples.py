@@ -53,6 +53,15 @@ def environment(redis_url: str, sqlite_url: str, namespace: str, monkeypatch: py
     return told
 
 
+def test_tests_of_ones_own(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--basetemp={tmp_path}/run"]
+    done = subprocess.run(
+        [*command, EXAMPLES / "test_orders.py"], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stdout
+    assert "2 passed" in done.stdout
+
+
 def test_fastapi_app(environment: dict[str, str]) -> None:
     """A life over HTTP, and a status code for each kind of error; forty requests at once."""
     module = example("fastapi_app")

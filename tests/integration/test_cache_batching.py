@@ -6,6 +6,7 @@ import itertools
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import pytest
 from statecache.core import errors, items
 from statecache.engine import batcher as batcher_module
 from statecache.engine.batcher import Batcher
-from tests.support.interruptions import Interrupt, Interruption, interrupted_when
+from tests.support.interruptions import Interrupt, Interruption, interrupted_at, interrupted_when
 from tests.support.waiting import wait_until
 
 
@@ -62,6 +63,16 @@ class Call(threading.Thread):
         self.join(10)
         assert not self.is_alive(), f"the call {self.id} hangs"
         return self.result
+
+
+def bounded(work: Callable[[], Any]) -> Any:
+    """What it returns, done in a thread of its own: one that hangs is an error, and hangs nothing else."""
+    results: list[Any] = []
+    thread = threading.Thread(target=lambda: results.append(work()), daemon=True)
+    thread.start()
+    thread.join(30)
+    assert results, "it hangs, or raised"
+    return results[0]
 
 
 def test_calls_that_arrive_meanwhile_leave_together() -> None:
@@ -253,3 +264,51 @@ def test_levels_of_durability_do_not_travel_together() -> None:
     assert (first.answer().code, plain.answer().code) == ("OK", "OK")
     waiting.join(10)
     assert server.batches == [["first"], ["confirmed"], ["plain"]]
+
+
+def test_handlers_call_leaves_alone_while_its_thread_holds_the_lock() -> None:
+    """A signal's handler calls in the midst of its own thread's call, which holds the lock: it waited for ever, whatever its
+    timeout. It is answered, and the queue that it found half changed is as it was."""
+    server = Server()
+    server.gate.release(2)
+    batcher = Batcher(server.apply, leaders_max=1)
+    Call(batcher, "before").answer()
+
+    def within() -> Any:
+        with batcher._lock:
+            batcher._leaders[0] = item("another")
+            answer = batcher.apply(item("handler"), 5.0)
+            assert list(batcher._leaders) == [0]
+            assert not batcher._queue
+            return answer
+
+    assert bounded(within).words == ["handler"]
+    assert server.batches == [["before"], ["handler"]]
+
+
+def test_handlers_call_at_every_place_of_its_threads_call() -> None:
+    """Wherever the handler comes, its call and the one that it meets are answered, each once."""
+    for nth in itertools.count(1):
+        answered: list[str] = []
+
+        def apply(batch: Sequence[items.Item], timeout_seconds: float | None = None, to: Any = answered) -> Any:
+            to += [item.id for item in batch]
+            return [items.Outcome("OK", [item.id]) for item in batch]
+
+        batcher = Batcher(apply)
+
+        words: list[Sequence[Any]] = []
+
+        def call(id: str, batcher: Any = batcher, words: Any = words) -> None:
+            words.append(batcher.apply(item(id), 5.0).words)
+
+        met = interrupted_at(nth, batcher_module.__file__, partial(call, "main"), partial(call, "handler"))
+        expected = ["handler", "main"] if met else ["main"]
+        assert sorted(answered) == expected, nth
+        assert sorted(words) == [[id] for id in expected], nth
+        assert not batcher._leaders
+        assert not batcher._companies
+        assert not batcher._queue
+        if not met:
+            assert nth > 5
+            return

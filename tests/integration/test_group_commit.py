@@ -490,6 +490,42 @@ def test_interrupted_at_every_place(what: str, tmp_path: Path) -> None:
                 return
 
 
+@pytest.mark.parametrize("what", ["wait", "flush"])
+def test_handlers_wait_at_every_place_of_its_threads(what: str, tmp_path: Path) -> None:
+    """A signal's handler waits, or flushes, in the midst of its own thread's wait: that one's lock is held, or it leads, or it
+    flushes just now. The handler waited for its thread for ever, or as long as it could; it asks and flushes by itself, and
+    gives up only where its thread is at just that. The call that it met goes on as if nothing had been."""
+    with worlds.EmulatedWorld(f"sqlite:///{tmp_path}/store.db") as lite:
+        lite.start("done")
+        lite.flush()
+        given_up = 0
+        for nth in itertools.count(1):
+            lite.cache._make_parts()
+            group = lite.cache.commits
+            (*_, mine), (*_, handlers) = lite.start(f"{nth}"), lite.start(f"h{nth}")
+            raised: list[Exception] = []
+
+            def work(mine: Any = mine) -> None:
+                lite.cache.wait_durable(mine, LONG)
+
+            def handler(handlers: Any = handlers, raised: Any = raised) -> None:
+                try:
+                    lite.cache.flush(0.2) if what == "flush" else lite.cache.wait_durable(handlers, 0.2)
+                except errors.DurabilityTimeout as error:
+                    raised.append(error)
+
+            met = interrupted_at(nth, commits.__file__, work, handler)
+            given_up += len(raised)
+            assert group._leader is None, nth
+            assert not group._waiting, nth
+            assert group._helper is None, nth
+            lite.cache.wait_durable([mine, handlers], LONG)
+            if not met:
+                assert nth > 20
+                assert given_up < nth / 5
+                return
+
+
 def test_leader_interrupted_at_every_place_of_its_end_hands_over_once(world: worlds.World) -> None:
     """One leads and its receipt is answered while two wait behind it; it is interrupted at any place on its way out: before it
     has named its heir, in between, before it has woken it. One of the others leads, and only one."""

@@ -417,14 +417,17 @@ def test_retention_and_export(world: worlds.World, background: Background, tmp_p
         "damaged": [],
     }, background.show(retained)
     assert len(world.orders.history("o3")) == 2
-    for name, arguments in (
-        ("export", {"machine": "order", "file": "../orders.csv"}),
-        ("retention", {"older_than_days": 0.0}),
-    ):
-        refused = background.start(name, **arguments)
-        background.burst(environment=folders)
-        assert background.show(refused)["status"] == "failed"
-        assert "is refused" in background.show(refused)["error"]
+    refused = background.start("retention", older_than_days=0.0)
+    hostile = background.raw_job(
+        "hostile",
+        data=b'["statecache.export", null, [], {"machine": "order", "file": "../orders.csv"}]',
+        retries_left="3",
+    )
+    worked = background.burst(environment=folders)
+    assert "retried after" not in worked.printed  # it would be the same each time
+    for job_id in (refused, hostile):
+        view = background.show(job_id)
+        assert (view["status"], "is refused" in view["error"]) == ("failed", True), view
 
 
 def test_export_goes_on_from_any_step(world: worlds.World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -629,6 +632,11 @@ def test_export_is_on_the_disk_before_a_step_is_told(
         ("os.system", {}, errors.NotFoundError),
         ("verify", {"machine": 7}, errors.InvalidDataError),
         ("verify", {"machin": "order"}, errors.InvalidDataError),
+        ("retention", {"older_than_days": -1.0}, errors.InvalidDataError),
+        ("retention", {"older_than_days": float("nan")}, errors.InvalidDataError),
+        ("warm", {"limit": -1}, errors.InvalidDataError),
+        ("warm", {"partitions": "1;2"}, errors.InvalidDataError),
+        ("export", {"machine": "order", "file": "../orders.csv"}, errors.InvalidDataError),
     ],
 )
 def test_what_cannot_be_started(

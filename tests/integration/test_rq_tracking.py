@@ -123,6 +123,18 @@ def test_result_that_is_not_kept(user: User) -> None:
     assert user.events(job) == ["@start", "enqueue", "start_run", "finish"]
 
 
+def test_failure_that_is_not_kept(user: User) -> None:
+    """As a result that is not kept; it was recorded as forgotten, never as failed. What is tried again is there until it is
+    over. In the end RQ has dropped them."""
+    broken = user.jobs.enqueue(tracked.broken, failure_ttl=0)
+    retried = user.jobs.enqueue(tracked.broken, failure_ttl=0, retry=rq.Retry(max=1))
+    user.burst()
+    assert not user.connection.exists(f"rq:job:{broken.id}", f"rq:job:{retried.id}")
+    user.jobs.sweep()
+    assert user.events(broken) == ["@start", "enqueue", "start_run", "fail", "forget"]
+    assert user.events(retried) == ["@start", "enqueue", "start_run", "retry", "start_run", "fail", "forget"]
+
+
 def test_scheduled_deferred_canceled_requeued_and_stopped(user: User, tmp_path: Path) -> None:
     later = user.queue.enqueue_in(timedelta(seconds=1), tracked.fine)
     canceled = user.jobs.enqueue(tracked.fine)

@@ -48,9 +48,10 @@ class Interruption:
 
     PLACES = frozenset({"RESUME", "CALL", "CALL_FUNCTION_EX", "JUMP_BACKWARD"})
 
-    def __init__(self, nth: int, file: str) -> None:
+    def __init__(self, nth: int, file: str, handler: Callable[[], object] | None = None) -> None:
         self.left = nth
         self.file = file
+        self.handler = handler
         self.before: dict[Any, str] = {}
 
     def __call__(self, frame: Any, event: str, argument: object) -> Any:
@@ -63,13 +64,18 @@ class Interruption:
             if before in self.PLACES:
                 self.left -= 1
                 if self.left == 0:
-                    raise Interrupt
+                    if self.handler is None:
+                        raise Interrupt
+                    self.handler()
         return self
 
 
-def interrupted_at(nth: int, file: str, work: Callable[[], object]) -> bool:
-    """Do something in a thread of its own that is interrupted at the ``nth`` place of a file's code; whether there was one."""
-    interruption = Interruption(nth, file)
+def interrupted_at(
+    nth: int, file: str, work: Callable[[], object], handler: Callable[[], object] | None = None
+) -> bool:
+    """Do something in a thread of its own that is interrupted at the ``nth`` place of a file's code; whether there was one.
+    The interruption raises, or calls the ``handler`` and goes on."""
+    interruption = Interruption(nth, file, handler)
 
     def body() -> None:
         sys.settrace(interruption)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 
+import prometheus_client
 import pytest
 from prometheus_client import CollectorRegistry
 
 from statecache import metrics
 from statecache.core import errors, model
+from tests.support.interruptions import interrupted_at
 
 
 def _receipt(event: str, duplicate: bool = False) -> model.Receipt:
@@ -165,3 +168,37 @@ def test_families_of_both_kinds_keep_the_conventions() -> None:
         assert name.endswith("_total") == (family.kind == metrics.COUNTER)
         assert family.help.endswith((".", ").")), name
         assert not {"id", "instance", "entry"} & set(family.labels), name
+
+
+def test_handlers_calls_at_every_place_of_its_threads(made: metrics.Metrics) -> None:
+    """A signal's handler counts, under a label of its own too, and reads, while its thread does: the lock was held for ever."""
+    meter = _meter(made)
+    for work in (lambda: meter.done(_receipt("pay"), None, 0.1), lambda: list(made.collect())):
+        for nth in itertools.count(1):
+            before = _transitions(made, "ship", "ok") or 0.0
+
+            def handler(nth: int = nth) -> None:
+                meter.done(_receipt("ship"), None, 0.1)
+                made.add("statecache_jobs_total", 1, f"job{nth}", "finished")
+                list(made.collect())
+
+            met = interrupted_at(nth, metrics.__file__, work, handler)
+            assert _transitions(made, "ship", "ok") == before + met
+            if not met or nth > 40:
+                assert nth > 3
+                break
+
+
+def test_handlers_text_in_the_midst_of_its_threads_is_refused(made: metrics.Metrics) -> None:
+    """prometheus_client's registry has a lock, too, which nobody can ask whose it is."""
+    refused: list[Exception] = []
+
+    def handler() -> None:
+        try:
+            made.text()
+        except errors.UnavailableError as error:
+            refused.append(error)
+
+    assert interrupted_at(1, prometheus_client.registry.__file__, made.text, handler)
+    assert "set a flag in the handler" in str(refused[0])
+    assert b"statecache_transitions_total" in made.text()

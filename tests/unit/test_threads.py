@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
+from functools import partial
 from typing import Any
 
 import pytest
 
 from statecache.engine import threads
 from statecache.engine.duties import Duties, Duty
+from tests.support.interruptions import interrupted_at
 
 
 @pytest.fixture
@@ -59,3 +62,30 @@ def test_duties_are_closed_after_an_interrupted_start(cut_off: None) -> None:
     with pytest.raises(KeyboardInterrupt):
         duties.start()
     duties.close(1)
+
+
+@pytest.mark.parametrize("kind", [threads.Bell, threads.Event])
+@pytest.mark.parametrize("work", ["set", "wait"])
+def test_set_in_the_midst_of_its_own_threads_set_or_wait(kind: type[threads.Bell | threads.Event], work: str) -> None:
+    """A signal's handler sets what its thread is just setting or waiting for; ``threading.Event`` waits for its own lock."""
+    for file in (threads.__file__, threading.__file__):
+        for nth in itertools.count(1):
+            one = kind()
+            run = partial(one.wait, 0.001) if work == "wait" else one.set
+            met = interrupted_at(nth, file, run, one.set)
+            if not met:
+                break
+            one.set()
+            assert one.is_set()
+
+
+def test_bell_is_taken_by_its_wait() -> None:
+    bell = threads.Bell()
+    assert not bell.wait(0.0)
+    bell.set()
+    bell.set()
+    assert bell.wait(0.0)
+    assert not bell.wait(0.0)
+    bell.set()
+    bell.clear()
+    assert not bell.is_set()
