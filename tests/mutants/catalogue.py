@@ -1165,7 +1165,7 @@ MUTANTS = [
         (
             Patch(
                 "statecache/hot/aio.py",
-                "        return not ahead.retry and not ahead.pinned\n",
+                '        return not ahead.retry and not ahead.pinned and "" not in ahead.move.targets\n',
                 "        return True\n",
             ),
         ),
