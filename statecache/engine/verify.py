@@ -99,8 +99,8 @@ def verify(
 ) -> Findings:
     """Compare everything with everything, and change nothing.
 
-    Cost: one pass over history, checkpoints, backlog and hot hashes; memory: one page of each. Raises
-    ``UnavailableError`` and ``RecoveringError``.
+    Cost: one pass over history, checkpoints and hot hashes, and one over the backlog for each ten thousand entries of it;
+    memory: one page of each, and those entries. Raises ``UnavailableError`` and ``RecoveringError``.
     """
     found: list[Finding] = []
     instances = transitions = hot = 0
