@@ -106,7 +106,7 @@ def test_client_that_flushes(store: Store) -> None:
     _fill(client)
     client.flush()
     with store.server.client() as judge:
-        wait_until(lambda: len(list(judge.scan_iter("*:i:*"))) <= 1, "all but one instance are evicted")
+        wait_until(lambda: len(list(judge.scan_iter("*:i:*"))) <= 1, "all but one instance are evicted", 60)
     assert not store.server.refusals()
 
 

@@ -244,14 +244,11 @@ def test_commit_is_cut_on_the_wire(
 
 
 def test_trim_that_was_not_told_is_made_up_for(lite: World) -> None:
-    """Redis is away after the commit: the step fails, nothing is lost; the next step, with nothing to move, tells it."""
+    """Redis is away after the commit: nothing is lost; the next step, with nothing to move, tells it."""
     _orders(lite)
     flusher = lite.flusher()
-    with (
-        before_call(lite.hot, "flushed", lambda: _raise(errors.UnavailableError("away"))),
-        pytest.raises(errors.UnavailableError),
-    ):
-        flusher.step()
+    with before_call(lite.hot, "flushed", lambda: _raise(errors.UnavailableError("away"))):
+        assert flusher.step().entries == 40
     assert len(lite.log(0)) > 1
     flusher.step()
     assert lite.log(0) == [str(lite.watermark(0))]
