@@ -100,7 +100,14 @@ def test_only_some_partitions(world: worlds.World, background: Background) -> No
     assert {f"o{number}" for number in range(ORDERS) if world.is_hot(f"o{number}")} == wanted
 
 
-@pytest.mark.parametrize("arguments", [{"partition": 16}, {"partitions": "16"}, {"partitions": "3;7"}, {"limit": -1}])
+@pytest.mark.parametrize("arguments", [{"partitions": "3;7"}, {"limit": -1}])
+def test_what_no_store_could_do_is_refused_at_once(background: Background, arguments: dict[str, Any]) -> None:
+    with pytest.raises(errors.InvalidDataError, match="is refused"):
+        desk.start(background.queue, "warm", arguments, retry_seconds=())
+    assert not background.queue.job_ids
+
+
+@pytest.mark.parametrize("arguments", [{"partition": 16}, {"partitions": "16"}])
 def test_bad_arguments_fail_the_job(world: worlds.World, background: Background, arguments: dict[str, Any]) -> None:
     job_id = desk.start(background.queue, "warm", arguments, retry_seconds=())
     background.burst()
