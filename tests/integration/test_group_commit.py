@@ -42,7 +42,7 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> None:
 def world(patient: None, redis_url: str, database_url: str, namespace: str) -> Iterator[worlds.World]:
     """Two partitions, and a flusher that is alive and idle."""
     with worlds.World(redis_url, database_url, namespace) as made:
-        idle = Leases(made.durable, 2, lease_seconds=600.0)
+        idle = Leases(made.durable, 2, lease_seconds=600.0, redis=made.hot.endpoint)
         idle.turn()
         yield made
         leave_quietly(idle)

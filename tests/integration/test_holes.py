@@ -151,7 +151,7 @@ def test_h3_recoverer_dies_after_a_drop_and_sql_goes_back(world: World) -> None:
     world.orders.transition("1", "pay")
     world.flush()
     world.redis_back(saved_redis)
-    with pytest.raises(Died), after_call(world.hot, "drop", die, call=2):
+    with pytest.raises(Died), after_call(world.hot, "drop", die, call=3):
         world.cache.recover()
     assert not world.is_hot("1")
     world.sql_back(saved_sql)
