@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Awaitable, Callable, Generator, Sequence
 from datetime import timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Any, Generic, NoReturn, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from statecache import metrics as metering
 from statecache.core import errors, flows, items, model
@@ -23,9 +23,10 @@ from statecache.core.machine import StateMachine
 from statecache.engine import aside, durability, recovery
 from statecache.engine.aio_handle import AsyncMachineHandle
 from statecache.engine.cache import StateCache
-from statecache.engine.calls import NOT_PICKLED, as_receipts
+from statecache.engine.calls import as_receipts
 from statecache.engine.driver import UNREACHABLE, pause_seconds, shorten_confirmation
 from statecache.engine.handle import CONFIRMED
+from statecache.engine.processes import OfOneProcess
 from statecache.hot import confirmation
 from statecache.hot.aio import AsyncHotStore, Turn
 from statecache.hot.wire import EXCHANGE_SECONDS_MIN
@@ -56,7 +57,7 @@ class Opening(Generic[Opened]):
         await self._opened.close()
 
 
-class AsyncStateCache:
+class AsyncStateCache(OfOneProcess):
     """``StateCache`` with ``await``: see there for what each method does and raises.
 
     Made by ``connect`` or ``embedded`` inside a running event loop (asyncio, uvloop, anyio on asyncio), which it belongs to;
@@ -151,9 +152,6 @@ class AsyncStateCache:
         self.sync.driver.closing.set()
         await self.threads.close(self.sync.close)
         _open_caches.discard(self)
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError(NOT_PICKLED.format("AsyncStateCache"))
 
     async def __aenter__(self) -> Self:
         return self

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Any, NoReturn, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from statecache.core import model
-from statecache.engine.calls import NOT_PICKLED
 from statecache.engine.claims import Claim, ending
+from statecache.engine.processes import OfOneProcess
 
 if TYPE_CHECKING:
     from statecache.engine.aio_handle import AsyncMachineHandle
 
 
-class AsyncClaim:
+class AsyncClaim(OfOneProcess):
     """As ``statecache.engine.claims.Claim``; an async context manager, which ends it. ``sync`` has its attributes."""
 
     def __init__(self, handle: AsyncMachineHandle, sync: Claim, briefly: Callable[..., Awaitable[Any]]) -> None:
@@ -22,9 +22,6 @@ class AsyncClaim:
         self._briefly = briefly
         self.sync = sync
         self.machine, self.id, self.worker, self.token = sync.machine, sync.id, sync.worker, sync.token
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError(NOT_PICKLED.format("AsyncClaim"))
 
     def __repr__(self) -> str:
         return f"<Async{repr(self.sync)[1:]}"

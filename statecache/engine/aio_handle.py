@@ -6,19 +6,20 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from statecache.core import entry, errors, model
 from statecache.engine.aio_claims import AsyncClaim, Claiming
-from statecache.engine.calls import NOT_PICKLED, Start, as_ids, as_list, check_kind
+from statecache.engine.calls import Start, as_ids, as_list, check_kind
 from statecache.engine.claims import TTL_SECONDS, Claim, Held, ending
 from statecache.engine.handle import MachineHandle
+from statecache.engine.processes import OfOneProcess
 
 if TYPE_CHECKING:
     from statecache.engine.aio import AsyncStateCache
 
 
-class AsyncMachineHandle:
+class AsyncMachineHandle(OfOneProcess):
     """``MachineHandle`` with ``await``: see there for what each method does and raises."""
 
     def __init__(self, cache: AsyncStateCache, sync: MachineHandle) -> None:
@@ -26,9 +27,6 @@ class AsyncMachineHandle:
         self._sync = sync
         self.name = sync.name
         self.machine = sync.machine
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError(NOT_PICKLED.format("AsyncMachineHandle"))
 
     async def start(
         self,

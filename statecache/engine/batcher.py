@@ -30,6 +30,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from statecache.core import errors, items
+from statecache.engine import threads
 from statecache.hot.store import BATCH_BYTES_MAX, BATCH_ITEMS_MAX
 from statecache.hot.wire import EXCHANGE_SECONDS_MIN
 
@@ -77,7 +78,7 @@ class Batcher:
     def apply(self, item: items.Item, timeout_seconds: float | None = None) -> items.Outcome:
         """Apply one item, in company if there is any. The leader's timeout is that of the exchange; whose answer it cuts
         off gets ``LOST`` and asks again. Raises ``ConfigurationError`` when the store was closed."""
-        if self._lock._is_owned():  # type: ignore[attr-defined] # as threading.Condition asks; nothing public tells
+        if threads.is_held_here(self._lock):
             return self._apply([item], timeout_seconds)[0]
         mine: _Waiter | None = None
         try:

@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import msgspec
 
@@ -26,7 +26,7 @@ from statecache.durable.store import DurableStore
 from statecache.engine import commits, duties, recovery, servers, threads, watching
 from statecache.engine import durability as durability_levels
 from statecache.engine.admission import Admission
-from statecache.engine.calls import NOT_PICKLED, as_receipts, idle_bound
+from statecache.engine.calls import as_receipts, idle_bound
 from statecache.engine.driver import Driver
 from statecache.engine.elsewhere import Elsewhere
 from statecache.engine.embedded import EmbeddedServer
@@ -35,6 +35,7 @@ from statecache.engine.flusher import Flusher
 from statecache.engine.flushing import Flushing
 from statecache.engine.handle import CONFIRMED, MachineHandle
 from statecache.engine.leases import Leases, leave_quietly, someone_flushes
+from statecache.engine.processes import OfOneProcess
 from statecache.engine.timeouts import Timeouts
 from statecache.hot.store import HotStore
 from statecache.settings import Settings, failpoint_variable, redact
@@ -50,7 +51,7 @@ _HELP_AFTER_SECONDS = 0.5
 """Where others flush, this long without a sign of it is left to them before ``flush`` does the work itself."""
 
 
-class StateCache:
+class StateCache(OfOneProcess):
     """A store of state machines: hot in Redis, durable in SQL.
 
     Make one per process with ``connect`` or ``embedded``, share it between threads, close it at the end (it is a context
@@ -343,9 +344,6 @@ class StateCache:
     def server(self) -> EmbeddedServer | None:
         """The embedded server, if this store has one."""
         return self._server
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError(NOT_PICKLED.format("StateCache"))
 
     def __repr__(self) -> str:
         return f"<StateCache {self.settings.namespace} at {redact(self.redis_url)} and {redact(self.database_url)}>"

@@ -13,7 +13,6 @@ from statecache.settings import Settings
 
 Start = model.Start | tuple[str, Mapping[str, Any] | None] | str
 _LIMIT_MAX = 2**31 - 1
-NOT_PICKLED = "a {} cannot be pickled: it belongs to its process; open one in each process"
 Build = Callable[[Sequence[int]], Iterable[flows.Request | errors.StateCacheError]]
 """Makes the requests of some places of a bulk call, or the errors that say why they are refused."""
 

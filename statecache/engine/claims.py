@@ -12,12 +12,13 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from statecache.core import claims, codec, errors, model, wording
 from statecache.core.claims import Held
 from statecache.engine import finals
-from statecache.engine.calls import NOT_PICKLED, check_kind, check_limit
+from statecache.engine.calls import check_kind, check_limit
+from statecache.engine.processes import OfOneProcess
 from statecache.hot import claims as hot_claims
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ TTL_SECONDS = 30.0
 PAGE = 100
 
 
-class Claim:
+class Claim(OfOneProcess):
     """The right to move one instance. Made by ``MachineHandle.claim`` and ``claim_next``; a context manager, which ends it.
 
     ``token`` grows with each grant of this instance: give it to whatever else the worker writes to, and let that refuse a
@@ -50,9 +51,6 @@ class Claim:
         if renew:
             kept = weakref.ref(self), self._news
             threading.Thread(target=_keep, args=kept, name=f"statecache-claim-{self.id}", daemon=True).start()
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError(NOT_PICKLED.format("Claim"))
 
     def __repr__(self) -> str:
         return f"<Claim {self.machine}:{self.id} {self.token} of {self.worker} until {self.expires_at}>"

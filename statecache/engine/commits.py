@@ -191,7 +191,7 @@ class GroupCommit:
 
     def _is_within(self) -> bool:
         """Whether this is a signal's handler that came while its thread holds the lock."""
-        return bool(self._lock._is_owned())  # type: ignore[attr-defined] # as threading.Condition asks; nothing public tells
+        return threads.is_held_here(self._lock)
 
     def _within(self) -> GroupCommit:
         """A group for a signal's handler whose thread is at work for this one."""

@@ -7,14 +7,15 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from statecache import metrics
 from statecache.core import codec, entry, errors, flows, model
 from statecache.core.machine import StateMachine
 from statecache.engine import claims as claiming
 from statecache.engine import finals
-from statecache.engine.calls import NOT_PICKLED, Build, Calls, Start, as_ids, as_list, check_kind
+from statecache.engine.calls import Build, Calls, Start, as_ids, as_list, check_kind
+from statecache.engine.processes import OfOneProcess
 
 if TYPE_CHECKING:
     from statecache.engine.cache import StateCache
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 CONFIRMED = (model.Durability.FSYNC, model.Durability.REPLICA)
 
 
-class MachineHandle:
+class MachineHandle(OfOneProcess):
     """All that can be done with the instances of one machine. Thread-safe; made by ``StateCache.machine``.
 
     Every write is one script call, retried with the same transition id until the call's ``timeout`` (seconds), and then
@@ -46,9 +47,6 @@ class MachineHandle:
         self.calls = Calls(machine, cache.settings, cache.ids)
         default = machine.definition.durability or cache.settings.durability
         self.meter = metrics.MachineMeter(cache.metrics, self.name, machine.definition.events, default)
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError(NOT_PICKLED.format("MachineHandle"))
 
     def __repr__(self) -> str:
         return f"<MachineHandle {self.name} version {self.machine.definition.version}>"

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import os
 from pathlib import Path
+from typing import NoReturn
 
 
 @functools.cache
@@ -48,3 +49,12 @@ def is_gone(text: str | None) -> bool:
     """Whether the process that called itself so (``own``) has ended."""
     pid, _, where = (text or "").partition(" ")
     return pid.isdigit() and has_ended(int(pid), where)
+
+
+class OfOneProcess:
+    """What has connections, locks or threads, and so cannot go to another process."""
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            f"a {type(self).__name__} cannot be pickled: it belongs to its process; open one in each process"
+        )

@@ -6,6 +6,7 @@ setting, or waiting for, waits for ever. Those that a handler's call may come to
 
 import contextlib
 import threading
+from typing import Any
 
 
 class Bell:
@@ -40,6 +41,11 @@ class Event(threading.Event):
     def __init__(self) -> None:
         super().__init__()
         self._cond = threading.Condition()  # with an RLock, as is its default
+
+
+def is_held_here(lock: Any) -> bool:
+    """Whether this thread holds an ``RLock``: as ``threading.Condition`` asks, for nothing public tells."""
+    return bool(lock._is_owned())
 
 
 def join(thread: threading.Thread, timeout_seconds: float | None = None) -> None:
