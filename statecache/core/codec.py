@@ -278,29 +278,38 @@ _chained = itertools.chain.from_iterable
 
 
 def _encode_plain_patch(data: dict[str, Any], limits: Limits) -> Encoded | None:
-    """The same for what most patches are: known names and plain values, in two calls instead of two for each field. None
+    """The same for what most patches are: known names and plain values, in one call instead of two for each field. None
     leaves it to the thorough form, which finds what is wrong, if anything is."""
-    values = list(data.values())  # a list: msgspec 0.22 loses an iterator (86 bytes for ever) with any other iterable
-    try:
-        names = tuple(map(_seen_names.__getitem__, data))
-    except KeyError:
+    shape = tuple(data)
+    names = _seen_shapes.get(shape) or _names_of(shape)
+    if names is None:
         return None
-    if not _PLAIN.issuperset(map(type, values)):
-        return None
+    values: list[Any] = list(data.values())
     for value in values:
-        if type(value) in _NUMBERS and not -_PLAIN_NUMBER_MAX < value < _PLAIN_NUMBER_MAX:  # not for NaN either
+        kind = type(value)
+        if kind is str:
+            continue
+        if kind is float or kind is int:
+            if not -_PLAIN_NUMBER_MAX < value < _PLAIN_NUMBER_MAX:  # not for NaN either
+                return None
+        elif value is not None and kind is not bool:
             return None
+    values.append(data)  # the whole is the last line
     try:
         lines = _encode_lines(values)
     except UnicodeEncodeError:  # half of a surrogate pair
         return None
-    # One byte is looked for many times as fast as six, and is rare.
-    # With names of 64 characters the object's text is no longer than this; what may be too long is measured exactly there.
-    if (b"\\" in lines and b"\\u0000" in lines) or len(lines) + 68 * len(data) > limits.patch_bytes_max:
+    # Longer than the object alone: what may be too much is measured by the thorough form.
+    if len(lines) > limits.patch_bytes_max:
         return None
-    texts = lines.decode().split("\n")
+    together = lines.decode()
+    # One character is looked for many times as fast as six, and is rare.
+    if "\\" in together and "\\u0000" in together:
+        return None
+    texts = together.split("\n")
     texts.pop()  # empty: a line break ends the last one
-    return names, texts, _encode_json(data).decode()
+    text = texts.pop()
+    return names, texts, text
 
 
 def encode_patches(patches: Sequence[object], limits: Limits) -> list[Encoded | None]:
@@ -313,10 +322,12 @@ def encode_patches(patches: Sequence[object], limits: Limits) -> list[Encoded | 
     shapes = list(map(tuple, plain))
     values = list(_chained(map(dict.values, plain)))
     kinds = set(map(type, values))
-    try:
-        names_of = {shape: tuple(map(_seen_names.__getitem__, shape)) for shape in set(shapes)}
-    except KeyError:
-        return encoded
+    names_of: dict[tuple[str, ...], tuple[str, ...]] = {}
+    for shape in set(shapes):
+        names = _names_of(shape)
+        if names is None:
+            return encoded
+        names_of[shape] = names
     if not _PLAIN.issuperset(kinds):
         return encoded
     if not _NUMBERS.isdisjoint(kinds):
@@ -347,10 +358,22 @@ def encode_patches(patches: Sequence[object], limits: Limits) -> list[Encoded | 
 # Field names recur in every call: those found good are not matched again, and all calls share one text. Bounded, because
 # names are input.
 _seen_names: dict[str, str] = {}
+_seen_shapes: dict[tuple[str, ...], tuple[str, ...]] = {}
+"""The same for all names of a patch, in their order."""
+_SEEN_MAX = 10_000
 
 
 def _remembered(name: str) -> str:
-    return _seen_names.setdefault(name, name) if len(_seen_names) < 10_000 else name
+    return _seen_names.setdefault(name, name) if len(_seen_names) < _SEEN_MAX else name
+
+
+def _names_of(shape: tuple[str, ...]) -> tuple[str, ...] | None:
+    """The names of a patch as those that were found good, None if any of them was not seen."""
+    try:
+        names = tuple([_seen_names[name] for name in shape])
+    except KeyError:
+        return None
+    return _seen_shapes.setdefault(names, names) if len(_seen_shapes) < _SEEN_MAX else names
 
 
 def patch_text(names: Sequence[str], texts: Sequence[str]) -> str:

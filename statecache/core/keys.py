@@ -10,30 +10,27 @@ import re
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NewType
 
 from statecache.core import errors
-
-Partition = NewType("Partition", int)
 
 _NAMESPACE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 PARTITION_COUNT_MAX = 1024
 
 
-def partition_of(machine: str, id: str, partition_count: int) -> Partition:
+def partition_of(machine: str, id: str, partition_count: int) -> int:
     """Return the partition of an instance: CRC32 of ``machine:id`` modulo the store's fixed partition count."""
     return partition_of_address(f"{machine}:{id}", partition_count)
 
 
-def partition_of_address(address: str, partition_count: int) -> Partition:
+def partition_of_address(address: str, partition_count: int) -> int:
     """The same for an address, ``machine:id``."""
-    return Partition(zlib.crc32(address.encode()) % partition_count)
+    return zlib.crc32(address.encode()) % partition_count
 
 
-def partitions_of(machine: str, encoded_ids: Iterable[bytes], partition_count: int) -> list[Partition]:
+def partitions_of(machine: str, encoded_ids: Iterable[bytes], partition_count: int) -> list[int]:
     """``partition_of`` each of many instances of one machine."""
     begun = zlib.crc32(f"{machine}:".encode())  # the rest of an address goes on from it
-    return [Partition(zlib.crc32(id, begun) % partition_count) for id in encoded_ids]
+    return [zlib.crc32(id, begun) % partition_count for id in encoded_ids]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +70,7 @@ class Keyspace:
     def instance(self, partition: int, machine: str, id: str) -> str:
         return f"{self.tag(partition)}:i:{machine}:{id}"
 
-    def partition_of(self, machine: str, id: str) -> Partition:
+    def partition_of(self, machine: str, id: str) -> int:
         return partition_of(machine, id, self.partition_count)
 
     def instances(self, machine: str, ids: Iterable[str]) -> list[bytes]:

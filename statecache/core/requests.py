@@ -42,7 +42,7 @@ class Door:
         self._guards = _guards_by_event(definition, guards, snapshot_of)
         self._validate_patch = definition.validate_patch
 
-    def partition_of(self, id: str) -> keys.Partition:
+    def partition_of(self, id: str) -> int:
         return keys.partition_of(self.definition.name, id, self._partition_count)
 
     def check_id(self, id: object) -> str:
@@ -64,9 +64,8 @@ class Door:
         encoded: codec.Encoded | None = None,
     ) -> flows.Request:
         """A start as a request. ``encoded`` is its data, if that was encoded already."""
-        return self._request(
-            self._start, id, data, (), None, actor, reason, None, transition_id, occurred_at, None, encoded
-        )
+        move = model.Move(id, entry.EVENT_START, data, (), None, actor, reason, None, transition_id, occurred_at)
+        return self._request(self._start, move, None, encoded)
 
     def starts(self, starts: Sequence[object], actor: str | None) -> list[flows.Request | errors.StateCacheError]:
         """Many starts as requests, or the error of each that is refused. ``actor`` is that of those that name none."""
@@ -160,10 +159,7 @@ class Door:
                 tuple(self._moves),
             )
         guard = self._guards.get(spec.event) if self._guards else None
-        request = self._request(
-            spec, move.id, move.data, move.unset, move.increment, move.actor, move.reason, move.expect_version,
-            move.transition_id, move.occurred_at, guard, encoded,
-        )  # fmt: skip
+        request = self._request(spec, move, guard, encoded)
         if type(move) is Unused:
             request.item.asked = move.expect_version or 0
         if move.claim is not None:
@@ -190,42 +186,36 @@ class Door:
             )
 
     def _request(
-        self,
-        spec: items.MoveSpec,
-        id: str,
-        data: Mapping[str, Any] | None,
-        unset: Sequence[str],
-        increment: Mapping[str, int | float] | None,
-        actor: str | None,
-        reason: str | None,
-        expect_version: int | None,
-        transition_id: str | None,
-        occurred_at: datetime | None,
-        guard: flows.Guard | None,
-        encoded: codec.Encoded | None,
+        self, spec: items.MoveSpec, move: model.Move, guard: flows.Guard | None, encoded: codec.Encoded | None
     ) -> flows.Request:
         limits = self._limits
-        id = codec.check_text("id", id, limits.id_length_max)
+        id = codec.check_text("id", move.id, limits.id_length_max)
+        data = move.data
         if encoded is not None:
             names, texts, text = encoded
         elif data or data not in (None, {}):
             names, texts, text = codec.encode_patch(self._validate_patch(data), limits)
         else:
             names, texts, text = (), [], ""
-        dropped = codec.encode_unset(unset) if unset else []
-        increments = codec.encode_increments(increment) if increment else []
+        dropped = codec.encode_unset(move.unset) if move.unset else []
+        increments = codec.encode_increments(move.increment) if move.increment else []
         if dropped or increments:
             self._check_increments(increments)
             _check_disjoint(names, dropped, [name for name, *_ in increments], limits)
-        own_id = transition_id is not None
-        made_id = codec.check_text("transition_id", transition_id, limits.id_length_max) if own_id else self._ids.next()
+        made_id, own_id = move.transition_id, True
+        if made_id is None:
+            made_id, own_id = self._ids.next(), False
+        else:
+            made_id = codec.check_text("transition_id", made_id, limits.id_length_max)
+        expect_version = move.expect_version
         if expect_version is not None:
             expect_version = _check_version(expect_version)
+        actor, reason = move.actor, move.reason
         if actor is not None:
             actor = codec.check_text("actor", actor, limits.text_length_max)
         if reason is not None:
             reason = codec.check_text("reason", reason, limits.text_length_max)
-        occurred = "" if occurred_at is None else _ms_of(occurred_at)
+        occurred = "" if move.occurred_at is None else _ms_of(move.occurred_at)
         tail = (
             f"{made_id}{_SEPARATOR}{actor or ''}{_SEPARATOR}{reason or ''}{_SEPARATOR}{occurred}{_SEPARATOR}{text}"
             f"{_SEPARATOR}{' '.join(dropped)}"

@@ -406,7 +406,9 @@ class StateCache(OfOneProcess):
 
     def deadline(self, timeout: float | None) -> float:
         """When a call that begins now must end (``time.monotonic``)."""
-        seconds: object = self.settings.call_timeout_seconds if timeout is None else timeout
+        if timeout is None:
+            return time.monotonic() + self.settings.call_timeout_seconds
+        seconds: object = timeout
         with contextlib.suppress(OverflowError):  # of an int that no float holds
             if isinstance(seconds, (int, float)) and not math.isnan(seconds):  # NaN would never come
                 return time.monotonic() + seconds
