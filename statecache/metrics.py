@@ -538,6 +538,6 @@ class MachineMeter:
 
 
 def _source_of(result: Any) -> str:
-    if isinstance(result, model.Snapshot):
+    if type(result) is model.Snapshot:
         return result.source
     return "missing" if isinstance(result, errors.NotFoundError) else ""

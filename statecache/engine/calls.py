@@ -42,8 +42,9 @@ class Calls:
         wanted = [_as_move(move) for move in as_list("moves", moves)]
         # A move sent again is answered only after history was asked; what follows it must not overtake it meanwhile, and not be
         # judged by the version that is there without it: so it waits for the same answer.
+        own = [move for move in wanted if getattr(move, "transition_id", None) is not None]
         repeatable = {
-            codec.plain_text(move.id) for move in wanted if isinstance(move, model.Move) and _is_repeatable(move)
+            codec.plain_text(move.id) for move in own if isinstance(move, model.Move) and isinstance(move.id, str)
         }
 
         def build(indexes: Sequence[int]) -> Iterable[flows.Request | errors.StateCacheError]:
@@ -178,7 +179,7 @@ def _ids(wanted: Iterable[object]) -> list[Any]:
 
 def check_kind(what: str, value: object, kind: type) -> None:
     """Refuse an argument of another type."""
-    if type(value) is kind:  # a Struct's isinstance is asked of its metaclass: ten times as long
+    if type(value) is kind:  # five times as fast as isinstance, where it is a Struct
         return
     if not isinstance(value, kind) or isinstance(value, bool):
         raise errors.InvalidDataError(
@@ -204,24 +205,20 @@ def as_receipts(given: model.Receipt | Sequence[model.Receipt]) -> list[model.Re
 def _as_start(start: Any) -> model.Start | errors.InvalidDataError:
     """One element of a list of starts, or the error that it will get: the others are begun."""
     match start:
-        case model.Start():
-            return start
-        case str(id):
-            return model.Start(id)
         case (id, data):
             return model.Start(id, data)
+        case str(id):
+            return model.Start(id)
+        case model.Start():
+            return start
     return errors.InvalidDataError(
         f"the start {wording.shown(start)} is refused: it must be an id, (id, data) or a Start, not {type(start).__name__}"
     )
 
 
-def _is_repeatable(move: model.Move) -> bool:
-    return move.transition_id is not None and isinstance(move.id, str)
-
-
 def _as_move(move: object) -> model.Move | errors.InvalidDataError:
     """One element of a list of moves, or the error that it will get."""
-    if isinstance(move, model.Move):
+    if type(move) is model.Move or isinstance(move, model.Move):  # isinstance of a Struct takes five times as long
         return move
     return errors.InvalidDataError(
         f"the move {wording.shown(move)} is refused: it must be a Move, not {type(move).__name__}"
