@@ -82,6 +82,8 @@ class StoreWatch:
         self._past = Recoveries()
         self._sql: _Asked[InSql] = _Asked("sql", timeout_seconds)
         self._redis: _Asked[InRedis] = _Asked("redis", timeout_seconds)
+        self._stamp = scripts.NEVER
+        """What SQL said last. A process that only looks is not admitted again after a recovery."""
         self._refused = ""
         self._seen: list[Reading] = []
         self._seen_at = float("-inf")
@@ -130,7 +132,9 @@ class StoreWatch:
     def _look_at_redis(self, sql: InSql | None) -> InRedis:
         hot = self._cache.hot
         found = hot_watching.overview(hot)
-        stamp = hot.stamp if sql is None else scripts.Stamp(sql.store.epoch, sql.store.owner)
+        if sql is not None:
+            self._stamp = scripts.Stamp(sql.store.epoch, sql.store.owner)
+        stamp = self._stamp if sql is not None else max(self._stamp, hot.stamp, key=lambda one: one.epoch)
         codes = self._admitted(stamp) if stamp.epoch else []
         known = (
             dict(enumerate(found.watermarks))

@@ -329,6 +329,29 @@ def test_lag_is_told_while_sql_is_away(
         assert wait_until(lambda: look().get(("epoch", ())), "SQL is read again") == 1
 
 
+def test_lag_is_told_while_sql_is_away_by_who_only_looks(
+    private_postgres: servers.PostgresServer, redis_url: str, namespace: str
+) -> None:
+    """A process that has called nothing since a recovery knows its epoch from its looks at SQL: without it Redis would be said
+    not to be ready, and the lag be missing, as soon as SQL is away."""
+    url = private_postgres.url(private_postgres.create_database())
+    with World(redis_url, url, namespace) as world:
+        world.start("1")
+        world.flush()
+        watcher = world.more(metrics=CollectorRegistry())
+        look = looking(watcher)
+        world.disown()
+        world.start("2")  # recovers it
+        world.flush()
+        assert look()["ready", ()] == 1
+        private_postgres.kill()
+        world.orders.transition("1", "pay")
+        found = look()
+        assert found["store_reachable", ("sql",)] == 0
+        assert found["ready", ()] == 1
+        assert found["backlog_entries", (str(world.partition_of("1")),)] == 1
+
+
 @pytest.mark.parametrize("fault", ["kill", "pause"])
 def test_nothing_stale_while_redis_is_away(
     start_redis: Callable[..., servers.ValkeyServer], sqlite_url: str, namespace: str, fault: str
