@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 
@@ -15,7 +16,7 @@ from statecache import Move, StateCache, metrics
 from statecache.aio import AsyncStateCache
 from statecache.core import errors
 from statecache.durable import recoveries
-from statecache.engine import letters, watching
+from statecache.engine import letters, status, watching
 from tests.support import refusing, servers
 from tests.support.waiting import wait_until
 from tests.support.worlds import Order, Waiting, World
@@ -155,6 +156,20 @@ def test_lag_is_the_age_of_the_oldest_transition_that_is_not_in_sql(world: World
     assert set(of(found, "flush_lag_seconds").values()) == set(of(found, "backlog_entries").values()) == {0.0}
     assert found["instances", ("order", "paid")] == 1
     assert found["flushed_timestamp_seconds", (str(partition),)] == pytest.approx(world.hot.time_ms() / 1000, abs=60)
+
+
+@pytest.mark.parametrize("hours", [-2, 2])
+def test_lag_is_by_the_clock_that_noted_the_times(world: World, monkeypatch: pytest.MonkeyPatch, hours: int) -> None:
+    """That of Redis. By that of a host which is ahead ``/readyz`` refused as soon as anything waited; by that of one which is
+    behind there was never any lag."""
+    world.start("1")
+    wait_until(lambda: max(of(looking(world.cache)(), "flush_lag_seconds").values()) > 0.01, "some lag")
+    there = time.time
+    with monkeypatch.context() as patched:
+        patched.setattr(time, "time", lambda: there() + hours * 3600)
+        gauge = max(of(looking(world.cache)(), "flush_lag_seconds").values())
+        lags = gauge, status.status(world.cache).lag_seconds or 0.0
+    assert all(0.01 < lag < 3600 for lag in lags)
 
 
 def test_a_recovery_counts_as_a_flush_that_moved(world: World) -> None:
