@@ -309,6 +309,22 @@ def test_a_recovery_that_runs_and_one_that_died(world: World) -> None:
     assert found["ready", ()] == 1
 
 
+@pytest.mark.parametrize("skew_ms", [-3_600_000, 3_600_000])
+def test_a_recovery_on_a_host_with_another_clock(world: World, skew_ms: int) -> None:
+    """While its signs come it is neither silent nor has it run for an hour; when they end that is told."""
+    look = looking(world.cache)
+    store = world.durable.identity()
+    epoch, began = store.epoch + 1, int(time.time() * 1000) + skew_ms
+    recoveries.take(world.durable, (store.epoch, store.owner), epoch, "other", began)
+    look()
+    recoveries.heartbeat(world.durable, epoch, "other", began + 1_000)
+    found = look()
+    assert found["recovery_heartbeat_age_seconds", ()] < 60
+    assert 1 <= found["recovery_running_seconds", ()] < 60
+    silent = lambda: look()["recovery_heartbeat_age_seconds", ()] > found["recovery_heartbeat_age_seconds", ()]  # noqa: E731
+    wait_until(silent, "its silence grows")
+
+
 def test_recoveries_are_added_up_once_and_afresh_when_sql_went_back(world: World) -> None:
     look = looking(world.cache)
     saved = world.sql_copy()
