@@ -172,6 +172,9 @@ def test_mistakes_of_the_program_pass_through() -> None:
         ("", "cannot be read"),
         ("not a url", "cannot be read"),
         ("postgresql://user:s3cret@host:port/db", "cannot be read"),
+        ("postgresql://user:half@s3cret@host/db", "@ is %40"),
+        ("postgresql://user:half@s3cret/more@host:5432/db?sslmode=require", "@ is %40"),
+        ("postgresql://user:half@s3cret?more@host/db", "@ is %40"),
         ("nosuchdb://user:s3cret@host/db", "knows no database 'nosuchdb'"),
         ("mysql+pymysql://user:s3cret@host/db", r"driver for 'mysql\+pymysql' is not installed"),
         ("sqlite+aiosqlite:///x.db", "driver"),
@@ -187,6 +190,19 @@ def test_urls_that_cannot_work(url: str, told: str) -> None:
         engine.open_database(url)
     assert "s3cret" not in str(refused.value)
     assert "s3cret" not in repr(refused.value.__cause__)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://user:half%40s3cret@host/db",
+        "postgresql://user@server:s3cret@host/db",
+        "postgresql://user:s3cret@/db?host=/run/a@b&host=other@c",
+        "sqlite:///a:b@c@d.db",
+    ],
+)
+def test_where_an_at_may_stand(url: str) -> None:
+    assert "s3cret" not in engine.open_database(url).name
 
 
 @pytest.mark.parametrize("scheme", ["postgres", "postgresql", "postgresql+psycopg"])
