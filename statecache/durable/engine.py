@@ -407,8 +407,12 @@ def _threshold_of(text: str | tuple[str, ...]) -> int | None:
 
 
 def _parse(url: str) -> URL:
+    before, _, behind = url.partition("://")[2].partition("@")
+    user, colon, _ = before.partition(":")
+    # An @ within the password: what follows it would be taken for the host, which messages tell.
+    is_cut = bool(colon) and "/" not in user and "@" in behind.partition("=")[0]
     try:
-        parsed = make_url(url)
+        parsed = make_url("" if is_cut else url)
         if parsed.drivername == "postgres":  # libpq's and many hosts' spelling
             parsed = parsed.set(drivername="postgresql")
         parsed.get_backend_name()
@@ -416,7 +420,7 @@ def _parse(url: str) -> URL:
         # The text may hold a password, and the parser's message a piece of it: neither is repeated.
         raise errors.ConfigurationError(
             "the database URL cannot be read: it should look like 'sqlite:////var/lib/statecache/store.db' or "
-            "'postgresql://user:password@host:5432/database' (special characters in the password %-encoded)"
+            "'postgresql://user:password@host:5432/database' (special characters in the password %-encoded: @ is %40)"
         ) from None
     return parsed
 

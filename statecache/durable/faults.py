@@ -86,6 +86,15 @@ _REFUSED_OPTIONS = (
     "invalid sslmode value",
     "invalid port number",
 )
+_UNUSABLE_CERTIFICATES = (
+    "certificate file",
+    "private key file",
+    "requires a valid client certificate",
+    "alert certificate",
+    "alert unknown ca",
+)
+"""Libpq cannot use a file that ``database_url`` names, or one in the user's folder; or the server refuses what is in it."""
+_UNTRUSTED_SERVERS = ("certificate verify failed", "does not match host name", "server does not support SSL")
 _MESSAGES: dict[type[errors.StateCacheError], str] = {
     Transient: "SQL gave way to another transaction; run it again",
     KeyHit: "SQL already holds a row with this key",
@@ -114,6 +123,10 @@ _POOLER = (
     "; behind a transaction pooler that knows no prepared statements, put ?prepare_threshold=none at the end of the database's "
     "URL"
 )
+_UNTRUSTED = (
+    "; the server does not prove who it is, as sslmode in database_url wants it: it has no TLS, or its certificate has "
+    "expired, is for another host name, or was not signed by whom sslrootcert names"
+)
 
 
 def kind_of(error: BaseException) -> type[errors.StateCacheError] | None:
@@ -137,7 +150,8 @@ def _kind_by_class(original: BaseException) -> type[errors.StateCacheError] | No
     """By the class names of PEP 249, for errors that carry no code and for other drivers."""
     names = {ancestor.__name__ for ancestor in type(original).__mro__}
     if names & {"OperationalError", "InterfaceError"}:
-        refused = any(text in str(original) for text in (*_REFUSED_LOGINS, *_REFUSED_OPTIONS))
+        refusals = (*_REFUSED_LOGINS, *_REFUSED_OPTIONS, *_UNUSABLE_CERTIFICATES)
+        refused = any(text in str(original) for text in refusals)
         return errors.ConfigurationError if refused else errors.UnavailableError
     if "ProgrammingError" in names and "connection option" in str(original):  # psycopg: the URL has one that is none
         return errors.ConfigurationError
@@ -156,6 +170,8 @@ def _message(kind: type[errors.StateCacheError], error: BaseException) -> str:
         return next(advice for begins, advice in _CONFIGURATIONS if code.startswith(begins))
     if "connection option" in str(original) or any(text in str(original) for text in _REFUSED_OPTIONS):
         return "SQL's driver refuses database_url: check its host, its port and the options at its end"
+    if any(text in str(original) for text in _UNUSABLE_CERTIFICATES):
+        return "SQL cannot be reached with these certificates: check sslrootcert, sslcert and sslkey in database_url"
     return _LOGIN
 
 
@@ -168,6 +184,8 @@ def _detail(kind: type[errors.StateCacheError], error: BaseException) -> str:
     if kind not in (Refused, KeyHit):
         parts.append(": " + (str(original).splitlines() or [""])[0])
     hint = _POOLER if code in _OF_PREPARED_STATEMENTS else ""
+    if kind is errors.UnavailableError and any(text in str(original) for text in _UNTRUSTED_SERVERS):
+        hint = _UNTRUSTED
     return " ".join(part for part in parts if part).replace(" : ", ": ") + hint
 
 

@@ -113,7 +113,7 @@ def _clock(cache: StateCache) -> Iterator[Check]:
     skew = cache.hot.time_ms() / 1000 - time.time()
     found = f"{skew:+.1f} s between this machine and Redis"
     if abs(skew) > _CLOCK_SKEW_SECONDS_MAX:
-        yield Check("clocks", WARN, found, "run NTP on both: ages, lags and find(older_than=...) are off by this much")
+        yield Check("clocks", WARN, found, "run NTP on both: ages and find(older_than=...) are off by this much")
     else:
         yield Check("clocks", OK, found)
 

@@ -98,7 +98,8 @@ def status(cache: StateCache, recoveries_max: int = 5) -> Status:
     parts: list[PartitionStatus] = []
     try:
         cache.admission.ensure("EPOCH", time.monotonic())
-        parts = [_partition(cache, one, time.time() * 1000) for one in rows]
+        now_ms = cache.hot.time_ms()  # the clock that noted when the entries came: this host's may be another time
+        parts = [_partition(cache, one, now_ms) for one in rows]
     except errors.RecoveringError as error:
         problem, state = str(error), NOT_READY
     except errors.UnavailableError as error:

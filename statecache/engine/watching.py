@@ -82,7 +82,11 @@ class StoreWatch:
         self._past = Recoveries()
         self._sql: _Asked[InSql] = _Asked("sql", timeout_seconds)
         self._redis: _Asked[InRedis] = _Asked("redis", timeout_seconds)
+        self._stamp = scripts.NEVER
+        """What SQL said last. A process that only looks is not admitted again after a recovery."""
         self._refused = ""
+        self._sign: tuple[int, str, int] | None = None
+        self._sign_since = 0.0
         self._seen: list[Reading] = []
         self._seen_at = float("-inf")
 
@@ -103,6 +107,7 @@ class StoreWatch:
             yield Reading("statecache_store_reachable", (store,), found is not None)
         if sql is not None:
             yield from _of_sql(sql)
+            yield from self._of_running(sql.running)
             yield from self._past.readings(sql.discarded)
         if redis is not None:
             yield from _of_redis(redis)
@@ -130,7 +135,9 @@ class StoreWatch:
     def _look_at_redis(self, sql: InSql | None) -> InRedis:
         hot = self._cache.hot
         found = hot_watching.overview(hot)
-        stamp = hot.stamp if sql is None else scripts.Stamp(sql.store.epoch, sql.store.owner)
+        if sql is not None:
+            self._stamp = scripts.Stamp(sql.store.epoch, sql.store.owner)
+        stamp = self._stamp if sql is not None else max(self._stamp, hot.stamp, key=lambda one: one.epoch)
         codes = self._admitted(stamp) if stamp.epoch else []
         known = (
             dict(enumerate(found.watermarks))
@@ -143,6 +150,23 @@ class StoreWatch:
             if code == "OK" and cursor is not None:
                 cursors[partition] = cursor
         return InRedis(found, len(cursors) == len(known), hot_watching.unflushed(hot, cursors) if cursors else {})
+
+    def _of_running(self, running: RecoveryRow | None) -> Iterator[Reading]:
+        """How long the recovery has run, by its own clock up to its last sign of life; and how long ago that was, by ours from
+        the moment on when it was seen. Only the first sign that is seen is as far off as the two clocks are apart."""
+        age = silence = 0.0
+        if running is not None:
+            sign = running.epoch, running.owner, running.heartbeat_ms
+            if sign != self._sign:
+                is_first = self._sign is None or self._sign[:2] != sign[:2]
+                ago = max(0.0, time.time() - running.heartbeat_ms / 1000) if is_first else 0.0
+                self._sign, self._sign_since = sign, time.monotonic() - ago
+            silence = time.monotonic() - self._sign_since
+            age = max(0.0, running.heartbeat_ms - running.started_ms) / 1000 + silence
+            if running.heartbeat_ms == recoveries.ABANDONED:
+                silence, age = float("inf"), max(0.0, time.time() - running.started_ms / 1000)
+        yield Reading("statecache_recovery_running_seconds", (), age)
+        yield Reading("statecache_recovery_heartbeat_age_seconds", (), silence)
 
     def _admitted(self, stamp: scripts.Stamp) -> Sequence[str]:
         """What the partitions say to this stamp; nothing where the server refuses the question, which is logged once."""
@@ -159,7 +183,6 @@ class StoreWatch:
 
 
 def _of_sql(found: InSql) -> Iterator[Reading]:
-    now_ms = time.time() * 1000
     yield Reading("statecache_epoch", (), found.store.epoch)
     yield Reading("statecache_flushers", (), found.flushers)
     yield Reading("statecache_dead_letters", (), found.letters)
@@ -170,14 +193,6 @@ def _of_sql(found: InSql) -> Iterator[Reading]:
         yield Reading("statecache_instances", (machine, state), count)
     for (machine, state), count in found.stuck.items():
         yield Reading("statecache_stuck_instances", (machine, state), count)
-    age = silence = 0.0
-    if found.running is not None:
-        age = max(0.0, now_ms - found.running.started_ms) / 1000
-        silence = max(0.0, now_ms - found.running.heartbeat_ms) / 1000
-        if found.running.heartbeat_ms == recoveries.ABANDONED:
-            silence = float("inf")
-    yield Reading("statecache_recovery_running_seconds", (), age)
-    yield Reading("statecache_recovery_heartbeat_age_seconds", (), silence)
 
 
 def _of_redis(found: InRedis) -> Iterator[Reading]:

@@ -16,7 +16,14 @@ from tests.integration import test_backups
 
 REPOSITORY = Path(__file__).parents[2]
 PAGE = (REPOSITORY / "docs" / "operations.md").read_text(encoding="utf-8")
-_OTHERS = {"pg_dump", "pg_stat_activity", "synchronous_commit", "transition_id", "older_than"}
+_OTHERS = {
+    "pg_dump",
+    "pg_stat_activity",
+    "synchronous_commit",
+    "synchronous_standby_names",
+    "transition_id",
+    "older_than",
+}
 
 
 def _commands(page: str) -> set[str]:

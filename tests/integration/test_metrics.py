@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 
@@ -15,7 +16,7 @@ from statecache import Move, StateCache, metrics
 from statecache.aio import AsyncStateCache
 from statecache.core import errors
 from statecache.durable import recoveries
-from statecache.engine import letters, watching
+from statecache.engine import letters, status, watching
 from tests.support import refusing, servers
 from tests.support.waiting import wait_until
 from tests.support.worlds import Order, Waiting, World
@@ -157,6 +158,20 @@ def test_lag_is_the_age_of_the_oldest_transition_that_is_not_in_sql(world: World
     assert found["flushed_timestamp_seconds", (str(partition),)] == pytest.approx(world.hot.time_ms() / 1000, abs=60)
 
 
+@pytest.mark.parametrize("hours", [-2, 2])
+def test_lag_is_by_the_clock_that_noted_the_times(world: World, monkeypatch: pytest.MonkeyPatch, hours: int) -> None:
+    """That of Redis. By that of a host which is ahead ``/readyz`` refused as soon as anything waited; by that of one which is
+    behind there was never any lag."""
+    world.start("1")
+    wait_until(lambda: max(of(looking(world.cache)(), "flush_lag_seconds").values()) > 0.01, "some lag")
+    there = time.time
+    with monkeypatch.context() as patched:
+        patched.setattr(time, "time", lambda: there() + hours * 3600)
+        gauge = max(of(looking(world.cache)(), "flush_lag_seconds").values())
+        lags = gauge, status.status(world.cache).lag_seconds or 0.0
+    assert all(0.01 < lag < 3600 for lag in lags)
+
+
 def test_a_recovery_counts_as_a_flush_that_moved(world: World) -> None:
     """It notes the log's end too, where the watermark stands still; what the gauge says of itself names both."""
     look = looking(world.cache)
@@ -294,6 +309,22 @@ def test_a_recovery_that_runs_and_one_that_died(world: World) -> None:
     assert found["ready", ()] == 1
 
 
+@pytest.mark.parametrize("skew_ms", [-3_600_000, 3_600_000])
+def test_a_recovery_on_a_host_with_another_clock(world: World, skew_ms: int) -> None:
+    """While its signs come it is neither silent nor has it run for an hour; when they end that is told."""
+    look = looking(world.cache)
+    store = world.durable.identity()
+    epoch, began = store.epoch + 1, int(time.time() * 1000) + skew_ms
+    recoveries.take(world.durable, (store.epoch, store.owner), epoch, "other", began)
+    look()
+    recoveries.heartbeat(world.durable, epoch, "other", began + 1_000)
+    found = look()
+    assert found["recovery_heartbeat_age_seconds", ()] < 60
+    assert 1 <= found["recovery_running_seconds", ()] < 60
+    silent = lambda: look()["recovery_heartbeat_age_seconds", ()] > found["recovery_heartbeat_age_seconds", ()]  # noqa: E731
+    wait_until(silent, "its silence grows")
+
+
 def test_recoveries_are_added_up_once_and_afresh_when_sql_went_back(world: World) -> None:
     look = looking(world.cache)
     saved = world.sql_copy()
@@ -327,6 +358,29 @@ def test_lag_is_told_while_sql_is_away(
         assert not of(found, "dead_letters")
         private_postgres.start()
         assert wait_until(lambda: look().get(("epoch", ())), "SQL is read again") == 1
+
+
+def test_lag_is_told_while_sql_is_away_by_who_only_looks(
+    private_postgres: servers.PostgresServer, redis_url: str, namespace: str
+) -> None:
+    """A process that has called nothing since a recovery knows its epoch from its looks at SQL: without it Redis would be said
+    not to be ready, and the lag be missing, as soon as SQL is away."""
+    url = private_postgres.url(private_postgres.create_database())
+    with World(redis_url, url, namespace) as world:
+        world.start("1")
+        world.flush()
+        watcher = world.more(metrics=CollectorRegistry())
+        look = looking(watcher)
+        world.disown()
+        world.start("2")  # recovers it
+        world.flush()
+        assert look()["ready", ()] == 1
+        private_postgres.kill()
+        world.orders.transition("1", "pay")
+        found = look()
+        assert found["store_reachable", ("sql",)] == 0
+        assert found["ready", ()] == 1
+        assert found["backlog_entries", (str(world.partition_of("1")),)] == 1
 
 
 @pytest.mark.parametrize("fault", ["kill", "pause"])

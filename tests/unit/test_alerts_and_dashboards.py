@@ -81,6 +81,25 @@ def test_words_in_selectors_are_words_that_occur() -> None:
             assert set(words.split("|")) <= said[label], query
 
 
+def test_legends_tell_series_apart_and_units_are_those_of_the_query() -> None:
+    """A second store, or a second query of another kind in the same panel."""
+    for path in DASHBOARDS.glob("*.json"):
+        for panel in json.loads(path.read_text())["panels"]:
+            field = panel.get("fieldConfig", {"overrides": ()})
+            units = {
+                override["matcher"]["options"]: change["value"]
+                for override in field["overrides"]
+                for change in override["properties"]
+            }
+            for target in panel.get("targets", ()):
+                is_one = re.match(r"(sum|max|min)\(", target["expr"])
+                left = None if is_one else re.search(r"\bby \(([^)]*)\)", target["expr"])
+                labels = set(left.group(1).split(", ")) - {"le"} if left else set()
+                assert labels == set(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"])), panel["title"]
+                is_rate = "rate(" in target["expr"] and not re.search("histogram_quantile| / ", target["expr"])
+                assert (units.get(target["refId"], field["defaults"]["unit"]) == "ops") == is_rate, panel["title"]
+
+
 def test_promtool_is_content_with_rules_and_configuration() -> None:
     prometheus.promtool("check", "rules", CONFIG / "alerts.yml")
     prometheus.promtool("check", "config", CONFIG / "prometheus.yml")

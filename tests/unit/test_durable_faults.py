@@ -99,6 +99,13 @@ def _sqlite(name: str) -> sqlite3.OperationalError:
         (psycopg.errors.lookup("42501")("no"), "db check"),
         (psycopg.OperationalError('invalid sslmode value: "sometimes"'), "the options at its end"),
         (psycopg.ProgrammingError('invalid connection option "x"'), "the options at its end"),
+        (psycopg.OperationalError('root certificate file "/ca.pem" does not exist'), "check sslrootcert"),
+        (psycopg.OperationalError('could not read root certificate file "/ca.pem": no'), "check sslrootcert"),
+        (psycopg.OperationalError('certificate present, but not private key file "/key"'), "sslcert and sslkey"),
+        (psycopg.OperationalError('private key file "/key" has group or world access'), "sslcert and sslkey"),
+        (psycopg.OperationalError("FATAL: connection requires a valid client certificate"), "sslcert and sslkey"),
+        (psycopg.OperationalError("SSL error: tlsv1 alert unknown ca"), "sslcert and sslkey"),
+        (psycopg.OperationalError("SSL error: ssl/tls alert certificate expired"), "sslcert and sslkey"),
         (psycopg.errors.lookup("42P01")("no"), "run 'statecache db upgrade'"),
         (psycopg.errors.lookup("42703")("no"), "run 'statecache db upgrade'"),
         (_sqlite("SQLITE_CANTOPEN"), "check its path"),
@@ -115,6 +122,23 @@ def test_the_advice_is_for_what_is_wrong(original: Exception, advice: str) -> No
         raise _wrapped(original)
     assert advice in str(told.value)
     assert ("db upgrade" in str(told.value)) == ("db upgrade" in advice)
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        "SSL error: certificate verify failed",
+        'server certificate for "a" does not match host name "b"',
+        "server does not support SSL, but SSL was required",
+    ],
+)
+def test_a_server_that_does_not_prove_who_it_is(told: str) -> None:
+    """As libpq says it. It may be mended over there, so whoever waits for SQL goes on waiting."""
+    with (
+        pytest.raises(errors.UnavailableError, match="sslrootcert"),
+        faults.translated(pysqlite.dialect(dbapi=sqlite3)),
+    ):
+        raise _wrapped(psycopg.OperationalError(told))
 
 
 @pytest.mark.parametrize("kind", [psycopg.errors.InvalidSqlStatementName, psycopg.errors.DuplicatePreparedStatement])
@@ -148,6 +172,9 @@ def test_mistakes_of_the_program_pass_through() -> None:
         ("", "cannot be read"),
         ("not a url", "cannot be read"),
         ("postgresql://user:s3cret@host:port/db", "cannot be read"),
+        ("postgresql://user:half@s3cret@host/db", "@ is %40"),
+        ("postgresql://user:half@s3cret/more@host:5432/db?sslmode=require", "@ is %40"),
+        ("postgresql://user:half@s3cret?more@host/db", "@ is %40"),
         ("nosuchdb://user:s3cret@host/db", "knows no database 'nosuchdb'"),
         ("mysql+pymysql://user:s3cret@host/db", r"driver for 'mysql\+pymysql' is not installed"),
         ("sqlite+aiosqlite:///x.db", "driver"),
@@ -163,6 +190,19 @@ def test_urls_that_cannot_work(url: str, told: str) -> None:
         engine.open_database(url)
     assert "s3cret" not in str(refused.value)
     assert "s3cret" not in repr(refused.value.__cause__)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://user:half%40s3cret@host/db",
+        "postgresql://user@server:s3cret@host/db",
+        "postgresql://user:s3cret@/db?host=/run/a@b&host=other@c",
+        "sqlite:///a:b@c@d.db",
+    ],
+)
+def test_where_an_at_may_stand(url: str) -> None:
+    assert "s3cret" not in engine.open_database(url).name
 
 
 @pytest.mark.parametrize("scheme", ["postgres", "postgresql", "postgresql+psycopg"])
