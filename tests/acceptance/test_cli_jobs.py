@@ -58,7 +58,10 @@ def test_jobs_from_the_command_line(world: worlds.World) -> None:
         (("jobs", "run", "export", "machine=", "file=x.csv"), 2, "'machine' is missing"),
         (("jobs", "run", "export", "machine=order", "file=../../x.csv"), 2, "a plain name"),
         (("jobs", "run", "export", "machine=order", "file=x.xml"), 2, "ends with .jsonl"),
+        (("jobs", "run", "verify", "machine=order", "machine=other"), 2, "machine is given twice"),
         (("jobs", "show", "nothing"), 1, "there is no job"),
+        (("jobs", "show", "\udcff"), 1, "there is no job"),
+        (("jobs", "cancel", "\udcff"), 1, "there is no job"),
         (("jobs", "cancel", first["id"]), 2, "is finished already"),
     ):
         found = _run(world, *arguments)
