@@ -65,7 +65,7 @@ def advise(store: options.Store) -> int:
 
 def list_letters(
     store: options.Store,
-    address: Annotated[str | None, typer.Argument(metavar="[ADDRESS]", help="Only this instance's.")] = None,
+    address: Annotated[str | None, typer.Argument(metavar="ADDRESS", help="Only this instance's.")] = None,
     limit: Annotated[
         int, typer.Option("--limit", metavar="N", help="How many instances.", min=1, max=options.COUNT_MAX)
     ] = 100,

@@ -136,7 +136,7 @@ def _progress(view: dict[str, Any]) -> str:
 def run_job(
     store: options.Store,
     name: Annotated[str, typer.Argument(metavar="NAME", help="Which job; an unknown name lists them.")],
-    arguments: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Its arguments.")] = None,
+    arguments: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Its arguments.")] = None,
     wait: Annotated[
         float,
         typer.Option(

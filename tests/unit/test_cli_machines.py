@@ -40,6 +40,22 @@ def test_every_command_of_the_design_is_there(command: Callable[..., Result]) ->
         assert f"\n  {name} " in machine_help
 
 
+@pytest.mark.parametrize(
+    ("words", "usage"),
+    [
+        ("claims", "statecache claims [OPTIONS] [MACHINE]\n"),
+        ("dead-letters list", "statecache dead-letters list [OPTIONS] [ADDRESS]\n"),
+        ("jobs run", "[KEY=VALUE]...\n"),
+    ],
+)
+def test_what_may_be_left_out_is_in_one_pair_of_brackets(
+    command: Callable[..., Result], words: str, usage: str
+) -> None:
+    help_text = command(*words.split(), "--help").out
+    assert usage in help_text
+    assert "[[" not in help_text
+
+
 def test_no_command_is_help(command: Callable[..., Result]) -> None:
     assert command().code == 0
     assert command("--version").out.startswith("statecache ")
