@@ -104,6 +104,10 @@ def test_retention_and_export(world: worlds.World, tmp_path: Path) -> None:
     folder, file = tmp_path / "archive", tmp_path / "orders.jsonl"
     assert _run(world, "retention", "--older-than", "0s").code == 2
     assert _run(world, "retention", "--older-than", "0s", "--archive", folder, "--delete").code == 2
+    (tmp_path / "file").touch()
+    for more in ([], ["--dry-run"]):
+        told = _run(world, "retention", "--older-than", "0s", "--archive", tmp_path / "file", *more)
+        assert (told.code, "file is refused: it is no folder" in told.error["message"]) == (2, True), told
     dry = _run(world, "retention", "--older-than", "0s", "--archive", folder, "--dry-run").document
     assert (dry["instances"], dry["transitions"], dry["files"], folder.exists()) == (5, 15, [], False)
     assert _run(world, "export", "order", file).document["transitions"] == 20
