@@ -72,7 +72,9 @@ def list_letters(
 ) -> int:
     """The parked instances and their letters, oldest first. Exit code 1 if there are any."""
     with store.look() as cache:
-        found = _letters(cache, [arguments.address(address)] if address else cache.durable.parked_instances(limit))
+        found = _letters(
+            cache, [arguments.address(address)] if address is not None else cache.durable.parked_instances(limit)
+        )
     if store.as_json:
         output.emit({"letters": [_document(one) for one in found]})
     elif not found:
