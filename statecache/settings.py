@@ -14,6 +14,7 @@ import difflib
 import os
 import re
 import tomllib
+import urllib.parse
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -256,7 +257,17 @@ class Settings(pydantic_settings.BaseSettings):
             raise ValueError("it must begin with redis://, rediss:// or unix:///")
         if url is not None and re.match(r"rediss?://[^/?#@]*(@[^/?#@]*)?/(?!\d*([?#]|$))", url):
             raise ValueError("behind the host stands the number of a database, or nothing: redis://host:6379/0")
+        if url is not None and not _may_be_host(url):
+            raise ValueError("its host can be no name of a server")
         return url
+
+    @pydantic.field_validator("data_dir", "export_dir", "retention_archive_dir")
+    @classmethod
+    def _check_home(cls, folder: Path | None) -> Path | None:
+        try:
+            return folder and folder.expanduser()
+        except RuntimeError:
+            raise ValueError("there is no home folder of that user") from None
 
     @pydantic.field_validator("database_url")
     @classmethod
@@ -286,6 +297,17 @@ class Settings(pydantic_settings.BaseSettings):
     def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
         for name, value in super().__repr_args__():
             yield name, _shown(value, name or "")
+
+
+def _may_be_host(url: str) -> bool:
+    """Whether the resolver can be asked for a URL's host: it raises an error of its own for what is no name at all."""
+    try:
+        urllib.parse.unquote(urllib.parse.urlsplit(url).hostname or "").encode("idna")
+    except UnicodeError:
+        return False
+    except ValueError:  # no URL: told by whoever opens it
+        return True
+    return True
 
 
 def failpoint_variable() -> str | None:

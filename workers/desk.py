@@ -93,7 +93,7 @@ def show(queue: queues.SafeQueue, job_id: str, *, whole: bool = True) -> View | 
     """A job as a document, or None: its state, progress, and (``whole``) arguments, result or error."""
     connection: Any = queue.connection
     key = queues.SafeJob.key_for(job_id)
-    if not queues.is_id(job_id.encode()) or connection.type(key) != b"hash":
+    if not queues.is_id(job_id.encode(errors="surrogatepass")) or connection.type(key) != b"hash":
         return None
     details = dict(zip(_DETAILS, (_text(connection, key, name) for name in _DETAILS), strict=True))
     meta = _loaded(_text(connection, key, "meta"), {})

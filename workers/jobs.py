@@ -352,6 +352,8 @@ def parsed(body: Body, words: Mapping[str, str]) -> dict[str, Any]:
     given: dict[str, Any] = {}
     for name, word in words.items():
         wanted = known[name][0] if name in known else str
+        if not word:  # what a shell makes of an unset variable: it would be every machine
+            raise errors.InvalidDataError(f"{name}= is refused: it is empty")
         try:
             given[name] = {"true": True, "false": False}[word.lower()] if wanted is bool else wanted(word)
         except (ValueError, KeyError):

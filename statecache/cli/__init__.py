@@ -7,6 +7,9 @@ from collections.abc import Sequence
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line (``sys.argv`` if none is given); returns the exit code."""
-    from statecache.cli import app
+    try:
+        from statecache.cli import app
+    except KeyboardInterrupt:  # the commands take a while to load
+        return 130
 
     return app.run(arguments)

@@ -74,7 +74,10 @@ def columns(text: str | None) -> list[str]:
         return []
     import csv
 
-    return [name for name in next(csv.reader([text])) if name]
+    try:
+        return [name for name in next(csv.reader([text])) if name]
+    except csv.Error as error:
+        raise errors.InvalidDataError(f"columns {_shown(text)} are refused: {error}") from None
 
 
 def _pair(option: str, text: str) -> tuple[str, str]:

@@ -65,14 +65,16 @@ def advise(store: options.Store) -> int:
 
 def list_letters(
     store: options.Store,
-    address: Annotated[str | None, typer.Argument(metavar="[ADDRESS]", help="Only this instance's.")] = None,
+    address: Annotated[str | None, typer.Argument(metavar="ADDRESS", help="Only this instance's.")] = None,
     limit: Annotated[
         int, typer.Option("--limit", metavar="N", help="How many instances.", min=1, max=options.COUNT_MAX)
     ] = 100,
 ) -> int:
     """The parked instances and their letters, oldest first. Exit code 1 if there are any."""
     with store.look() as cache:
-        found = _letters(cache, [arguments.address(address)] if address else cache.durable.parked_instances(limit))
+        found = _letters(
+            cache, [arguments.address(address)] if address is not None else cache.durable.parked_instances(limit)
+        )
     if store.as_json:
         output.emit({"letters": [_document(one) for one in found]})
     elif not found:

@@ -15,7 +15,7 @@ def register(app: typer.Typer) -> None:
 
 def claims(
     store: options.Store,
-    machine: Annotated[str | None, typer.Argument(metavar="[MACHINE]", help="Only instances of this machine.")] = None,
+    machine: Annotated[str | None, typer.Argument(metavar="MACHINE", help="Only instances of this machine.")] = None,
     limit: Annotated[
         int, typer.Option("--limit", metavar="N", help="How many at most.", min=1, max=options.COUNT_MAX)
     ] = 100,

@@ -136,7 +136,7 @@ def _progress(view: dict[str, Any]) -> str:
 def run_job(
     store: options.Store,
     name: Annotated[str, typer.Argument(metavar="NAME", help="Which job; an unknown name lists them.")],
-    arguments: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Its arguments.")] = None,
+    arguments: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Its arguments.")] = None,
     wait: Annotated[
         float,
         typer.Option(
@@ -150,7 +150,12 @@ def run_job(
     """Enqueue a job for a worker, and print its id."""
     from workers import desk, jobs
 
-    words = dict(_pair(word) for word in arguments or [])
+    words: dict[str, str] = {}
+    for word in arguments or []:
+        key, value = _pair(word)
+        if key in words:
+            raise errors.InvalidDataError(f"argument {word!r} is refused: {key} is given twice")
+        words[key] = value
     try:
         body = desk.body_of(name)
     except errors.NotFoundError as error:

@@ -51,7 +51,9 @@ def learn(
     name: Annotated[str, typer.Option("--name", metavar="NAME", help="The machine's name.")],
     out: Annotated[str, typer.Option("--output", "-o", metavar="FILE", help="Where the YAML goes; - prints it.")] = "-",
     title: Annotated[str | None, typer.Option("--title", help="The machine's title, for people.")] = None,
-    version: Annotated[int, typer.Option("--version", metavar="N", help="The machine's version.", min=1)] = 1,
+    version: Annotated[
+        int, typer.Option("--version", metavar="N", help="The machine's version.", min=1, max=options.COUNT_MAX)
+    ] = 1,
     form: imports.Format = None,
     delimiter: imports.Delimiter = None,
     encoding: imports.Encoding = "utf-8",

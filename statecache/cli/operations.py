@@ -349,7 +349,7 @@ def _database_url(store: options.Store) -> str:
     settings = store.settings()
     url = settings.database_url
     if url is None:
-        folder = settings.data_dir.expanduser()
+        folder = settings.data_dir
         if not folder.is_dir():
             raise errors.ConfigurationError(f"there is no folder {folder}: name the database (--database-url)")
         url = EmbeddedServer(folder).database_url

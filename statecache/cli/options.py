@@ -26,12 +26,22 @@ if TYPE_CHECKING:
 
 Function = TypeVar("Function", bound=Callable[..., int | None])
 
+
+def _folder(text: str) -> Path:
+    """A folder's path. Python takes an empty one for the current folder, which nobody has named."""
+    if not text:
+        raise typer.BadParameter("it is empty")
+    return Path(text)
+
+
 _COMMON: dict[str, Any] = {
     "redis_url": Annotated[str | None, typer.Option("--redis-url", metavar="URL", help="Redis or Valkey server.")],
     "database_url": Annotated[str | None, typer.Option("--database-url", metavar="URL", help="SQL database.")],
     "data_dir": Annotated[
         Path | None,
-        typer.Option("--data-dir", metavar="FOLDER", help="Folder of the embedded server and its database."),
+        typer.Option(
+            "--data-dir", metavar="FOLDER", parser=_folder, help="Folder of the embedded server and its database."
+        ),
     ],
     "namespace": Annotated[
         str | None, typer.Option("--namespace", metavar="NAME", help="First part of the Redis keys.")
@@ -76,7 +86,13 @@ class Store:
 
     def over(self, outer: Store) -> Store:
         """These options, and those given before the command where these are silent."""
-        return Store(**{one.name: getattr(self, one.name) or getattr(outer, one.name) for one in fields(Store)})
+        silent = (None, False)  # but not "": what a shell makes of an unset variable is refused, as any wrong value
+        return Store(
+            **{
+                one.name: getattr(outer if getattr(self, one.name) in silent else self, one.name)
+                for one in fields(Store)
+            }
+        )
 
     def settings(self, **more: Any) -> Settings:
         """The settings. Raises ``ConfigurationError``."""
@@ -148,7 +164,7 @@ class Store:
 
 def _check_there(settings: Settings) -> None:
     """Refuse a data folder that lacks what it is to give: the whole store, or the half for which no URL is set."""
-    folder = settings.data_dir.expanduser()
+    folder = settings.data_dir
     halves = (
         ("redis_url", "database_url", "statecache.db", "database"),
         ("database_url", "redis_url", "redis", "server's data"),
@@ -190,7 +206,7 @@ def command(app: typer.Typer, name: str, **options: Any) -> Callable[[Function],
 
         def run(context: typer.Context, **values: Any) -> int | None:
             store = Store(**{key: values.pop(key) for key in _COMMON}).over(context.obj or Store())
-            if store.log_format or store.log_level:
+            if store.log_format is not None or store.log_level is not None:
                 store.log()
             return function(store, **values)
 

@@ -44,6 +44,8 @@ def retention(
         raise errors.InvalidDataError(
             "retention wants one of --archive DIR (what is deleted is kept there) and --delete (it is gone for good)"
         )
+    if archive is not None and archive.exists() and not archive.is_dir():  # a dry run, too, tells it
+        raise errors.InvalidDataError(f"--archive {archive} is refused: it is no folder")
     age = arguments.duration("--older-than", older_than, unit_wanted=True)
     steps: list[engine_retention.Step] = []
     with store.look() if dry_run else store.open() as cache, output.progress("retention") as update:

@@ -169,7 +169,7 @@ class StateCache(OfOneProcess):
         if "data_dir" in settings:
             raise errors.ConfigurationError("data_dir is refused: the folder is the first argument of embedded()")
         given: object = folder
-        if not isinstance(given, (str, os.PathLike)) or not isinstance(os.fspath(given), str):
+        if not isinstance(given, (str, os.PathLike)) or not isinstance(os.fspath(given), str) or not os.fspath(given):
             raise errors.ConfigurationError(
                 f"folder {wording.shown(given)} is refused: it must be a path (str or Path)"
             )

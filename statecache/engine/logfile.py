@@ -9,6 +9,7 @@ rows of the disordered cases that are under way.
 from __future__ import annotations
 
 import codecs
+import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -135,6 +136,9 @@ def _by_time(rows: list[Row]) -> list[Row]:
 def _encoding(name: str) -> str:
     try:
         found = codecs.lookup(name).name
-    except LookupError:
-        raise errors.InvalidDataError(f"encoding {name!r} is refused: Python knows none of that name") from None
+        io.TextIOWrapper(io.BytesIO(), found)  # refuses what is no encoding of text, such as hex
+    except (LookupError, UnicodeError):
+        raise errors.InvalidDataError(
+            f"encoding {name!r} is refused: Python knows no encoding of text of that name"
+        ) from None
     return "utf-8-sig" if found == "utf-8" else found

@@ -31,7 +31,8 @@ class RefusedFile:
     """The side file: a JSON object for every refused row, with its line, the reason and the row. Made when first needed;
     an older one, which would speak of another run, is removed when there is nothing to say, but by no dry run.
 
-    Raises ``InvalidDataError`` for a file that is something else: it would be lost.
+    Raises ``InvalidDataError`` for a file that is something else (it would be lost), and for one that has no folder: before the
+    first row is applied, and in a dry run too.
     """
 
     def __init__(self, path: Path | None, *, dry_run: bool = False) -> None:
@@ -41,6 +42,10 @@ class RefusedFile:
         if path is not None and path.exists() and not _is_side_file(path):
             raise errors.InvalidDataError(
                 f"{path} is refused as the file for refused rows: it is there already, and not of an import; name another one"
+            )
+        if path is not None and not path.parent.is_dir():
+            raise errors.InvalidDataError(
+                f"{path} is refused as the file for refused rows: there is no folder {path.parent}"
             )
 
     def write(self, line: int, reason: str, raw: Mapping[str, Any]) -> None:

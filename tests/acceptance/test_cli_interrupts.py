@@ -1,10 +1,15 @@
-"""Ctrl-C that hits a place from which no exception comes out ends the command all the same."""
+"""Ctrl-C ends a command without a traceback, wherever it hits, also a place from which no exception comes out."""
 
 from __future__ import annotations
 
+import importlib.abc
 import signal
 import subprocess
 import sys
+
+import pytest
+
+from statecache import cli
 
 PROGRAM = """
 import os, signal, time
@@ -40,3 +45,20 @@ def test_other_errors_in_a_finalizer_are_still_told() -> None:
     result = ended("raise ValueError('told')")
     assert result.returncode == 0
     assert "ValueError: told" in result.stderr
+
+
+def test_ctrl_c_while_the_commands_are_loaded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They take half a second; a person who has mistyped is quicker."""
+
+    class Interrupts(importlib.abc.MetaPathFinder):
+        def find_spec(self, name: str, *_: object) -> None:
+            if name == "statecache.cli.app":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "statecache.cli.app", raising=False)
+    monkeypatch.delattr("statecache.cli.app", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Interrupts(), *sys.meta_path])
+    assert cli.main(["--help"]) == 130
+    assert capsys.readouterr() == ("", "")

@@ -55,10 +55,15 @@ def test_jobs_from_the_command_line(world: worlds.World) -> None:
         (("jobs", "run", "warm", "partitions=x"), 2, "numbers with commas"),
         (("jobs", "run", "warm", "partitions=0,99"), 2, "partition 99 is refused"),
         (("jobs", "run", "verify", "machine=nope"), 1, "no machine 'nope' is registered"),
-        (("jobs", "run", "export", "machine=", "file=x.csv"), 2, "'machine' is missing"),
+        (("jobs", "run", "export", "file=x.csv"), 2, "'machine' is missing"),
         (("jobs", "run", "export", "machine=order", "file=../../x.csv"), 2, "a plain name"),
         (("jobs", "run", "export", "machine=order", "file=x.xml"), 2, "ends with .jsonl"),
+        (("jobs", "run", "verify", "machine=order", "machine=other"), 2, "machine is given twice"),
+        (("jobs", "run", "retention", "machine="), 2, "machine= is refused: it is empty"),
+        (("dead-letters", "list", ""), 2, "address '' is refused"),
         (("jobs", "show", "nothing"), 1, "there is no job"),
+        (("jobs", "show", "\udcff"), 1, "there is no job"),
+        (("jobs", "cancel", "\udcff"), 1, "there is no job"),
         (("jobs", "cancel", first["id"]), 2, "is finished already"),
     ):
         found = _run(world, *arguments)
@@ -101,6 +106,10 @@ def test_retention_and_export(world: worlds.World, tmp_path: Path) -> None:
     folder, file = tmp_path / "archive", tmp_path / "orders.jsonl"
     assert _run(world, "retention", "--older-than", "0s").code == 2
     assert _run(world, "retention", "--older-than", "0s", "--archive", folder, "--delete").code == 2
+    (tmp_path / "file").touch()
+    for more in ([], ["--dry-run"]):
+        told = _run(world, "retention", "--older-than", "0s", "--archive", tmp_path / "file", *more)
+        assert (told.code, "file is refused: it is no folder" in told.error["message"]) == (2, True), told
     dry = _run(world, "retention", "--older-than", "0s", "--archive", folder, "--dry-run").document
     assert (dry["instances"], dry["transitions"], dry["files"], folder.exists()) == (5, 15, [], False)
     assert _run(world, "export", "order", file).document["transitions"] == 20

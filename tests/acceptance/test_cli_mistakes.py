@@ -181,6 +181,14 @@ def test_an_import_spares_files_that_are_not_its_own(tmp_path: Path, more: list[
     assert not (tmp_path / "store").exists()
 
 
+@pytest.mark.parametrize("more", [[], ["--dry-run"]], ids=["import", "dry run"])
+def test_an_import_whose_side_file_has_no_folder(tmp_path: Path, more: list[str]) -> None:
+    """It was told at the first row that was refused, when others had been applied."""
+    told = _import(tmp_path, tmp_path / "nowhere" / "side.jsonl", *more)
+    assert (told.code, f"there is no folder {tmp_path / 'nowhere'}" in told.err) == (exits.USAGE, True), told.err
+    assert not (tmp_path / "store").exists()
+
+
 def test_an_import_replaces_its_own_side_file(tmp_path: Path) -> None:
     side = tmp_path / "side.jsonl"
     side.write_text(json.dumps({"line": 2, "reason": "an older run's", "row": {}}) + "\n", encoding="utf-8")

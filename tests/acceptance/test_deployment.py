@@ -259,6 +259,13 @@ def test_all_that_the_wheel_is_made_of_is_copied_and_nothing_else() -> None:
     assert ".env" in (REPOSITORY / ".gitignore").read_text(encoding="utf-8").splitlines()
 
 
+def test_the_source_distribution_has_what_is_deployed_with() -> None:
+    """And what these tests read: they are in it."""
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
+    included = project["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]
+    assert {"/Dockerfile", "/docker-compose.yml", "/.dockerignore", "/config"} <= set(included)
+
+
 # --- the same as plain processes ---------------------------------------------------------------------------------------
 
 

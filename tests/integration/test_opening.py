@@ -58,8 +58,9 @@ def test_connect_flushes_only_where_it_is_alone_or_told_to(redis_url: str, sqlit
         assert cache._thread is not None
 
 
-@pytest.mark.parametrize("folder", [None, b"folder", 7, "a\0b", "~nobody-of-this-name/x"])
-def test_folder_that_is_none(folder: Any) -> None:
+@pytest.mark.parametrize("folder", [None, b"folder", 7, "", "a\0b", "~nobody-of-this-name/x"])
+def test_folder_that_is_none(folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(errors.ConfigurationError, match="folder"):
         StateCache.embedded(folder)
 

@@ -40,6 +40,22 @@ def test_every_command_of_the_design_is_there(command: Callable[..., Result]) ->
         assert f"\n  {name} " in machine_help
 
 
+@pytest.mark.parametrize(
+    ("words", "usage"),
+    [
+        ("claims", "statecache claims [OPTIONS] [MACHINE]\n"),
+        ("dead-letters list", "statecache dead-letters list [OPTIONS] [ADDRESS]\n"),
+        ("jobs run", "[KEY=VALUE]...\n"),
+    ],
+)
+def test_what_may_be_left_out_is_in_one_pair_of_brackets(
+    command: Callable[..., Result], words: str, usage: str
+) -> None:
+    help_text = command(*words.split(), "--help").out
+    assert usage in help_text
+    assert "[[" not in help_text
+
+
 def test_no_command_is_help(command: Callable[..., Result]) -> None:
     assert command().code == 0
     assert command("--version").out.startswith("statecache ")
@@ -55,6 +71,7 @@ def test_no_command_is_help(command: Callable[..., Result]) -> None:
         (["ls", "order", "--limit", "0"], "Invalid value for '--limit'"),
         (["machine", "show", "x.yaml", "--format", "art"], "'art' is not one of"),
         (["status", "--watch", "--interval", "inf"], "Invalid value for '--interval'"),
+        (["ls", "order", "--data-dir", ""], "Invalid value for '--data-dir': it is empty"),
         *(
             ([*words.split(), "9" * 23], f"Invalid value for '{words.split()[-1]}'")
             for words in (
@@ -65,6 +82,7 @@ def test_no_command_is_help(command: Callable[..., Result]) -> None:
                 "warm --limit",
                 "jobs list --limit",
                 "demo --orders",
+                "machine learn x.csv --id a --event b --at c --name m --version",
             )
         ),
     ],
@@ -191,6 +209,23 @@ def test_the_folder_of_the_command_line_wins_over_the_environments_urls(
     monkeypatch.setenv("STATECACHE_REDIS_URL", "redis://127.0.0.1:1/0")
     monkeypatch.setenv("STATECACHE_DATABASE_URL", "sqlite:////nowhere/x.db")
     assert "there is no store in the folder" in command("where", "order:1", "--data-dir", tmp_path / "data").err
+
+
+@pytest.mark.parametrize("option", ["--redis-url", "--database-url", "--namespace", "--log-format", "--log-level"])
+def test_an_option_that_is_empty_is_refused(command: Callable[..., Result], tmp_path: Path, option: str) -> None:
+    """What a shell makes of a variable that is not set: it would be another store, of which nobody has spoken."""
+    for arguments in (["ls", "order", option, ""], [option, "", "ls", "order"]):
+        result = command(*arguments, "--data-dir", tmp_path, "--json")
+        assert (result.code, result.error["type"]) == (2, "ConfigurationError"), result.err
+        assert f"{option[2:].replace('-', '_')} = '' in the arguments is refused" in result.error["message"] or (
+            option == "--namespace" and "namespace '' is refused" in result.error["message"]
+        )
+
+
+@pytest.mark.parametrize("encoding", ["", "nosuch", "hex", "rot13", "\udcff"])
+def test_an_encoding_of_no_text_is_refused(command: Callable[..., Result], log: Path, encoding: str) -> None:
+    result = command("machine", "learn", log, *COLUMNS, "--name", "m", "--encoding", encoding)
+    assert (result.code, "Python knows no encoding of text of that name" in result.err) == (2, True), result.err
 
 
 def test_settings_that_are_wrong_are_code_2(command: Callable[..., Result], tmp_path: Path) -> None:

@@ -56,6 +56,14 @@ def test_none_and_an_empty_variable_count_as_not_given(config_file: Path, monkey
     assert settings.Settings(config_file=config_file, namespace=None).namespace == "from_file"
 
 
+def test_folders_in_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ann")
+    monkeypatch.setenv("STATECACHE_RETENTION_ARCHIVE_DIR", "~/archive")
+    found = settings.Settings(data_dir=Path("~/data"), export_dir="~")
+    assert found.data_dir == Path("/home/ann/data")
+    assert (found.retention_archive_dir, found.export_dir) == (Path("/home/ann/archive"), Path("/home/ann"))
+
+
 def test_settings_cannot_be_changed() -> None:
     with pytest.raises(ValueError, match="frozen"):
         settings.Settings().namespace = "other"  # type: ignore[misc]
@@ -78,6 +86,11 @@ def test_settings_cannot_be_changed() -> None:
         ("redis_url", "unix://u:p@", "it must begin with redis://"),
         ("redis_url", "redis://u:p@host:6379/orders", "behind the host stands the number of a database"),
         ("rq_redis_url", "rediss://host/0/1?x=1", "behind the host stands the number of a database"),
+        ("redis_url", f"redis://{'a' * 64}:6379", "its host can be no name of a server"),
+        ("rq_redis_url", "redis://host%2e%2eexample", "its host can be no name of a server"),
+        ("redis_url", "redis://\udcff", "its host can be no name of a server"),
+        ("data_dir", "~nobody-of-this-name/data", "there is no home folder of that user"),
+        ("export_dir", "~nobody-of-this-name", "there is no home folder of that user"),
         ("database_url", "orders.db", "it must be an SQLAlchemy URL"),
         ("identity_check", "never", "'interval' or 'always'"),
         ("namespcae", "x", r"unknown setting 'namespcae' in the arguments: did you mean namespace\?"),
