@@ -37,6 +37,7 @@ from statecache.engine.handle import CONFIRMED, MachineHandle
 from statecache.engine.leases import Leases, leave_quietly, someone_flushes
 from statecache.engine.processes import OfOneProcess
 from statecache.engine.timeouts import Timeouts
+from statecache.hot import scripts
 from statecache.hot.store import HotStore
 from statecache.settings import Settings, failpoint_variable, redact
 
@@ -84,6 +85,8 @@ class StateCache(OfOneProcess):
         self.finals = Finals(durable)
         self._thread: threading.Thread | None = None
         self._confirmations: dict[Any, items.Confirm | None] = {}
+        self._registered: weakref.WeakKeyDictionary[type[StateMachine], scripts.Stamp] = weakref.WeakKeyDictionary()
+        """Under which epoch each class was registered in SQL."""
         self._at_close: list[Callable[[], None]] = []
         self._make_parts()
         _open_caches.add(self)
@@ -380,19 +383,27 @@ class StateCache(OfOneProcess):
                 raise errors.DefinitionError(
                     f"{wording.shown(machine)} is no machine: give a class that declares one, or the name of a registered one"
                 )
-            self.durable.register_machine(
-                machine.definition.name,
-                machine.definition.version,
-                machine.fingerprint,
-                machine.spec.model_dump_json(),
-                int(time.time() * 1000),
-            )
+            self._register(machine)
         self.finals.note(machine.definition)
         if (
             machine.definition.durability in CONFIRMED
         ):  # a server that cannot give it is refused now, not at the first call
             self.confirmation(model.Durability(machine.definition.durability), self.deadline(None))
         return MachineHandle(self, machine)
+
+    def _register(self, machine: type[StateMachine]) -> None:
+        """Once in each epoch: a class that was opened opens again while SQL is away, and for nothing."""
+        stamp = self.hot.stamp
+        if self._registered.get(machine) == stamp:
+            return
+        self.durable.register_machine(
+            machine.definition.name,
+            machine.definition.version,
+            machine.fingerprint,
+            machine.spec.model_dump_json(),
+            int(time.time() * 1000),
+        )
+        self._registered[machine] = stamp
 
     def stuck(self, *, older_than: timedelta | None = None, limit: int = 100) -> list[model.Snapshot]:
         """Instances of any machine that are past their state's timeout and that no event moves on, those first that are

@@ -14,9 +14,11 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import sqlalchemy as sa
 
 from statecache import Move, State, StateCache, StateMachine
 from statecache.core import errors, flows, items, model
+from statecache.durable import schema
 from statecache.engine import driver as driver_module
 from statecache.engine import letters, verify
 from tests.support import servers, waiting
@@ -242,6 +244,26 @@ def test_machine_by_name_and_from_another_process_of_the_same_store(world: World
 
     with pytest.raises(errors.DefinitionError, match="'order' version 1 is registered with another definition"):
         world.cache.machine(Changed)
+
+
+@ONLY_SYNC
+def test_a_class_that_was_opened_opens_while_sql_is_away(
+    private_postgres: servers.PostgresServer, redis_url: str, namespace: str, client: str
+) -> None:
+    """It is registered once, and again behind a recovery: SQL may have been restored from before it."""
+    database_url = private_postgres.url(private_postgres.create_database())
+    with World(redis_url, database_url, namespace, client=client) as world:
+        world.start("1")
+        private_postgres.kill()
+        assert world.cache.machine(Order).transition("1", "pay").version == 2
+        private_postgres.start()
+        world.flush()
+        with world.durable.database.engine.begin() as connection:
+            connection.execute(sa.delete(schema.machines))
+        world.cache.recover()
+        world.start("2")
+        world.cache.machine(Order)
+        assert [row.name for row in world.durable.machines()] == ["order"]
 
 
 # --- guards ---------------------------------------------------------------------------------------------------------------
