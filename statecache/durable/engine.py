@@ -36,7 +36,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import URL, make_url
 
 from statecache.core import errors
-from statecache.durable import faults, patience, schema
+from statecache.durable import faults, forking, patience, schema
 
 T = TypeVar("T")
 
@@ -382,6 +382,8 @@ def _create_engine(url: URL) -> sa.Engine:
     options: dict[str, Any] = {"hide_parameters": True, "pool_timeout": POOL_TIMEOUT_SECONDS}
     if url.get_backend_name() == "sqlite":
         options["connect_args"] = {"timeout": BUSY_TIMEOUT_SECONDS, "isolation_level": None}
+        if url.get_driver_name() == "pysqlite":
+            options["connect_args"]["factory"] = forking.Connection
         options["pool_use_lifo"] = True  # few of them write, and have a large cache
     else:
         options |= {"isolation_level": "READ COMMITTED", "skip_autocommit_rollback": True}
