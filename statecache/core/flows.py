@@ -587,11 +587,13 @@ def history(partition: int, machine: str, id: str) -> Generator[Wish, Any, list[
     """All transitions of an instance, those too that are not in SQL yet.
 
     SQL first, then the log: what was flushed in between is missing from the log, which shows as a gap, or as a hash that is
-    further on than both; SQL is read again. No answer is given with a gap in it. What a cold instance has is all in SQL: only
-    if SQL is no older than what Redis has dropped (H9), and its rows no older than that look.
+    further on than both; SQL is read again. No answer is given with a gap in it, and none is called a loss that was only seen
+    once, however little time there was. What a cold instance has is all in SQL: only if SQL is no older than what Redis has
+    dropped (H9), and its rows no older than that look.
     """
     attempt = 0
     before = -1
+    trimmed = 0  # up to this version a log had let go of it before SQL was read: SQL has it, or nothing has
     whole = False
     while True:
         hot_version = yield Version(partition, machine, id)
@@ -627,10 +629,16 @@ def history(partition: int, machine: str, id: str) -> Generator[Wish, Any, list[
             continue
         whole = True
         if not (yield Pause(attempt, "GAP")):
-            raise errors.IntegrityError(
-                f"{machine}:{id}: versions {version + 1} to {fresh[0].version - 1} are neither in SQL nor in the log; "
-                "run 'statecache verify'"
-            )
+            if version < trimmed:
+                raise errors.IntegrityError(
+                    f"{machine}:{id}: versions {version + 1} to {fresh[0].version - 1} are neither in SQL nor in the log; "
+                    "run 'statecache verify'"
+                )
+            if attempt:
+                raise errors.UnavailableError(
+                    f"{machine}:{id}: its history could not be read in time: it went on to SQL meanwhile; give it more time"
+                )
+        trimmed = fresh[0].version - 1
         attempt += 1
     if not rows and not fresh:
         raise errors.NotFoundError(f"{machine}:{id} does not exist")

@@ -36,7 +36,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import URL, make_url
 
 from statecache.core import errors
-from statecache.durable import faults, patience, schema
+from statecache.durable import faults, forking, patience, schema
 
 T = TypeVar("T")
 
@@ -187,7 +187,7 @@ class Database:
         is_last: bool = False,
     ) -> T:
         self._check_open()
-        connection = connect()
+        connection = self._out_of_pool(connect)
         watch = None
         try:
             self._check_file(connection)
@@ -262,7 +262,7 @@ class Database:
 
     def _begin_once(self, limit_seconds: int | None) -> tuple[sa.Connection, patience.Watch | None]:
         self._check_open()
-        connection = self.writer.connect()
+        connection = self._out_of_pool(self.writer.connect)
         watch = None
         try:
             limit = math.inf if limit_seconds is None else limit_seconds + _BEYOND_LIMIT_SECONDS
@@ -333,6 +333,24 @@ class Database:
         except self._errors:
             if lent is not None:
                 lent.invalidate()  # not the connection, which may be closed already and its place in the pool still taken
+        except BaseException:
+            self._leave_pool()
+            raise
+
+    def _out_of_pool(self, connect: Callable[[], sa.Connection]) -> sa.Connection:
+        try:
+            return connect()
+        except BaseException as error:
+            if not isinstance(error, self._errors):
+                self._leave_pool()
+            raise
+
+    def _leave_pool(self) -> None:
+        """Let go of the lock of the pool's queue: a signal's exception may have come where this thread had just taken it, or
+        was about to leave it, and every other thread would wait for it for ever."""
+        lock = getattr(getattr(self.engine.pool, "_pool", None), "mutex", None)
+        while lock is not None and lock._is_owned():
+            lock.release()
 
     def _check_open(self) -> None:
         if self._closed:  # the pool would make new connections, which nobody would close
@@ -382,6 +400,8 @@ def _create_engine(url: URL) -> sa.Engine:
     options: dict[str, Any] = {"hide_parameters": True, "pool_timeout": POOL_TIMEOUT_SECONDS}
     if url.get_backend_name() == "sqlite":
         options["connect_args"] = {"timeout": BUSY_TIMEOUT_SECONDS, "isolation_level": None}
+        if url.get_driver_name() == "pysqlite":
+            options["connect_args"]["factory"] = forking.Connection
         options["pool_use_lifo"] = True  # few of them write, and have a large cache
     else:
         options |= {"isolation_level": "READ COMMITTED", "skip_autocommit_rollback": True}

@@ -54,22 +54,31 @@ Push = Callable[[float, Sequence[int] | None], bool]
 
 
 class Signal:
-    """Counts commits, and wakes who waits for the next."""
+    """Counts commits, and wakes who waits for the next. Interrupted anywhere it is as before (see ``threads.Event``)."""
 
     def __init__(self) -> None:
         self.count = 0
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()
+        self._bells: dict[threads.Bell, None] = {}
 
     def give(self) -> None:
         """Something may have been committed."""
-        with self._changed:
+        with self._lock:
             self.count += 1
-            self._changed.notify_all()
+            for bell in list(self._bells):
+                bell.set()
 
     def wait(self, seen: int, timeout_seconds: float) -> None:
         """Return when the count is not ``seen`` (any more), or after the timeout."""
-        with self._changed:
-            self._changed.wait_for(lambda: self.count != seen, timeout_seconds)
+        bell = threads.Bell()
+        try:
+            with self._lock:
+                if self.count != seen:
+                    return
+                self._bells[bell] = None
+            bell.wait(max(0.0, timeout_seconds))
+        finally:
+            self._bells.pop(bell, None)
 
 
 class Waiter:

@@ -463,7 +463,11 @@ class Driver:
         with self.durable.until(time.monotonic() + HISTORY_SECONDS_MAX):
             rows, waiting = self.durable.recorded(machine, id)
         for record in (letter.entry for letter in waiting):
-            if record.version == (rows[-1].version if rows else 0) + 1:
+            following = (rows[-1].version if rows else 0) + 1
+            if record.event == entry.EVENT_RECONCILED and record.version >= following:
+                waits = flows.transition_of(record)  # as it will stand there if it is retried
+                rows.append(msgspec.structs.replace(waits, covers_from=following, complete=False))
+            elif record.version == following:
                 rows.append(flows.transition_of(record))
         return rows
 

@@ -33,7 +33,9 @@ class MachineHandle(OfOneProcess):
     - on ``DurabilityTimeout``, and on ``ParkedError`` with a ``receipt``: it stands in Redis, but is not known to be in SQL (to
       have reached the given level), or waits as a dead letter because SQL refused it;
     - on ``IntegrityError``: the message tells what became of it (it was applied, and lost with Redis; it was applied before);
-    - on any other error: it was not applied.
+    - on any other error: it was not applied by this call. Those that judge the instance say so of an earlier call with the same
+      ``transition_id`` too; ``BackpressureError``, ``RecoveringError`` and ``ConfigurationError`` tell nothing of that one
+      (Redis may refuse before it looks): repeat it.
 
     Errors of every write: ``InvalidDataError`` (arguments), ``NotFoundError``, ``AlreadyExistsError``,
     ``InvalidTransitionError``, ``StaleVersionError``, ``FencedError``, ``ParkedError``, ``BackpressureError``,

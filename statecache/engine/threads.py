@@ -35,12 +35,37 @@ class Bell:
 
 
 class Event(threading.Event):
-    """An event around whose lock its own thread may come a second time. A waiter that a handler interrupts with ``set`` in the
-    midst of lying down sleeps on to its timeout: for waits that are short."""
+    """An event to which its own thread may come a second time, and that a handler which raises leaves usable: the lock of a
+    ``threading.Condition``, taken and left by functions in Python, would be held for ever by who was interrupted in them.
+
+    A waiter that a handler interrupts with ``set`` in the midst of lying down, or a ``set`` that is interrupted itself, leaves
+    some asleep to their timeout: for waits that are short.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self._cond = threading.Condition()  # with an RLock, as is its default
+        self._lock = threading.RLock()
+        self._bells: dict[Bell, None] = {}
+
+    def set(self) -> None:
+        with self._lock:
+            self._flag = True
+            for bell in list(self._bells):
+                bell.set()
+
+    def clear(self) -> None:
+        self._flag = False
+
+    def wait(self, timeout: float | None = None) -> bool:
+        bell = Bell()
+        try:
+            with self._lock:
+                if self._flag:
+                    return True
+                self._bells[bell] = None
+            return bell.wait(-1.0 if timeout is None else max(0.0, timeout)) or self._flag
+        finally:
+            self._bells.pop(bell, None)
 
 
 def is_held_here(lock: Any) -> bool:

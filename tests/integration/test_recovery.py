@@ -403,6 +403,40 @@ def test_cold_instance_behind_the_hole_is_parked_not_guessed(world: World) -> No
     world.verify()
 
 
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_history_of_an_instance_parked_behind_the_hole(world: World, is_kept: bool) -> None:
+    """H6d, before an operator has decided: the row that waits as a letter stands in history for what nobody knows, as it will
+    when it is retried. Without it the entries behind the hole follow nothing (``IntegrityError``, where verify finds all in
+    order), or, of an instance that SQL has never seen, there is none (``NotFoundError``)."""
+    _base(world)
+    id = "r0" if is_kept else "later"
+    saved = world.sql_copy()
+    if not is_kept:
+        world.start(id)
+    world.orders.transition(id, "note", data={"gone": 1})
+    world.orders.transition(id, "note", data={"gone": 2})
+    world.flush()
+    receipt = world.orders.transition(id, "note", data={"v": 1})
+    partition = world.partition_of(id)
+    world.client.delete(world.keyspace.instance(partition, "order", id))
+    world.client.hset(world.keyspace.meta(partition), mapping={"cold": "1", "evicted_to": receipt.entry_id})
+    world.sql_back(saved)
+    world.cache.recover()
+    world.flush()
+    rows = world.orders.history(id)
+    kept = [(row.covers_from or row.version, row.version, row.event, row.complete) for row in rows]
+    last = receipt.version
+    assert kept[-3:] == [
+        (3 if is_kept else 1, last - 2, "@reconciled", False), (last - 1, last - 1, "note", True), (last, last, "note", True),
+    ]  # fmt: skip
+    with pytest.raises(errors.ParkedError):
+        world.orders.transition(id, "note")
+    letters.retry(world.cache, "order", id)
+    after = [(row.covers_from or row.version, row.version, row.event, row.complete) for row in world.orders.history(id)]
+    assert after == kept
+    world.verify()
+
+
 def test_sql_behind_with_the_log_still_reaching_is_flushed_again(world: World) -> None:
     """SQL went back, and the log was kept (``log_keep_seconds``): the flusher simply flushes from SQL's watermark again;
     every row comes back as it was."""

@@ -81,6 +81,7 @@ def interrupted_at(
         sys.settrace(interruption)
         with suppress(Interrupt):
             work()
+        sys.settrace(None)  # the thread's own end is no place of the work's
 
     thread = threading.Thread(target=body)
     thread.start()

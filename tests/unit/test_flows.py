@@ -375,6 +375,31 @@ def test_history_with_a_gap_is_read_again_the_whole_log_too() -> None:
     assert "versions 2 to 3 are neither in SQL nor in the log" in str(call.error(False))
 
 
+def test_history_that_is_flushed_while_it_is_read_is_no_loss_to_a_call_without_time() -> None:
+    """SQL has 1, versions 2 and 3 are flushed, the log has 4: the call's time is over, and SQL is read once more."""
+    call = history()
+    call.answer(4)
+    call.answer([_known(version=1)])
+    assert isinstance(call.answer(("OK", [_entry(4)])), flows.Pause)
+    assert isinstance(call.answer(False), flows.Version)
+    call.answer(4)
+    call.answer([_known(version=version) for version in (1, 2, 3)])
+    assert [row.version for row in call.result(("OK", [_entry(4)]))] == [1, 2, 3, 4]
+
+
+def test_history_that_goes_on_being_flushed_is_out_of_time() -> None:
+    """The second look finds what the first one missed, and another gap, of what has been flushed since."""
+    call = history()
+    call.answer(4)
+    call.answer([_known(version=1)])
+    call.answer(("OK", [_entry(4)]))
+    call.answer(False)
+    call.answer(6)
+    call.answer([_known(version=version) for version in (1, 2, 3)])
+    assert isinstance(call.answer(("OK", [_entry(6)])), flows.Pause)
+    assert isinstance(call.error(False), errors.UnavailableError)
+
+
 def test_history_of_nothing_is_not_found() -> None:
     call = history()
     call.answer(None)

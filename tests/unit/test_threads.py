@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from statecache.engine import threads
+from statecache.engine import commits, threads
 from statecache.engine.duties import Duties, Duty
 from tests.support.interruptions import interrupted_at
 
@@ -89,3 +89,21 @@ def test_bell_is_taken_by_its_wait() -> None:
     bell.set()
     bell.clear()
     assert not bell.is_set()
+
+
+@pytest.mark.parametrize("kind", [threads.Event, commits.Signal])
+@pytest.mark.parametrize("what", ["give", "wait"])
+@pytest.mark.parametrize("module", [threading, threads, commits])
+def test_an_interruption_leaves_no_lock_behind(kind: type[Any], what: str, module: Any) -> None:
+    """A handler raises at any place of a ring or a wait, also within Python's own ``threading``: others ring and wait."""
+    for nth in itertools.count(1):
+        event = kind()
+        give = event.set if kind is threads.Event else event.give
+        wait = partial(event.wait, 0.001) if kind is threads.Event else partial(event.wait, 0, 0.001)
+        met = interrupted_at(nth, module.__file__, give if what == "give" else wait)
+        others = threading.Thread(target=lambda give=give, wait=wait: (give(), wait()), daemon=True)
+        others.start()
+        others.join(10)
+        assert not others.is_alive(), nth
+        if not met:
+            return
