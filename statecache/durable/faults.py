@@ -81,7 +81,8 @@ _REFUSED_LOGINS = (
     "permission denied for database",
 )
 _REFUSED_OPTIONS = (
-    "invalid connection option",
+    "connection option",
+    "bad value for",
     "invalid integer value",
     "invalid sslmode value",
     "invalid port number",
@@ -153,7 +154,7 @@ def _kind_by_class(original: BaseException) -> type[errors.StateCacheError] | No
         refusals = (*_REFUSED_LOGINS, *_REFUSED_OPTIONS, *_UNUSABLE_CERTIFICATES)
         refused = any(text in str(original) for text in refusals)
         return errors.ConfigurationError if refused else errors.UnavailableError
-    if "ProgrammingError" in names and "connection option" in str(original):  # psycopg: the URL has one that is none
+    if "ProgrammingError" in names and any(text in str(original) for text in _REFUSED_OPTIONS):  # psycopg's own, of the URL
         return errors.ConfigurationError
     if "IntegrityError" in names:
         return KeyHit
@@ -168,7 +169,7 @@ def _message(kind: type[errors.StateCacheError], error: BaseException) -> str:
     code = getattr(original, "sqlstate", None) or getattr(original, "sqlite_errorname", None)
     if code:
         return next(advice for begins, advice in _CONFIGURATIONS if code.startswith(begins))
-    if "connection option" in str(original) or any(text in str(original) for text in _REFUSED_OPTIONS):
+    if any(text in str(original) for text in _REFUSED_OPTIONS):
         return "SQL's driver refuses database_url: check its host, its port and the options at its end"
     if any(text in str(original) for text in _UNUSABLE_CERTIFICATES):
         return "SQL cannot be reached with these certificates: check sslrootcert, sslcert and sslkey in database_url"

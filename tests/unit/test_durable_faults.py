@@ -98,6 +98,7 @@ def _sqlite(name: str) -> sqlite3.OperationalError:
         (psycopg.errors.lookup("3D000")("no"), "the database's name in database_url"),
         (psycopg.errors.lookup("42501")("no"), "db check"),
         (psycopg.OperationalError('invalid sslmode value: "sometimes"'), "the options at its end"),
+        (psycopg.ProgrammingError("bad value for connect_timeout: 'x'"), "the options at its end"),
         (psycopg.ProgrammingError('invalid connection option "x"'), "the options at its end"),
         (psycopg.OperationalError('root certificate file "/ca.pem" does not exist'), "check sslrootcert"),
         (psycopg.OperationalError('could not read root certificate file "/ca.pem": no'), "check sslrootcert"),
