@@ -154,7 +154,8 @@ def _kind_by_class(original: BaseException) -> type[errors.StateCacheError] | No
         refusals = (*_REFUSED_LOGINS, *_REFUSED_OPTIONS, *_UNUSABLE_CERTIFICATES)
         refused = any(text in str(original) for text in refusals)
         return errors.ConfigurationError if refused else errors.UnavailableError
-    if "ProgrammingError" in names and any(text in str(original) for text in _REFUSED_OPTIONS):  # psycopg's own, of the URL
+    # Psycopg's own, of what stands in the URL.
+    if "ProgrammingError" in names and any(text in str(original) for text in _REFUSED_OPTIONS):
         return errors.ConfigurationError
     if "IntegrityError" in names:
         return KeyHit

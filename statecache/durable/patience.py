@@ -44,7 +44,9 @@ class Patience:
 
     def __init__(self) -> None:
         self._of_thread = threading.local()
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
+        """Never entered itself: that is a function in Python, in which a signal's handler may raise with the lock taken."""
         self._watched: list[tuple[float, int, Watch]] = []
         self._numbers = itertools.count()
         self._ended = 0
@@ -74,7 +76,7 @@ class Patience:
             watch = Watch(os.dup(driver.fileno()))  # its number would be another one's when the driver has closed it
         except Exception:  # closed: its statement will tell
             return None
-        with self._changed:
+        with self._lock:
             heapq.heappush(self._watched, (time.monotonic() + seconds, next(self._numbers), watch))
             if self._thread is None:
                 thread = threading.Thread(target=self._run, name="statecache-sql-patience", daemon=True)
@@ -89,7 +91,7 @@ class Patience:
         """The connection is not at work any more; True if it was cut off."""
         if watch is None:
             return False
-        with self._changed:
+        with self._lock:
             descriptor, watch.descriptor = watch.descriptor, None
             self._ended += 1
             if self._ended > max(_ENDED_MIN, len(self._watched) // 2):  # under long deadlines they would pile up
@@ -102,7 +104,7 @@ class Patience:
 
     def close(self) -> None:
         """End the thread; what is at work is not watched any more."""
-        with self._changed:
+        with self._lock:
             self._watched.clear()
             thread, self._thread = self._thread, None
             self._changed.notify()
@@ -111,7 +113,7 @@ class Patience:
 
     def _run(self) -> None:
         """Until nothing is left to watch: a client that nobody closed leaves no thread behind."""
-        with self._changed:
+        with self._lock:
             while self._thread is threading.current_thread():
                 now = time.monotonic()
                 while self._watched and self._watched[0][0] <= now:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import socket
 import threading
 import time
 import types
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 
 from statecache.durable import patience
+from tests.support.interruptions import interrupted_at
 from tests.support.waiting import wait_until
 
 
@@ -85,3 +88,25 @@ def test_until_is_of_a_thread_and_nests() -> None:
         other.join()
         assert watcher.left() > 99
     assert found == [math.inf]
+
+
+@pytest.mark.parametrize("module", [threading, patience])
+def test_an_interruption_leaves_no_lock_behind(module: Any, pair: tuple[socket.socket, socket.socket]) -> None:
+    """A signal's handler raises at any place of a read that is watched, also within Python's own ``threading``: others read."""
+    ours, _ = pair
+
+    def read(watcher: patience.Patience) -> None:
+        watcher.end(watcher.begin(_connection(ours), 600))
+
+    for nth in itertools.count(1):
+        watcher = patience.Patience()
+        first = watcher.begin(_connection(ours), 600)
+        met = interrupted_at(nth, module.__file__, partial(read, watcher))
+        others = threading.Thread(target=read, args=(watcher,), daemon=True)
+        others.start()
+        others.join(10)
+        assert not others.is_alive(), nth
+        assert not watcher.end(first)
+        watcher.close()
+        if not met:
+            return
