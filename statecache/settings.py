@@ -284,6 +284,11 @@ class Settings(pydantic_settings.BaseSettings):
         return self
 
     @property
+    def is_embedded(self) -> bool:
+        """Whether the store is wholly that of the data folder: its server is the embedded one, its database a file there."""
+        return self.redis_url is None and self.database_url is None
+
+    @property
     def limits(self) -> codec.Limits:
         """The sizes above which input is refused, as ``core`` wants them."""
         return codec.Limits(

@@ -74,7 +74,7 @@ def _open_to_look(store: options.Store, *, start: bool = True, admit_seconds: fl
     server needs that: nobody else may have been running it.
     """
     options.quiet_about_admission()
-    if start and options.is_embedded(store.settings()):
+    if start and store.settings().is_embedded:
         return store.open()
     return store.open(auto_recover=False, admit_seconds=admit_seconds, call_timeout_seconds=options.LOOK_SECONDS)
 

@@ -130,7 +130,7 @@ class Store:
         from statecache.engine.cache import StateCache
 
         settings = self.settings().model_copy(update=more)
-        if is_embedded(settings):  # every start of its server is a recovery: no news
+        if settings.is_embedded:  # every start of its server is a recovery: no news
             logging.getLogger("statecache.engine.admission").setLevel(logging.ERROR)
         if not create:
             _check_there(settings)
@@ -145,7 +145,7 @@ class Store:
         ``RecoveringError``, which says what to do, or ``UnavailableError``. A data folder's own server is recovered by every
         start, whoever starts it: nobody else may have been running it, and nobody can have named a wrong one.
         """
-        if is_embedded(self.settings()):
+        if self.settings().is_embedded:
             return self.open()
         quiet_about_admission()
         cache = self.open(auto_recover=False, admit_seconds=LOOK_SECONDS)
@@ -159,7 +159,7 @@ class Store:
 
     def open_for_writing(self, *, create: bool = False) -> StateCache:
         """Open the store for a command that writes: an embedded one is flushed by the command itself, before it ends."""
-        return self.open(create=create, flusher=is_embedded(self.settings()))
+        return self.open(create=create, flusher=self.settings().is_embedded)
 
 
 def _check_there(settings: Settings) -> None:
@@ -188,11 +188,6 @@ def _check_there(settings: Settings) -> None:
 def quiet_about_admission() -> None:
     """A Redis that is not ready is part of what is told, or does not matter for it: no log line beside that."""
     logging.getLogger("statecache.engine.cache").setLevel(logging.ERROR)
-
-
-def is_embedded(settings: Settings) -> bool:
-    """Whether the store is wholly that of a data folder, which nobody but its users' processes flushes."""
-    return settings.redis_url is None and settings.database_url is None
 
 
 def command(app: typer.Typer, name: str, **options: Any) -> Callable[[Function], Function]:

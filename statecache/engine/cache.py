@@ -153,7 +153,7 @@ class StateCache(OfOneProcess):
         """
         wanted = Settings(redis_url=redis_url, database_url=database_url, namespace=namespace, **settings)
         if flusher is None:
-            flusher = wanted.redis_url is None and wanted.database_url is None
+            flusher = wanted.is_embedded
         return cls.open(wanted, flusher=flusher, metrics=metrics)
 
     @classmethod
@@ -207,7 +207,7 @@ class StateCache(OfOneProcess):
                 )
         durable = None
         try:
-            if server is not None and settings.redis_url is None and settings.database_url is None:
+            if server is not None and settings.is_embedded:
                 server.start()
             database_url = settings.database_url or (server.database_url if server else "")
             explicit = "partition_count" in settings.model_fields_set
