@@ -295,6 +295,7 @@ class StateCache(OfOneProcess):
         self.flusher.rest()
         self.hot.close()
         self.durable.close()
+        self._registered.clear()  # who opens a machine from now on is told that nothing is open
         if self._server is not None:
             self._server.close()
         _open_caches.discard(self)

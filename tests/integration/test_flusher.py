@@ -1097,7 +1097,7 @@ def test_machine_that_is_registered_later_has_finals(lite: World, monkeypatch: p
         lite.start(id, ["pay", "ship", "deliver"])
     other.flush_alone()
     assert asked.call_count == 1
-    lite.cache.machine(Order)
+    lite.more().machine(Order)
     monkeypatch.setattr(finals_module, "_UNKNOWN_SECONDS", -1.0)
     other.finals._unknown.clear()  # the seconds are over
     lite.start("4", ["pay", "ship", "deliver"])
