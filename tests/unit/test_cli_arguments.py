@@ -81,9 +81,8 @@ def test_increments_are_numbers() -> None:
 def test_column_names_may_be_quoted() -> None:
     assert arguments.columns('a,"b, c",d') == ["a", "b, c", "d"]
     assert arguments.columns(None) == []
-    for wrong in ("a\nb", "x" * 200_000):
-        with pytest.raises(errors.InvalidDataError, match=r"columns .* are refused"):
-            arguments.columns(wrong)
+    with pytest.raises(errors.InvalidDataError, match=r"columns .* are refused"):
+        arguments.columns("a\nb")
 
 
 def test_every_error_has_the_exit_code_of_who_must_act() -> None:
