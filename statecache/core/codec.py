@@ -273,15 +273,15 @@ def encode_patch(data: Mapping[str, Any], limits: Limits) -> Encoded:
 _PLAIN = frozenset({str, bool, int, float, type(None)})
 _NUMBERS = frozenset({int, float})
 _PLAIN_NUMBER_MAX = 9e18
-_encode_lines = msgspec.json.Encoder().encode_lines  # a JSON text holds no line break
+# A JSON text holds no line break. Given a list: msgspec 0.22 loses an iterator (86 bytes for ever) with any other iterable.
+_encode_lines = msgspec.json.Encoder().encode_lines
 _chained = itertools.chain.from_iterable
 
 
 def _encode_plain_patch(data: dict[str, Any], limits: Limits) -> Encoded | None:
     """The same for what most patches are: known names and plain values, in one call instead of two for each field. None
     leaves it to the thorough form, which finds what is wrong, if anything is."""
-    shape = tuple(data)
-    names = _seen_shapes.get(shape) or _names_of(shape)
+    names = _names_of(tuple(data))
     if names is None:
         return None
     values: list[Any] = list(data.values())
@@ -369,6 +369,9 @@ def _remembered(name: str) -> str:
 
 def _names_of(shape: tuple[str, ...]) -> tuple[str, ...] | None:
     """The names of a patch as those that were found good, None if any of them was not seen."""
+    known = _seen_shapes.get(shape)
+    if known is not None:
+        return known
     try:
         names = tuple([_seen_names[name] for name in shape])
     except KeyError:

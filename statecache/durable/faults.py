@@ -9,7 +9,7 @@ driver's error stays as ``__cause__``.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import sqlalchemy as sa
 
@@ -152,14 +152,17 @@ def _kind_by_class(original: BaseException) -> type[errors.StateCacheError] | No
     names = {ancestor.__name__ for ancestor in type(original).__mro__}
     if names & {"OperationalError", "InterfaceError"}:
         refusals = (*_REFUSED_LOGINS, *_REFUSED_OPTIONS, *_UNUSABLE_CERTIFICATES)
-        refused = any(text in str(original) for text in refusals)
-        return errors.ConfigurationError if refused else errors.UnavailableError
+        return errors.ConfigurationError if _says(original, refusals) else errors.UnavailableError
     # Psycopg's own, of what stands in the URL.
-    if "ProgrammingError" in names and any(text in str(original) for text in _REFUSED_OPTIONS):
+    if "ProgrammingError" in names and _says(original, _REFUSED_OPTIONS):
         return errors.ConfigurationError
     if "IntegrityError" in names:
         return KeyHit
     return Refused if "DataError" in names else None
+
+
+def _says(error: BaseException, texts: Iterable[str]) -> bool:
+    return any(text in str(error) for text in texts)
 
 
 def _message(kind: type[errors.StateCacheError], error: BaseException) -> str:
@@ -170,9 +173,9 @@ def _message(kind: type[errors.StateCacheError], error: BaseException) -> str:
     code = getattr(original, "sqlstate", None) or getattr(original, "sqlite_errorname", None)
     if code:
         return next(advice for begins, advice in _CONFIGURATIONS if code.startswith(begins))
-    if any(text in str(original) for text in _REFUSED_OPTIONS):
+    if _says(original, _REFUSED_OPTIONS):
         return "SQL's driver refuses database_url: check its host, its port and the options at its end"
-    if any(text in str(original) for text in _UNUSABLE_CERTIFICATES):
+    if _says(original, _UNUSABLE_CERTIFICATES):
         return "SQL cannot be reached with these certificates: check sslrootcert, sslcert and sslkey in database_url"
     return _LOGIN
 
@@ -186,7 +189,7 @@ def _detail(kind: type[errors.StateCacheError], error: BaseException) -> str:
     if kind not in (Refused, KeyHit):
         parts.append(": " + (str(original).splitlines() or [""])[0])
     hint = _POOLER if code in _OF_PREPARED_STATEMENTS else ""
-    if kind is errors.UnavailableError and any(text in str(original) for text in _UNTRUSTED_SERVERS):
+    if kind is errors.UnavailableError and _says(original, _UNTRUSTED_SERVERS):
         hint = _UNTRUSTED
     return " ".join(part for part in parts if part).replace(" : ", ": ") + hint
 

@@ -54,31 +54,21 @@ Push = Callable[[float, Sequence[int] | None], bool]
 
 
 class Signal:
-    """Counts commits, and wakes who waits for the next. Interrupted anywhere it is as before (see ``threads.Event``)."""
+    """Counts commits, and wakes who waits for the next. Interrupted anywhere it is as before."""
 
     def __init__(self) -> None:
         self.count = 0
-        self._lock = threading.RLock()
-        self._bells: dict[threads.Bell, None] = {}
+        self._bells = threads.Bells()
 
     def give(self) -> None:
         """Something may have been committed."""
-        with self._lock:
+        with self._bells.lock:
             self.count += 1
-            for bell in list(self._bells):
-                bell.set()
+            self._bells.ring()
 
     def wait(self, seen: int, timeout_seconds: float) -> None:
         """Return when the count is not ``seen`` (any more), or after the timeout."""
-        bell = threads.Bell()
-        try:
-            with self._lock:
-                if self.count != seen:
-                    return
-                self._bells[bell] = None
-            bell.wait(max(0.0, timeout_seconds))
-        finally:
-            self._bells.pop(bell, None)
+        self._bells.wait(lambda: self.count != seen, max(0.0, timeout_seconds))
 
 
 class Waiter:

@@ -6,6 +6,7 @@ setting, or waiting for, waits for ever. Those that a handler's call may come to
 
 import contextlib
 import threading
+from collections.abc import Callable
 from typing import Any
 
 
@@ -34,9 +35,34 @@ class Bell:
         self._silent.acquire(blocking=False)
 
 
+class Bells:
+    """Who waits for a change, in the place of a ``threading.Condition``: its lock is taken and left by functions in Python, and
+    who is interrupted in them would hold it for ever. The change, and the ``ring`` behind it, are made under ``lock``."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self._bells: dict[Bell, None] = {}
+
+    def ring(self) -> None:
+        """Wake all who wait."""
+        for bell in list(self._bells):
+            bell.set()
+
+    def wait(self, is_over: Callable[[], bool], timeout_seconds: float) -> bool:
+        """Wait for a ring, unless there is nothing to wait for; False if none came in time."""
+        bell = Bell()
+        try:
+            with self.lock:
+                if is_over():
+                    return True
+                self._bells[bell] = None
+            return bell.wait(timeout_seconds)
+        finally:
+            self._bells.pop(bell, None)
+
+
 class Event(threading.Event):
-    """An event to which its own thread may come a second time, and that a handler which raises leaves usable: the lock of a
-    ``threading.Condition``, taken and left by functions in Python, would be held for ever by who was interrupted in them.
+    """An event to which its own thread may come a second time, and that a handler which raises leaves usable.
 
     A waiter that a handler interrupts with ``set`` in the midst of lying down, or a ``set`` that is interrupted itself, leaves
     some asleep to their timeout: for waits that are short.
@@ -44,28 +70,18 @@ class Event(threading.Event):
 
     def __init__(self) -> None:
         super().__init__()
-        self._lock = threading.RLock()
-        self._bells: dict[Bell, None] = {}
+        self._bells = Bells()
 
     def set(self) -> None:
-        with self._lock:
+        with self._bells.lock:
             self._flag = True
-            for bell in list(self._bells):
-                bell.set()
+            self._bells.ring()
 
     def clear(self) -> None:
         self._flag = False
 
     def wait(self, timeout: float | None = None) -> bool:
-        bell = Bell()
-        try:
-            with self._lock:
-                if self._flag:
-                    return True
-                self._bells[bell] = None
-            return bell.wait(-1.0 if timeout is None else max(0.0, timeout)) or self._flag
-        finally:
-            self._bells.pop(bell, None)
+        return self._bells.wait(self.is_set, -1.0 if timeout is None else max(0.0, timeout)) or self._flag
 
 
 def is_held_here(lock: Any) -> bool:

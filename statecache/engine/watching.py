@@ -136,8 +136,9 @@ class StoreWatch:
         hot = self._cache.hot
         found = hot_watching.overview(hot)
         if sql is not None:
-            self._stamp = scripts.Stamp(sql.store.epoch, sql.store.owner)
-        stamp = self._stamp if sql is not None else max(self._stamp, hot.stamp, key=lambda one: one.epoch)
+            stamp = self._stamp = scripts.Stamp(sql.store.epoch, sql.store.owner)
+        else:
+            stamp = max(self._stamp, hot.stamp, key=lambda one: one.epoch)
         codes = self._admitted(stamp) if stamp.epoch else []
         known = (
             dict(enumerate(found.watermarks))
