@@ -66,12 +66,13 @@ class Known(msgspec.Struct, frozen=True):
 
 
 class Mend(msgspec.Struct):
-    """Rows to write in one transaction, and hashes to drop after it. Rows are in the tables' column order."""
+    """Rows to write in one transaction, and hashes to drop after it. Rows are in the tables' column order, checkpoints are
+    the lines of ``fold.Folded``."""
 
     transitions: list[Row] = []
-    checkpoints: list[Row] = []
+    checkpoints: list[str] = []
     letters: list[Row] = []
-    moved: list[tuple[fold.Folded | None, fold.Folded]] = []
+    moved: list[fold.Moved] = []
     drops: list[str] = []
     covered: int = 0
     parked: int = 0
@@ -110,10 +111,9 @@ def sql_behind(
             mend.parked += 1
             mend.findings.append(f"{address}: versions {sql.version + 1} to {now.version} are lost, parked")
             continue
-        before = fold.Folded.of_checkpoint(sql.checkpoint) if sql.checkpoint else None
         mend.transitions.append(row)
-        mend.checkpoints.append(now.row(finals))
-        mend.moved.append((before, now))
+        mend.checkpoints.append(now.line(finals))
+        mend.moved.append((partition, now.machine, sql.checkpoint.state if sql.checkpoint else None, now.state))
         mend.findings.append(f"{address}: one row stands for versions {sql.version + 1} to {now.version}")
     return mend
 
@@ -150,7 +150,9 @@ def _before(
     machine_version = later[0].machine_version if later else hot.machine_version if hot else 1
     entry_id = min(hot.entry_id, watermark) if hot and not later else watermark
     text = fold.data_text(data)
-    return fold.Folded(machine, id, partition, state, version, entry_id, created, updated, machine_version, ring, text)
+    return fold.Folded(
+        version, created, state, "", ring, text, machine, id, partition, entry_id, updated, machine_version
+    )
 
 
 _ENTRY_COLUMNS = ("partition", "epoch", "seq", *entry.PARTS)

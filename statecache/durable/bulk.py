@@ -10,6 +10,8 @@ from typing import Protocol
 
 import sqlalchemy as sa
 
+from statecache.core import entry
+from statecache.durable import faults, schema
 from statecache.durable.rows import Row
 
 Key = tuple[str, str, int, int]
@@ -57,15 +59,25 @@ class Forms(Protocol):
         """``FlushTransaction.insert_history``: an empty part, in lines and in rows, is NULL where the column allows it."""
         ...
 
-    def insert_checkpoints(self, connection: sa.Connection, rows: Sequence[Row]) -> None: ...
+    def insert_checkpoints(self, connection: sa.Connection, lines: Sequence[str]) -> None:
+        """Lines are those of ``FlushTransaction.upsert_checkpoints``."""
+        ...
 
-    def upsert_checkpoints(self, connection: sa.Connection, rows: Sequence[Row]) -> int: ...
+    def upsert_checkpoints(self, connection: sa.Connection, lines: Sequence[str]) -> int: ...
 
     def adjust_counts(self, connection: sa.Connection, deltas: Mapping[tuple[int, str, str], int]) -> None: ...
 
     def index_tail(self, connection: sa.Connection) -> None:
         """Bring the entry index of history up to date, where that is not done by the insert."""
         ...
+
+
+def checkpoint_parts(lines: Sequence[str]) -> list[tuple[str, ...]]:
+    """The columns of checkpoints' lines, as texts. Raises ``Refused`` where there are more or fewer."""
+    rows = [tuple(line.split(entry.SEPARATOR)) for line in lines]
+    if any(len(row) != len(schema.CHECKPOINT_COLUMNS) for row in rows):
+        raise faults.Refused("a checkpoint has a part that holds what no part can hold")
+    return rows
 
 
 def execute_counted(connection: sa.Connection, statement: sa.Executable, values: Sequence[Mapping[str, object]]) -> int:

@@ -75,15 +75,13 @@ class Generic:
         connection.execute(sa.insert(schema.transitions), values)
         meanwhile()
 
-    def insert_checkpoints(self, connection: sa.Connection, rows: Sequence[Row]) -> None:
-        names = schema.CHECKPOINT_COLUMNS
-        connection.execute(sa.insert(schema.checkpoints), [dict(zip(names, row, strict=True)) for row in rows])
+    def insert_checkpoints(self, connection: sa.Connection, lines: Sequence[str]) -> None:
+        connection.execute(sa.insert(schema.checkpoints), _checkpoint_values(lines))
 
-    def upsert_checkpoints(self, connection: sa.Connection, rows: Sequence[Row]) -> int:
+    def upsert_checkpoints(self, connection: sa.Connection, lines: Sequence[str]) -> int:
         written = 0
-        missing: list[Row] = []
-        for row in rows:
-            values = dict(zip(schema.CHECKPOINT_COLUMNS, row, strict=True))
+        missing: list[str] = []
+        for line, values in zip(lines, _checkpoint_values(lines), strict=True):
             key = {"k_machine": values["machine"], "k_id": values["id"]}
             changes = {name: values[name] for name in schema.CHECKPOINT_CHANGES}
             changed = connection.execute(
@@ -91,7 +89,7 @@ class Generic:
             ).rowcount
             written += changed
             if not changed and connection.execute(_CHECKPOINT_EXISTS, key).first() is None:
-                missing.append(row)
+                missing.append(line)
         if missing:
             self.insert_checkpoints(connection, missing)
         return written + len(missing)
@@ -105,3 +103,11 @@ class Generic:
 
     def index_tail(self, connection: sa.Connection) -> None:
         """A B-tree is always up to date."""
+
+
+def _checkpoint_values(lines: Sequence[str]) -> list[dict[str, object]]:
+    of = {column.name: int if isinstance(column.type, sa.Integer | sa.Boolean) else str for column in _checkpoints}
+    return [
+        {name: kind(part) for (name, kind), part in zip(of.items(), parts, strict=True)}
+        for parts in bulk.checkpoint_parts(lines)
+    ]

@@ -6,21 +6,18 @@ from the temporary table (an UPDATE ... FROM with an INSERT of what is missing d
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
 
-from statecache.core import entry
 from statecache.durable import bulk, faults, schema
 from statecache.durable.rows import Row
 
 # Separator and quote can occur in no part of an entry, so nothing ever needs quoting. An empty part is NULL.
 _FORMAT = "FORMAT csv, DELIMITER E'\\x1f', QUOTE E'\\x1e', ENCODING 'UTF8'"
 _CHECKPOINT_COLUMNS = ", ".join(schema.CHECKPOINT_COLUMNS)
-_CHECKPOINT_LINE = entry.SEPARATOR.join(["%s"] * len(schema.CHECKPOINT_COLUMNS))
 _CHECKPOINT_FORMAT = f"{_FORMAT}, FORCE_NOT_NULL (recent, data)"
 
 _LINES = 500
@@ -93,16 +90,16 @@ class Postgresql:
         rows: Callable[[], Sequence[Row]],
         meanwhile: Callable[[], None],
     ) -> None:
-        _copy(connection, _COPY_HISTORY, iter(lines), meanwhile)
+        _copy(connection, _COPY_HISTORY, lines, meanwhile)
 
-    def insert_checkpoints(self, connection: sa.Connection, rows: Sequence[Row]) -> None:
-        _copy(connection, _COPY_CHECKPOINTS, map(_CHECKPOINT_LINE.__mod__, rows))
+    def insert_checkpoints(self, connection: sa.Connection, lines: Sequence[str]) -> None:
+        _copy(connection, _COPY_CHECKPOINTS, lines)
 
-    def upsert_checkpoints(self, connection: sa.Connection, rows: Sequence[Row]) -> int:
+    def upsert_checkpoints(self, connection: sa.Connection, lines: Sequence[str]) -> int:
         connection.exec_driver_sql(_MAKE_STAGE)
-        _copy(connection, _COPY_STAGE, map(_CHECKPOINT_LINE.__mod__, rows))
+        _copy(connection, _COPY_STAGE, lines)
         written = connection.exec_driver_sql(_UPDATE).rowcount
-        if written < len(rows):
+        if written < len(lines):
             written += connection.exec_driver_sql(_INSERT_MISSING).rowcount
         return written
 
@@ -117,23 +114,19 @@ class Postgresql:
 
 
 def _copy(
-    connection: sa.Connection, statement: str, lines: Iterator[str], meanwhile: Callable[[], None] = lambda: None
+    connection: sa.Connection, statement: str, lines: Sequence[str], meanwhile: Callable[[], None] = lambda: None
 ) -> None:
     """Raises ``Refused`` if the server has not made as many rows as there are lines: a quote that is open, or a line's end in a
     part, would make one row of several, and nobody would miss the others."""
     raw: Any = connection.connection.dbapi_connection
-    count = 0
     try:
         with raw.cursor() as cursor:
             with cursor.copy(statement) as copy:
-                while some := list(
-                    itertools.islice(lines, _LINES)
-                ):  # the server works on these while the next are made
-                    copy.write("\n".join(some).encode() + b"\n")
-                    count += len(some)
+                for start in range(0, len(lines), _LINES):  # the server works on these while the next are sent
+                    copy.write("\n".join([*lines[start : start + _LINES], ""]).encode())
                 meanwhile()
-            if cursor.rowcount != count:
-                raise faults.Refused(f"SQL made {cursor.rowcount} rows of {count} lines")
+            if cursor.rowcount != len(lines):
+                raise faults.Refused(f"SQL made {cursor.rowcount} rows of {len(lines)} lines")
     finally:
         if raw.closed:  # SQLAlchemy did not see this statement: tell it that the connection is gone
             connection.invalidate()

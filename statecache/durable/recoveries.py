@@ -151,7 +151,7 @@ def reconcile(
     store: DurableStore,
     move: Advance,
     transitions: Sequence[Row],
-    checkpoints: Sequence[Row],
+    checkpoints: Sequence[str],
     letters: Sequence[Row],
     deltas: Mapping[tuple[int, str, str], int],
     *,

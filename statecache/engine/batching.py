@@ -10,7 +10,7 @@ import msgspec
 
 from statecache.core import entry, errors, fold, model
 from statecache.durable.faults import Refused
-from statecache.durable.rows import Advance, PartitionRow, Row
+from statecache.durable.rows import Advance, PartitionRow
 from statecache.hot.answers import parse_any
 
 LOAD_FIRST = 250
@@ -111,12 +111,13 @@ class Plan:
         self._batches = batches
         self._groups = {batch.row.partition: fold.by_instance(batch.records) for batch in batches}
         self._aside: set[fold.Instance] = set()
-        self._before: dict[fold.Instance, fold.Folded] = {}
+        self._remembered: dict[int, dict[fold.Instance, str]] = {}
+        self._loaded: dict[fold.Instance, str] = {}
         self.parked: set[fold.Instance] = set()
         self.data_bytes = 0
-        self.folds: dict[fold.Instance, fold.Folded] = {}
-        self.changed: list[Row] = []
-        self.begun: list[Row] = []
+        self.folds: dict[fold.Instance, str] = {}
+        self.changed: list[str] = []
+        self.begun: list[str] = []
         self.deltas: dict[tuple[int, str, str], int] = {}
         self.letters = [
             Letter(
@@ -151,41 +152,48 @@ class Plan:
 
     def place(
         self,
-        remembered: Callable[[fold.Instance], fold.Folded | None],
+        take: Callable[[Iterable[fold.Instance]], dict[fold.Instance, str]],
         load: Callable[[Sequence[fold.Instance]], Mapping[fold.Instance, model.Checkpoint]],
         bytes_max: float = math.inf,
     ) -> None:
-        """Find what is before every instance: in the last folds, or in SQL where those do not lead up to it.
+        """Find what is before every instance (``fold.Before``, packed): in the last folds, or in SQL where those do not lead up
+        to it.
 
         An instance whose versions do not go on is put aside: what is in the log contradicts SQL. Raises ``TooMuchDataError``
         where what is before them all takes more than ``bytes_max``: each of them is written anew, however small its patch.
         """
-        before = self._before
         wanted: dict[fold.Instance, int] = {}
-        unsure: list[tuple[fold.Instance, list[entry.Entry]]] = []
+        unsure: list[tuple[int, fold.Instance]] = []
         size = entries = 0
-        for groups in self._groups.values():
+        for partition, groups in self._groups.items():
+            remembered = self._remembered[partition] = take(groups)
             for instance, records in groups.items():
                 version = records[0].version
-                cached = remembered(instance)
-                goes_on = version == 1
-                if cached is not None and cached.version == version - 1:
-                    before[instance], goes_on = cached, True
-                    size += len(cached.data)
-                if goes_on:
-                    entries += len(records)
-                else:
+                text = remembered.get(instance)
+                if text is not None and not text.startswith(f"{version - 1}\x1f"):
+                    text = None
+                    del remembered[instance]
+                if text is None and version != 1:
                     wanted[instance] = len(records)
-                if len(records) > 1 or not goes_on:
-                    unsure.append((instance, records))
+                    unsure.append((partition, instance))
+                else:
+                    entries += len(records)
+                    if len(records) > 1:
+                        unsure.append((partition, instance))
+            size += sum(map(len, remembered.values()))
         if size > bytes_max:
             raise TooMuchDataError(size / entries)
         self.data_bytes = size + self._load(wanted, load, bytes_max, size, entries)
-        for instance, records in unsure:
+        for partition, instance in unsure:
+            before = self._before(partition, instance)
             try:
-                fold.require_next(before.get(instance), records)
+                fold.require_next(before.version if before else 0, self._groups[partition][instance])
             except errors.IntegrityError as error:
                 self.put_aside([instance], str(error))
+
+    def _before(self, partition: int, instance: fold.Instance) -> fold.Before | None:
+        text = self._remembered[partition].get(instance) or self._loaded.get(instance)
+        return fold.Before.unpacked(text) if text else None
 
     def _load(
         self,
@@ -201,7 +209,7 @@ class Plan:
         while begin < len(names):
             part = names[begin : begin + many]
             for instance, row in load(part).items():
-                self._before[instance] = fold.Folded.of_checkpoint(row)
+                self._loaded[instance] = fold.Before.of_checkpoint(row).packed()
                 loaded += len(row.data or "")
             begin += len(part)
             if size + loaded > bytes_max:
@@ -211,21 +219,21 @@ class Plan:
         return loaded
 
     def fold(self, finals: fold.Finals) -> None:
-        """Fold every instance that was not put aside onto what is before it: into rows of checkpoints, those that change and
+        """Fold every instance that was not put aside onto what is before it: into lines of checkpoints, those that change and
         those that begin, and what becomes of the counts. Raises ``Refused`` for data that nobody could read."""
-        moved: list[tuple[fold.Folded | None, fold.Folded]] = []
+        moved: list[fold.Moved] = []
         for partition, groups in self._groups.items():
             for instance, records in groups.items():
                 if instance in self._aside:
                     continue
-                old = self._before.get(instance)
+                old = self._before(partition, instance)
                 try:
                     now = fold.after(old, records, partition)
                 except errors.IntegrityError as error:
                     raise Refused(str(error)) from error
-                moved.append((old, now))
-                self.folds[instance] = now
-                (self.changed if old else self.begun).append(now.row(finals))
+                moved.append((partition, now.machine, old.state if old else None, now.state))
+                self.folds[instance] = now.packed()
+                (self.changed if old else self.begun).append(now.line(finals))
         self.deltas = fold.count_deltas(moved)
 
     def lines(self) -> list[str]:

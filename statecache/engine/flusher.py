@@ -421,7 +421,7 @@ class Flusher:
                 plan.put_aside([instance], why)
             count = sum(len(batch.records) for batch in batches)
             plan.place(
-                self._cache.get, transaction.checkpoints, DATA_BYTES_MAX if count > BATCH_ENTRIES_MIN else math.inf
+                self._cache.take, transaction.checkpoints, DATA_BYTES_MAX if count > BATCH_ENTRIES_MIN else math.inf
             )
             transaction.insert_history(plan.lines(), plan.rows, meanwhile=lambda: plan.fold(self.finals))
             self._start_ahead()

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping
 
 from statecache.core import fold
 
 BYTES_MAX = 256 * 2**20
-BYTES_EACH = 700
-"""What a fold and its place take beside the data: measured, with ids of 14 characters and full rings (767 with 110 of data)."""
+BYTES_EACH = 250
+"""What an instance's name and its place take beside the packed text: measured, with ids of 14 characters."""
 
 
 class Folds:
-    """The last fold of each instance, up to some bytes in all; those go first that have not moved for the longest time.
+    """``fold.Before`` of each instance, packed, up to some bytes in all; those go first that have not moved for longest.
 
     Never all at once: 200,000 instances that move in turn, with room for no more, were all asked for again and again.
     For one thread at a time.
@@ -22,30 +23,31 @@ class Folds:
     def __init__(self, bytes_max: int = BYTES_MAX) -> None:
         self._bytes_max = bytes_max
         self._bytes = 0
-        self._folds: dict[fold.Instance, fold.Folded] = {}
-        self.get = self._folds.get
+        self._folds: dict[fold.Instance, str] = {}
 
     def __len__(self) -> int:
         return len(self._folds)
 
-    def remember(self, folds: Mapping[fold.Instance, fold.Folded]) -> None:
-        """Put in what became of some instances; the oldest of the others make room."""
-        known, size = self._folds, self._bytes
-        for instance, now in folds.items():
-            before = known.pop(instance, None)  # a dictionary keeps the order in which its keys came
-            size += _bytes_of(now) - (_bytes_of(before) if before is not None else 0)
-            known[instance] = now
-        self._bytes = size
+    def take(self, instances: Iterable[fold.Instance]) -> dict[fold.Instance, str]:
+        """What is remembered of some instances; it is forgotten: where their flush fails, SQL is asked."""
+        pop = self._folds.pop
+        taken = {instance: text for instance in instances if (text := pop(instance, None)) is not None}
+        self._bytes -= _bytes_of(taken)
+        return taken
+
+    def remember(self, folds: Mapping[fold.Instance, str]) -> None:
+        """Put in what became of instances that were taken, or not known; the oldest of the others make room."""
+        known = self._folds
+        known.update(folds)
+        self._bytes += _bytes_of(folds)
         while known and self._bytes > self._bytes_max:
             # Many at a time: each search for the first key passes over the places of those that are gone.
-            for oldest in list(itertools.islice(known, 1 + len(known) // 64)):
-                self._bytes -= _bytes_of(known.pop(oldest))
+            self.take(list(itertools.islice(known, 1 + len(known) // 64)))
 
     def clear(self) -> None:
         self._folds.clear()
         self._bytes = 0
 
 
-def _bytes_of(one: fold.Folded) -> int:
-    """At most: a text with one character that is no ASCII takes two or four bytes for each."""
-    return BYTES_EACH + len(one.data) * (1 if one.data.isascii() else 4)
+def _bytes_of(folds: Mapping[fold.Instance, str]) -> int:
+    return BYTES_EACH * len(folds) + sum(map(sys.getsizeof, folds.values()))

@@ -37,7 +37,7 @@ def retry(cache: StateCache, machine: str, id: str) -> int:
         records = [fold.entry_of_row(found) for found in transaction.take_letters(machine, id)]
         _require(records, machine, id)
         kept = transaction.checkpoints([(machine, id)]).get((machine, id))
-        before = None if kept is None else fold.Folded.of_checkpoint(kept)
+        before = None if kept is None else fold.Before.of_checkpoint(kept)
         version = kept.version if kept else 0
         jump = records[0].event == entry.EVENT_RECONCILED
         if records[0].machine == entry.FOREIGN or (records[0].version != version + 1 and not jump):
@@ -53,9 +53,11 @@ def retry(cache: StateCache, machine: str, id: str) -> int:
                 for one_covers in (record.event == entry.EVENT_RECONCILED,)
             ]
         )
-        rows = [now.row(cache.finals)]
-        transaction.upsert_checkpoints(rows if before else [], new=[] if before else rows)
-        transaction.adjust_counts(fold.count_deltas([(before, now)]))
+        lines = [now.line(cache.finals)]
+        transaction.upsert_checkpoints(lines if before else [], new=[] if before else lines)
+        transaction.adjust_counts(
+            fold.count_deltas([(row.partition, machine, before.state if before else None, now.state)])
+        )
     failpoints.hit("letters.moved")
     _drop_hash(cache, machine, id, row.partition)
     return len(records)

@@ -157,7 +157,8 @@ def test_pages(filled: tuple[DurableStore, Log]) -> None:
 def test_flushing(filled: tuple[DurableStore, Log]) -> None:
     store, log = filled
     batch = log.batch(ids(INSTANCES)[::10])
-    absent = [(*batch.changed[0][:1], "absent", *batch.changed[0][2:])]
+    machine, _, rest = batch.changed[0].split("\x1f", 2)
+    absent = ["\x1f".join([machine, "absent", rest])]
     with Plans(store.database.engine) as plans, store.flush_transaction() as tx:
         tx.advance(batch.moves)
         tx.insert_history(batch.lines)

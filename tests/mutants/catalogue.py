@@ -346,7 +346,7 @@ MUTANTS = [
         (
             Patch(
                 "statecache/engine/batching.py",
-                "                fold.require_next(before.get(instance), records)\n",
+                "                fold.require_next(before.version if before else 0, self._groups[partition][instance])\n",
                 "                pass\n",
             ),
         ),
@@ -357,8 +357,8 @@ MUTANTS = [
         (
             Patch(
                 "statecache/core/fold.py",
-                "len(patch) == len(names) and _shared(patch) is names",
-                "len(patch) == len(names)",
+                "(shape and found == shape)",
+                "shape",
             ),
         ),
         ("tests/property/test_folding.py::test_fold_of_texts_is_that_of_values",),
@@ -456,8 +456,8 @@ MUTANTS = [
         (
             Patch(
                 "statecache/engine/folds.py",
-                "            before = known.pop(instance, None)",
-                "            before = known.get(instance)",
+                "        pop = self._folds.pop\n",
+                "        pop = self._folds.get\n",
             ),
         ),
         ("tests/unit/test_folds.py::test_who_has_not_moved_for_longest_goes_first",),

@@ -46,18 +46,18 @@ def test_fold_of_texts_is_that_of_values(
         for number, (patch, increased, dropped) in enumerate(parts, 1)
     ]  # fmt: skip
     expected: dict[str, Any] = {}
-    now: fold.Folded | None = None
+    before: fold.Before | None = None
     while records:
         some = cuts.pop() if cuts else len(records)
         for patch, increased, dropped in parts[:some]:
             expected |= patch | increased
             expected = {name: value for name, value in expected.items() if name not in dropped}
-        now = fold.after(now, records[:some], 0)
+        now = fold.after(before, records[:some], 0)
         assert now.data == (_text(expected) or "{}")
-        if now.names is not None:
-            assert now.names == tuple(expected)
-        if forgets:  # as a checkpoint that was read from SQL
-            now = fold.Folded.of_checkpoint(_checkpoint(now))
+        if now.shape:
+            assert now.shape == fold._shape_of(tuple(expected))
+        # As a checkpoint that was read from SQL, or as it was remembered.
+        before = fold.Before.of_checkpoint(_checkpoint(now)) if forgets else fold.Before.unpacked(now.packed())
         del records[:some], parts[:some]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from statecache.core import codec, entry, keys
 from statecache.durable import engine, flush, generic
@@ -21,8 +21,8 @@ class Batch(NamedTuple):
 
     moves: list[Advance]
     lines: list[str]
-    changed: list[tuple[Any, ...]]
-    new: list[tuple[Any, ...]]
+    changed: list[str]
+    new: list[str]
     deltas: dict[tuple[int, str, str], int]
 
 
@@ -57,13 +57,17 @@ def line(
 
 def checkpoint(
     partition: int, seq: int, id: str, version: int, *, epoch: int = 0, machine: str = "order", data: str = PATCH
-) -> tuple[Any, ...]:
-    """A row in ``schema.CHECKPOINT_COLUMNS`` order, as the fold of versions 1 to ``version``."""
-    state = STATES[(version - 1) % len(STATES)]
+) -> str:
+    """A checkpoint's line, as the fold of versions 1 to ``version``."""
+    state = state_at(version)
     ring = "".join(codec.token_of(f"t-{id}-{each}") for each in range(1, version + 1))[-codec.RING_BYTES :]
-    return (
-        machine, id, partition, state, version, epoch, seq, NOW_MS, NOW_MS + seq, 1, state == "delivered", ring, data,
-    )  # fmt: skip
+    final = int(state == "delivered")
+    parts = (machine, id, partition, state, version, epoch, seq, NOW_MS, NOW_MS + seq, 1, final, ring, data)
+    return entry.SEPARATOR.join(map(str, parts))
+
+
+def state_at(version: int) -> str:
+    return STATES[(version - 1) % len(STATES)]
 
 
 class Log:
@@ -90,7 +94,7 @@ class Log:
             self.versions[id] = version = before + versions_each
             row = checkpoint(partition, cursor.seq, id, version, epoch=self.epoch, machine=self.machine)
             (made.changed if before else made.new).append(row)
-            for state, change in [(row[3], 1)] + ([(STATES[(before - 1) % 4], -1)] if before else []):
+            for state, change in [(state_at(version), 1)] + ([(state_at(before), -1)] if before else []):
                 made.deltas[partition, self.machine, state] = (
                     made.deltas.get((partition, self.machine, state), 0) + change
                 )

@@ -54,18 +54,18 @@ def test_values_pass_as_they_are() -> None:
 def test_versions_must_go_on_one_by_one(versions: list[int]) -> None:
     records = [record(version, seq=number + 1) for number, version in enumerate(versions)]
     with pytest.raises(errors.IntegrityError, match="the log goes on with version"):
-        fold.require_next(None, records)
+        fold.require_next(0, records)
     before = fold.after(None, [record(1)], 0)
     later = [record(one.version + 1) for one in records]
     with pytest.raises(errors.IntegrityError, match="the log goes on with version"):
-        fold.require_next(before, later)
+        fold.require_next(before.version, later)
     with pytest.raises(errors.IntegrityError, match="the log goes on with version"):
         fold.after_letters(before, later, 0)
 
 
 def test_versions_that_go_on() -> None:
-    fold.require_next(None, [record(1), record(2)])
-    fold.require_next(fold.after(None, [record(1), record(2)], 0), [record(3)])
+    fold.require_next(0, [record(1), record(2)])
+    fold.require_next(2, [record(3)])
 
 
 def test_ring_is_folded_too() -> None:
@@ -77,12 +77,52 @@ def test_ring_is_folded_too() -> None:
     assert now.recent == "".join(codec.token_of(f"t{version}") for version in range(now.version - 7, now.version + 1))
 
 
-def test_checkpoint_of_a_row_is_the_fold() -> None:
+def test_the_line_of_a_checkpoint() -> None:
     now = fold.after(None, [record(1, patch='{"x":1}')], 3)
-    row = now.row(lambda machine, version: frozenset({"b"}))
-    kept = model.Checkpoint(*row[:5], EntryId(row[5], row[6]), *row[7:])  # type: ignore[arg-type]
-    assert kept.final
-    assert fold.Folded.of_checkpoint(kept) == msgspec.structs.replace(now, names=None)
+    token = codec.token_of("t1")
+    finals = {("order", 1): frozenset({"b"})}
+    parts = now.line(lambda *key: finals[key]).split(entry.SEPARATOR)
+    assert parts == ["order", "1", "3", "b", "1", "1", "1", "1001", "1001", "1", "1", token, '{"x":1}']
+    finals = {("order", 1): frozenset({"c"})}
+    assert now.line(lambda *key: finals[key]).split(entry.SEPARATOR)[10] == "0"
+
+
+def _what_goes_on(before: fold.Before) -> tuple[object, ...]:
+    return (before.version, before.created_ms, before.state, before.recent, before.data)
+
+
+def test_what_is_before_a_fold_comes_from_a_checkpoint_or_a_text() -> None:
+    now = fold.after(None, [record(version, patch='{"x":1}') for version in (1, 2)], 3)
+    kept = model.Checkpoint("order", "1", 3, "b", 2, EntryId(1, 2), 1001, 1002, 1, True, now.recent, now.data)
+    assert _what_goes_on(fold.Before.of_checkpoint(kept)) == _what_goes_on(now)
+    again = fold.Before.unpacked(now.packed())
+    assert (_what_goes_on(again), again.shape) == (_what_goes_on(now), now.shape)
+    # Data that statecache did not write may hold anything.
+    odd = msgspec.structs.replace(again, data='{"x":"\x1f\x1f"}')
+    assert fold.Before.unpacked(odd.packed()) == odd
+
+
+def test_a_patch_of_all_fields_in_their_order_is_the_data_as_it_stands() -> None:
+    """Also where what was before it could not be read: it is not looked at. Any other patch is put together with it."""
+    now = fold.after(None, [record(1, patch='{"x": 1,"y":2}')], 0)
+    unreadable = msgspec.structs.replace(fold.Before.unpacked(now.packed()), data="{")
+    assert fold.after(unreadable, [record(2, patch='{"x":3, "y":4}')], 0).data == '{"x":3, "y":4}'
+    for patch, data in [
+        ('{"y":4,"x":3}', '{"x":3,"y":4}'),
+        ('{"x":3}', '{"x":3,"y":2}'),
+        ('{"x":3,"z":4}', '{"x":3,"y":2,"z":4}'),
+    ]:
+        assert fold.after(now, [record(2, patch=patch)], 0).data == data
+        with pytest.raises(errors.IntegrityError):
+            fold.after(unreadable, [record(2, patch=patch)], 0)
+
+
+def test_shapes_beyond_the_bound_are_nobodys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of them must not be taken for one another: the one's patch would become all of the other's data."""
+    monkeypatch.setattr(fold, "_SHAPES_MAX", 0)
+    first = fold.after(None, [record(1, patch='{"nobody_else_has":1}')], 0)
+    assert first.shape == ""
+    assert fold.after(first, [record(2, patch='{"nor_this":2}')], 0).data == '{"nobody_else_has":1,"nor_this":2}'
 
 
 def test_entries_by_instance_keep_their_order() -> None:
@@ -93,13 +133,12 @@ def test_entries_by_instance_keep_their_order() -> None:
 
 
 def test_counts_change_by_what_moved() -> None:
-    start = fold.after(None, [record(1, to_state="a")], 0)
-    moved = fold.after(start, [record(2, to_state="b")], 0)
-    same = fold.after(moved, [record(3, to_state="b")], 0)
-    assert fold.count_deltas([(None, start)]) == {(0, "order", "a"): 1}
-    assert fold.count_deltas([(start, moved)]) == {(0, "order", "a"): -1, (0, "order", "b"): 1}
-    assert fold.count_deltas([(moved, same)]) == {}
-    assert fold.count_deltas([(None, start), (start, moved)]) == {(0, "order", "b"): 1}
+    start, moved, same = (0, "order", None, "a"), (0, "order", "a", "b"), (0, "order", "b", "b")
+    assert fold.count_deltas([start]) == {(0, "order", "a"): 1}
+    assert fold.count_deltas([moved]) == {(0, "order", "a"): -1, (0, "order", "b"): 1}
+    assert fold.count_deltas([same]) == {}
+    assert fold.count_deltas([start, moved]) == {(0, "order", "b"): 1}
+    assert fold.count_deltas([start, start, moved]) == {(0, "order", "a"): 1, (0, "order", "b"): 1}
 
 
 def test_reconciled_transition_holds_all_data() -> None:

@@ -35,6 +35,29 @@ def checkpoint(version: int, data: str = "{}") -> model.Checkpoint:
     )
 
 
+def before_next(mend: mending.Mend) -> fold.Before:
+    """What the flush finds that comes next: the one checkpoint, as its table has it."""
+    (line,) = mend.checkpoints
+    machine, id, partition, state, version, epoch, seq, created, updated, of, final, recent, data = line.split("\x1f")
+    numbers = map(int, (version, epoch, seq, created, updated, of, final))
+    version_, epoch_, seq_, created_, updated_, of_, final_ = numbers
+    row = model.Checkpoint(
+        machine,
+        id,
+        int(partition),
+        state,
+        version_,
+        EntryId(epoch_, seq_),
+        created_,
+        updated_,
+        of_,
+        bool(final_),
+        recent,
+        data,
+    )
+    return fold.Before.of_checkpoint(row)
+
+
 def hot(version: int, ring: str = "", **data: str) -> mending.Hash:
     return mending.Hash(f"s{version}", version, EntryId(1, version + 8), 1, 1, 1000 + version, ring, data)
 
@@ -87,9 +110,9 @@ def test_history_then_folds_to_the_hash() -> None:
     ]
     here = hot(6, tokens(1, 2, 3, 4, 5, 6), a="50", n="6", kept='"k"')
     mend = mended(entries, {HERE: here}, mending.Known(checkpoint(2, '{"a":1,"gone":1}')))
-    ((before, now),) = mend.moved
-    assert before is not None
-    assert (before.version, now.version, now.state) == (2, 4, "s4")
+    assert mend.moved == [(0, "order", "s2", "s4")]
+    now = before_next(mend)
+    assert (now.version, now.state) == (4, "s4")
     folded = fold.after(now, entries, 0)
     assert (folded.version, folded.state, folded.recent) == (6, "s6", here.ring)
     assert json.loads(folded.data) == {name: json.loads(text) for name, text in here.data.items()}
@@ -99,7 +122,7 @@ def test_instance_that_sql_never_saw_gets_a_row_from_one() -> None:
     mend = mended([], {HERE: hot(3, tokens(1, 2, 3))}, mending.Known())
     (row,) = mend.transitions
     assert (row[5], row[-2]) == (3, 1)
-    assert mend.moved[0][0] is None
+    assert mend.moved == [(0, "order", None, "s3")]
 
 
 def test_no_hash_means_a_letter_and_no_guess() -> None:
@@ -200,4 +223,4 @@ def test_strangers_hash_is_none(fields: dict[bytes, bytes]) -> None:
 
 def test_values_are_passed_unread() -> None:
     mend = mended([], {HERE: hot(3, a="12345678901234567890")}, mending.Known())
-    assert mend.moved[0][1].data == '{"a":12345678901234567890}'
+    assert before_next(mend).data == '{"a":12345678901234567890}'
