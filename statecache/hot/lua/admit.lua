@@ -10,10 +10,10 @@
 -- Nothing is written. Cost   12 us and 1 us a partition.
 --
 -- Whoever finds no scripts at a server comes here first, so it is here that Lua's collector is told when to work: as soon as a
--- tenth is garbage, and then fast. As it comes it waits until half is, and the server makes it go on at each fiftieth call: one
--- call in fifty then took 350 us. (docs/performance.md, "Lua's collector")
+-- sixth is garbage, and then fast. As it comes it waits until half is, and the server makes it go on at each fiftieth call: one
+-- call in fifty then took 350 us more. (docs/performance.md, "Lua's collector")
 --@include identity
-collectgarbage('setpause', 110)
+collectgarbage('setpause', 120)
 collectgarbage('setstepmul', 400)
 local here = identity()
 local lines = { here }
