@@ -622,6 +622,19 @@ def test_duplicate_whose_log_was_unreadable_for_a_moment_is_answered(lite: World
         _same(first, lite.orders.transition("1", "note", transition_id="t"))
 
 
+@ONLY_SYNC
+def test_an_admission_paces_the_collector_of_luas_garbage(lite: World) -> None:
+    """Lua begins anew, with the collector's own pace, at each SCRIPT FLUSH. Asking for a number sets it too."""
+    ask = "return {collectgarbage('setpause', 200), collectgarbage('setstepmul', 200)}"
+    lite.start("1")
+    assert lite.client.eval(ask, 0) == [120, 400]
+    lite.client.script_flush("SYNC")
+    assert lite.client.eval(ask, 0) == [200, 200]
+    lite.client.script_flush("SYNC")
+    lite.orders.transition("1", "note")
+    assert lite.client.eval(ask, 0) == [120, 400]
+
+
 def test_duplicate_that_a_recovery_took_away_is_applied(lite: World) -> None:
     """Apply answers DUP; before the flow reads the entry Redis is wiped, with the entry unflushed. The call begins again at
     apply: the transition is nowhere, so it is applied."""
