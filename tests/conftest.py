@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from statecache.engine import lifeline
-from tests.support import servers
+from tests.support import programs, servers
 
 _numbers = itertools.count(1)
 
@@ -40,6 +40,13 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_report_header(config: pytest.Config) -> str:
     flavour = config.getoption("--server")
     return f"server: {flavour}, {servers.FLAVOURS[flavour]}"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        names = tuple(name for marker in item.iter_markers("needs") for name in marker.args)
+        if (reason := programs.missing(names)) and not programs.ARE_REQUIRED:
+            item.add_marker(pytest.mark.skip(reason))
 
 
 @pytest.fixture(scope="session")

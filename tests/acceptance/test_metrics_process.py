@@ -79,6 +79,7 @@ def start_flusher(world: World, tmp_path: Path) -> Iterator[Callable[[], command
         flusher.end(signal.SIGTERM, signal.SIGKILL)
 
 
+@pytest.mark.needs("promtool")
 def test_promtool_is_content_with_a_flusher(world: World, start_flusher: Callable[[], command.Running]) -> None:
     port = port_of(start_flusher())
     world.start("1", ["pay", "ship"])
@@ -87,6 +88,7 @@ def test_promtool_is_content_with_a_flusher(world: World, start_flusher: Callabl
     assert values(port, "ready") == {(): 1}
 
 
+@pytest.mark.needs("promtool")
 def test_promtool_is_content_with_a_client(world: World) -> None:
     words = [sys.executable, "-c", CLIENT, world.redis_url, world.database_url, world.namespace]
     environment = command.environment(PYTHONPATH=str(command.REPOSITORY))
@@ -121,6 +123,7 @@ def test_gauges_stay_true_when_a_flusher_is_killed(world: World, start_flusher: 
     assert max(values(port, "flush_lag_seconds").values()) > 0
 
 
+@pytest.mark.needs("prometheus")
 def test_every_query_runs_in_a_real_prometheus(
     world: World, start_flusher: Callable[[], command.Running], tmp_path: Path
 ) -> None:

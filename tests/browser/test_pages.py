@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from urllib.parse import quote
 
+import pytest
 from playwright.sync_api import Page, expect
 
 from statecache.core import errors
@@ -12,6 +13,8 @@ from tests.acceptance.command import run
 from tests.browser.conftest import PHONE, log_in
 from tests.support import webs, worlds
 from tests.support.waiting import wait_until
+
+pytestmark = pytest.mark.needs("chromium")
 
 EVIL = "\"'><script>alert(1)</script><img src=x onerror=alert(1)>/../%2e?#{{7*7}}&amp;"
 Open = Callable[..., Page]

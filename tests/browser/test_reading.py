@@ -12,6 +12,8 @@ from statecache import State, StateMachine
 from tests.browser.conftest import LAPTOP, PHONE, log_in
 from tests.support import refusing, webs, worlds
 
+pytestmark = pytest.mark.needs("chromium")
+
 Open = Callable[..., Page]
 PAGES = [
     "/", "/?q=1", "/?q=nothing", "/instance?machine=order&id=1", "/instance?machine=order&id=1&version=1",

@@ -2,14 +2,13 @@
 
 The server runs under ``strace``, which notes every write to its append-only file and every fsync of it. It is killed, the
 file is cut to the length that it had when the last completed fsync began, and the server is started again: the worst that
-the disk was allowed to do. Needs ``strace`` (Debian: apt-get install strace); in CI its absence is a failure, not a skip.
+the disk was allowed to do.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import shutil
 import stat
 import threading
 import time
@@ -24,7 +23,7 @@ from statecache import Move, StateCache
 from statecache.core import errors, model
 from statecache.durable import recoveries
 from statecache.engine import recovery, verify
-from tests.support import servers, waiting, worlds
+from tests.support import programs, servers, waiting, worlds
 
 _CALLS = "write,pwrite64,writev,fsync,fdatasync"
 _WRITTEN_LATER_MS = 500
@@ -116,12 +115,7 @@ class Mains:
 @pytest.fixture
 def power(redis_binary: Path, tmp_path: Path) -> Iterator[Callable[[str], Mains]]:
     """``power(appendfsync)`` starts a server under strace, with more options for strace if wanted."""
-    strace = shutil.which("strace")
-    if strace is None:
-        reason = "strace is not installed (Debian: apt-get install strace)"
-        if os.environ.get("CI"):
-            pytest.fail(reason)
-        pytest.skip(reason)
+    strace = programs.path("strace")
     started: list[servers.ValkeyServer] = []
 
     def start(appendfsync: str, *options: str) -> Mains:
@@ -154,6 +148,7 @@ def reports(cache: StateCache) -> list[recovery.PartitionReport]:
     return list(msgspec.json.decode(row.report, type=recovery.Report).partitions)
 
 
+@pytest.mark.needs("strace")
 def test_fsync_with_always_loses_nothing(power: Callable[[str], Mains], sqlite_url: str) -> None:
     """``appendfsync always``: every transition that was acknowledged at level ``fsync``, singly or in bulk, is there after
     the power failed right after the last acknowledgement; nothing was flushed to SQL."""
@@ -176,6 +171,7 @@ def test_fsync_with_always_loses_nothing(power: Callable[[str], Mains], sqlite_u
         assert verify.verify(cache).findings == ()
 
 
+@pytest.mark.needs("strace")
 @pytest.mark.timeout(240)
 def test_everysec_loses_a_tail_that_is_reported(power: Callable[[str], Mains], sqlite_url: str) -> None:
     """``appendfsync everysec``, and a flusher that has stopped a while ago: what was acknowledged ``durable`` is there; of the
@@ -221,6 +217,7 @@ def _lose_a_tail(mains: Mains, cache: StateCache) -> bool:
     return True
 
 
+@pytest.mark.needs("strace")
 def test_everysec_killed_during_an_fsync_loses_what_came_meanwhile(
     power: Callable[..., Mains], sqlite_url: str
 ) -> None:
@@ -245,6 +242,7 @@ def test_everysec_killed_during_an_fsync_loses_what_came_meanwhile(
         assert verify.verify(cache).findings == ()
 
 
+@pytest.mark.needs("strace")
 def test_durable_survives_power_loss_under_load(power: Callable[[str], Mains], sqlite_url: str) -> None:
     """Four threads move orders ``durable`` when the power fails; a call whose transition was lost before it was durable says
     so, and is repeated with the same transition id. Every acknowledgement of before and after stands, once."""

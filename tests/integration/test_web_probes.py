@@ -108,6 +108,7 @@ def test_a_look_that_found_no_thread_is_made_again(
         wait_until(lambda: not site.not_ready(), "it is ready again")
 
 
+@pytest.mark.needs("promtool")
 def test_metrics_of_the_process_and_of_the_store(redis_url: str, sqlite_url: str, namespace: str) -> None:
     with worlds.World(redis_url, sqlite_url, namespace) as world, webs.serving(world, webs.ACTING) as web:
         web.post("/api/v1/instances/order", json={"id": "1"}, headers=web.bearer)

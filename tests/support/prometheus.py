@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 import subprocess
 import urllib.error
@@ -15,22 +14,15 @@ from typing import Any
 
 import yaml
 
-from tests.support import processes
+from tests.support import processes, programs
 
 TIMEOUT_SECONDS = 60.0
-
-
-def program(name: str) -> str:
-    """The path of ``promtool`` or ``prometheus``."""
-    found = shutil.which(name)
-    assert found, f"{name} is not installed: apt-get install --no-install-recommends prometheus"
-    return found
 
 
 def promtool(*arguments: object, stdin: bytes | None = None, cwd: Path | None = None) -> None:
     """Run promtool; fail with what it says unless it is content."""
     done = subprocess.run(
-        [program("promtool"), *map(str, arguments)],
+        [programs.path("promtool"), *map(str, arguments)],
         input=stdin,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -58,7 +50,7 @@ class PrometheusServer:
         config = folder / "prometheus.yml"
         config.write_text(yaml.safe_dump(settings))
         words = [
-            program("prometheus"), f"--config.file={config}", f"--storage.tsdb.path={folder / 'data'}",
+            programs.path("prometheus"), f"--config.file={config}", f"--storage.tsdb.path={folder / 'data'}",
             f"--web.listen-address=127.0.0.1:{self.port}", "--log.level=warn",
         ]  # fmt: skip
         self._log = folder / "prometheus.log"

@@ -100,11 +100,13 @@ def test_legends_tell_series_apart_and_units_are_those_of_the_query() -> None:
                 assert (units.get(target["refId"], field["defaults"]["unit"]) == "ops") == is_rate, panel["title"]
 
 
+@pytest.mark.needs("promtool")
 def test_promtool_is_content_with_rules_and_configuration() -> None:
     prometheus.promtool("check", "rules", CONFIG / "alerts.yml")
     prometheus.promtool("check", "config", CONFIG / "prometheus.yml")
 
 
+@pytest.mark.needs("promtool")
 def test_alerts_fire_and_stay_silent() -> None:
     prometheus.promtool("test", "rules", CONFIG / "alerts_test.yml", cwd=CONFIG)
 
