@@ -215,11 +215,11 @@ def test_history_is_never_written_twice(store: DurableStore) -> None:
 
 
 def test_a_checkpoint_known_as_new_is_there(store: DurableStore) -> None:
-    line_ = batches.checkpoint(3, 1, "a", 1)
+    kept = batches.checkpoint(3, 1, "a", 1)
     with store.flush_transaction() as tx:
-        tx.upsert_checkpoints([], [line_])
+        tx.upsert_checkpoints([], [kept])
     with pytest.raises(faults.KeyHit), store.flush_transaction() as tx:
-        tx.upsert_checkpoints([], [line_])
+        tx.upsert_checkpoints([], [kept])
 
 
 def test_a_checkpoint_with_a_separator_in_a_part_is_refused(store: DurableStore) -> None:

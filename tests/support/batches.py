@@ -92,8 +92,8 @@ class Log:
                 made.lines.append(line(partition, cursor.seq, id, version, epoch=self.epoch, machine=self.machine))
             self.watermarks[partition] = cursor
             self.versions[id] = version = before + versions_each
-            row = checkpoint(partition, cursor.seq, id, version, epoch=self.epoch, machine=self.machine)
-            (made.changed if before else made.new).append(row)
+            kept = checkpoint(partition, cursor.seq, id, version, epoch=self.epoch, machine=self.machine)
+            (made.changed if before else made.new).append(kept)
             for state, change in [(state_at(version), 1)] + ([(state_at(before), -1)] if before else []):
                 made.deltas[partition, self.machine, state] = (
                     made.deltas.get((partition, self.machine, state), 0) + change
